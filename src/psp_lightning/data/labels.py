@@ -1,0 +1,142 @@
+"""Label maps: ids, names and colours of the classes, read from a YAML file; colourised pictures of label images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from psp_lightning.utils.errors import UserError
+
+CELEBAMASK_HQ = Path(__file__).with_name("celebamask_hq.yaml")
+NO_CLASS = 65535  # marks ids of the look-up table that are in no map
+IGNORED = 65534
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Classes of a segmentation: channel i of a one-hot tensor is `ids[i]`.
+
+    Args:
+        ids: the pixel values of the label images, one a class.
+        names: one a class.
+        colors: RGB in 0..255, one a class, for pictures.
+        mirror: pairs of ids that change places when the image is mirrored (left and right eye).
+        ignore: ids that belong to no class; allowed in the files, all zero in the one-hot tensor.
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    mirror: tuple[tuple[int, int], ...] = ()
+    ignore: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the layout of the YAML file."""
+        rows = zip(self.ids, self.names, self.colors, strict=True)
+        return {
+            "classes": [{"id": i, "name": name, "color": list(color)} for i, name, color in rows],
+            "mirror": [list(pair) for pair in self.mirror],
+            "ignore": list(self.ignore),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str = "label map") -> LabelMap:
+        """Build from the layout of the YAML file.
+
+        Raises:
+            UserError: naming `origin` and the entry, when a part is missing, malformed or given twice.
+        """
+        try:
+            rows = values["classes"]
+            ids = tuple(int(row["id"]) for row in rows)
+            names = tuple(str(row["name"]) for row in rows)
+            palette = default_colors(max(ids) + 1)
+            colors = tuple(tuple(int(c) for c in row.get("color", palette[int(row["id"])])) for row in rows)
+            mirror = tuple((int(a), int(b)) for a, b in values.get("mirror") or ())
+            ignore = tuple(int(i) for i in values.get("ignore") or ())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{origin}: not a label map ({type(error).__name__}: {error}). It needs a list 'classes' of "
+                "{id: 0, name: background, color: [0, 0, 0]}; see " + str(CELEBAMASK_HQ)
+            ) from None
+        for what, items in (("id", ids), ("name", names)):
+            if double := [item for item in items if items.count(item) > 1]:  # type: ignore[attr-defined]
+                raise UserError(f"{origin}: the {what} {double[0]!r} is given twice.")
+        if wrong := [i for i in (*ids, *ignore) if not 0 <= i < IGNORED]:
+            raise UserError(f"{origin}: id {wrong[0]} is outside 0..{IGNORED - 1}.")
+        if wrong := [i for pair in mirror for i in pair if i not in ids]:
+            raise UserError(f"{origin}: 'mirror' names id {wrong[0]}, which is no class.")
+        if any(len(color) != 3 or not all(0 <= c <= 255 for c in color) for color in colors):
+            raise UserError(f"{origin}: a color is three numbers from 0 to 255.")
+        return cls(ids, names, colors, mirror, ignore)  # type: ignore[arg-type]
+
+    @classmethod
+    def numbered(cls, n_classes: int) -> LabelMap:
+        """The ids 0..n_classes-1 without names; for 19 classes, CelebAMask-HQ's."""
+        if n_classes == 19:
+            return load_label_map()
+        colors = tuple(tuple(int(c) for c in row) for row in default_colors(n_classes))
+        return cls(tuple(range(n_classes)), tuple(f"class {i}" for i in range(n_classes)), colors)  # type: ignore[arg-type]
+
+    def lookup(self) -> np.ndarray:
+        """uint16 (65536,): pixel value to channel; `NO_CLASS` and `IGNORED` for the others."""
+        table = np.full(65536, NO_CLASS, np.uint16)
+        table[list(self.ignore)] = IGNORED
+        table[list(self.ids)] = np.arange(len(self.ids))
+        return table
+
+
+def load_label_map(path: str | os.PathLike[str] = CELEBAMASK_HQ) -> LabelMap:
+    """Read a label-map YAML file; without a path, CelebAMask-HQ's 19 classes.
+
+    Raises:
+        UserError: for a file that is missing, not YAML or not a label map.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"Label map {path}: {reason}. Give the path of a label-map YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"Label map {path}: not a YAML file ({' '.join(str(error).split())}).") from None
+    return LabelMap.from_dict(values, origin=f"Label map {path}")
+
+
+def default_colors(n: int) -> np.ndarray:
+    """uint8 (n, 3): distinct colours; the first is black."""
+    index = np.arange(n)
+    hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbours in id are far apart in hue
+    value = np.where(index == 0, 0.0, 0.95 - 0.35 * ((index // 3) % 2))
+    channels = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
+    return (np.stack(channels, -1) * value[:, None] * 255).round().astype(np.uint8)
+
+
+def colourise(labels: np.ndarray, label_map: LabelMap | None = None) -> np.ndarray:
+    """A picture of a label image.
+
+    Args:
+        labels: integer (..., H, W), ids of `label_map` (default: CelebAMask-HQ).
+
+    Returns:
+        uint8 (..., H, W, 3); ids outside the map are white.
+    """
+    label_map = label_map or load_label_map()
+    table = np.full((65536, 3), 255, np.uint8)
+    table[list(label_map.ids)] = np.array(label_map.colors, np.uint8)
+    return table[np.clip(np.asarray(labels), 0, 65535)]
+
+
+def mirror(labels: np.ndarray, label_map: LabelMap) -> np.ndarray:
+    """Flip (..., H, W) left to right and exchange the ids that stand for the person's left and right."""
+    table = np.arange(65536, dtype=np.int64)
+    for a, b in label_map.mirror:
+        table[a], table[b] = b, a
+    return table[np.asarray(labels)[..., ::-1]]

@@ -1,0 +1,112 @@
+"""Holes for inpainting: boxes, brush strokes, halves, or files; bool (H, W), True is missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from psp_lightning.utils.errors import UserError, suggest
+
+SHAPES = ("box", "brush", "half", "file", "random")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def box_mask(size: int, rng: np.random.Generator, low: float = 0.25, high: float = 0.5) -> np.ndarray:
+    """One rectangle with sides of `low`..`high` of the image, wholly inside."""
+    height, width = np.maximum(1, (size * rng.uniform(low, high, 2)).round()).astype(int).clip(max=size)
+    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
+    mask = np.zeros((size, size), bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def half_mask(size: int, rng: np.random.Generator, side: str = "any") -> np.ndarray:
+    """The `left`, `right`, `top` or `bottom` half; `any` draws one."""
+    sides = ("left", "right", "top", "bottom")
+    if side not in (*sides, "any"):
+        raise UserError(f"Unknown side {side!r} of a half mask; known: any, {', '.join(sides)}.{suggest(side, sides)}")
+    side = str(rng.choice(sides)) if side == "any" else side
+    row, column = np.mgrid[:size, :size]
+    half = size // 2
+    parts = {"left": column < half, "right": column >= size - half, "top": row < half, "bottom": row >= size - half}
+    return parts[side]
+
+
+def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: float = 0.12) -> np.ndarray:
+    """Wandering strokes, about `width` of the image thick."""
+    image = Image.new("1", (size, size))
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(1, strokes + 1))):
+        thick = max(1.0, size * width * rng.uniform(0.6, 1.4))
+        angle = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.7, 8))
+        step = size * rng.uniform(0.05, 0.14)
+        path = rng.uniform(0.2, 0.8, 2) * size + np.cumsum(step * np.stack([np.cos(angle), np.sin(angle)], -1), 0)
+        path = path.clip(0, size - 1)
+        draw.line([(float(x), float(y)) for x, y in path], fill=1, width=round(thick), joint="curve")
+        for x, y in path:  # round ends
+            draw.ellipse([x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2], fill=1)
+    return np.array(image)
+
+
+def as_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
+    """A mask image or array of any size as bool (size, size); values from the middle of the range up are missing."""
+    if isinstance(mask, np.ndarray):
+        array = mask.squeeze()
+        half = 0.5 if array.dtype.kind == "f" or array.max() <= 1 else 128
+        bright = array if array.dtype == bool else array >= half
+        mask = Image.fromarray(bright.astype(np.uint8) * 255)
+    elif mask.mode == "1":
+        mask = mask.convert("L")
+    else:
+        values = np.asarray(mask.convert("RGB") if mask.mode == "P" else mask).astype(np.float32)
+        values = values[..., :3].mean(-1) if values.ndim == 3 else values
+        top = 1 if values.max() <= 1 else 65535 if mask.mode.startswith("I") else 255
+        mask = Image.fromarray((values >= top / 2).astype(np.uint8) * 255)
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 127
+
+
+@functools.lru_cache(maxsize=8)
+def _mask_files(folder: str) -> tuple[str, ...]:
+    if not os.path.isdir(folder):
+        raise UserError(f"Mask folder {folder} does not exist.")
+    names = (os.path.join(base, name) for base, _, names in os.walk(folder) for name in names)
+    files = tuple(sorted(name for name in names if name.lower().endswith(SUFFIXES)))
+    if not files:
+        raise UserError(f"Mask folder {folder} holds no images ({', '.join(SUFFIXES)}).")
+    return files
+
+
+def file_mask(size: int, rng: np.random.Generator, folder: str) -> np.ndarray:
+    """A mask file drawn from `folder` (nested folders too), bright is missing."""
+    files = _mask_files(os.fspath(folder))
+    name = files[int(rng.integers(len(files)))]
+    try:
+        with Image.open(name) as image:
+            return as_mask(image, size)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"Cannot read mask {name}: {error}. Replace or remove the file.") from None
+
+
+def draw_mask(size: int, rng: np.random.Generator, kind: str = "box", **options: Any) -> np.ndarray:
+    """A hole, bool (size, size), True is missing.
+
+    Args:
+        kind: `box` (options low, high), `brush` (strokes, width), `half` (side), `file` (folder), or `random`: one of
+            the first three with their defaults.
+
+    Raises:
+        UserError: for an unknown kind or option.
+    """
+    if kind not in SHAPES:
+        raise UserError(f"Unknown mask kind {kind!r}; known: {', '.join(SHAPES)}.{suggest(kind, SHAPES)}")
+    if kind == "random":
+        kind = ("box", "brush", "half")[int(rng.integers(3))]
+    maker = {"box": box_mask, "brush": brush_mask, "half": half_mask, "file": file_mask}[kind]
+    try:
+        return maker(size, rng, **options)  # type: ignore[operator]
+    except TypeError as error:
+        raise UserError(f"Mask kind {kind!r}: {error}.") from None

@@ -1,0 +1,258 @@
+"""Images to tensors, numerically those of the reference implementation (eladrich/pixel2style2pixel, commit 5cfff38).
+
+How any picture becomes 8-bit RGB or grey: the EXIF orientation is applied; 16-bit values are divided by 257; palettes
+are resolved; transparency is composited over white; CMYK and the like are converted by Pillow. The picture is then
+squashed to a square, as in the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from psp_lightning.data.labels import IGNORED, NO_CLASS, LabelMap
+from psp_lightning.data.masks import as_mask, draw_mask
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.utils.errors import UserError
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+
+def derivation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers of one sample: they depend on these three values alone, not on workers, ranks or order."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def open_image(source: ImageLike) -> Image.Image:
+    """Decode a picture and turn it upright.
+
+    Raises:
+        UserError: naming the file when it is missing, truncated or not an image.
+    """
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source)
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UserError(f"Image {source} does not exist.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"Cannot read image {source}: {error}. Replace or remove the file.") from None
+
+
+def to_8bit(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to `RGB` or `L` by the rule in the module's docstring."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise UserError("An image with floating-point pixels has no stated range; save it with 8 or 16 bits a channel.")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:  # type: ignore[index,misc]
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "P":
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _open_8bit(source: ImageLike, mode: str) -> Image.Image:
+    try:
+        return to_8bit(open_image(source), mode)
+    except UserError as error:
+        raise error if str(name_of(source)) in str(error) else UserError(f"{name_of(source)}: {error}") from None
+
+
+def name_of(source: ImageLike) -> str:
+    """How a message calls the picture."""
+    return (getattr(source, "filename", "") or "image") if isinstance(source, Image.Image) else str(source)
+
+
+def _resize(image: Image.Image, size: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
+    return image if image.size == (size, size) else image.resize((size, size), how)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """8-bit image to float32 (C, H, W) in [0, 1]."""
+    array = np.array(image)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def rgb(source: ImageLike, size: int) -> Tensor:
+    """float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing)."""
+    return _to_tensor(_resize(_open_8bit(source, "RGB"), size)).sub(0.5).div(0.5)
+
+
+def sketch(source: ImageLike, size: int) -> Tensor:
+    """float32 (1, size, size) in [0, 1]; paper is 1, ink is 0."""
+    return _to_tensor(_resize(_open_8bit(source, "L"), size))
+
+
+def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
+    """The ids of a label image, int64 (H, W).
+
+    One channel, or a palette's indices, are the ids. Colour images are read through the map's colours.
+
+    Raises:
+        UserError: for a colour that is not in the map.
+    """
+    image = open_image(source)
+    if image.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
+        array = np.asarray(image)
+        return array[..., 0].astype(np.int64) if array.ndim == 3 else array.astype(np.int64)
+    array = np.asarray(image.convert("RGB")).astype(np.int64)
+    if (array == array[..., :1]).all() and array.max() in label_map.ids:
+        return array[..., 0]
+    code = array @ np.array([65536, 256, 1])
+    wanted = np.array(label_map.colors, np.int64) @ np.array([65536, 256, 1])
+    order = np.argsort(wanted)
+    place = np.searchsorted(wanted[order], code).clip(max=len(wanted) - 1)
+    if (wrong := wanted[order][place] != code).any():
+        y, x = np.argwhere(wrong)[0]
+        raise UserError(
+            f"{name_of(source)}: the colour {tuple(array[y, x].tolist())} at row {y}, column {x} is not in the label "
+            "map. A label image has the class id as its one channel, or exactly the colours of the label map."
+        )
+    return np.array(label_map.ids, np.int64)[order][place]
+
+
+def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> Tensor:
+    """Integer (H, W) to float32 (len(label_map), H, W) of zeros and ones.
+
+    Raises:
+        UserError: naming `name`, the id and its place, for an id outside the map.
+    """
+    known = (ids >= 0) & (ids < 65536)
+    channel = np.where(known, label_map.lookup()[np.where(known, ids, 0)], NO_CLASS)
+    if (wrong := channel == NO_CLASS).any():
+        y, x = np.argwhere(wrong)[0]
+        raise UserError(
+            f"{name}: label id {int(ids[y, x])} at row {y}, column {x} ({int(wrong.sum())} pixels) is outside the "
+            f"label map ({len(label_map)} classes, ids {min(label_map.ids)}..{max(label_map.ids)}). Use the label-map "
+            "file that the images were made with, or list the id under 'ignore' in it."
+        )
+    index = torch.from_numpy(channel.astype(np.int64))
+    planes = F.one_hot(index.where(index != IGNORED, len(label_map)), len(label_map) + 1)
+    return planes[..., : len(label_map)].permute(2, 0, 1).float().contiguous()
+
+
+def labels(source: ImageLike, size: int, label_map: LabelMap, interpolation: str = "nearest") -> Tensor:
+    """float32 one-hot (len(label_map), size, size).
+
+    `legacy_bilinear` resizes the ids as if they were grey values, as the reference does before its one-hot; at edges
+    this makes ids of unrelated classes.
+    """
+    ids = read_labels(source, label_map)
+    one_hot(ids, label_map, name_of(source))  # an id outside the map must be reported even if resizing drops it
+    if ids.shape == (size, size):
+        return one_hot(ids, label_map, name_of(source))
+    if interpolation == "legacy_bilinear":
+        mixed = _resize(Image.fromarray(ids.astype(np.uint8)), size)
+        return one_hot(np.asarray(mixed).astype(np.int64), label_map, name_of(source))
+    near = _resize(Image.fromarray(ids.astype(np.int32)), size, Image.Resampling.NEAREST)
+    return one_hot(np.asarray(near).astype(np.int64), label_map, name_of(source))
+
+
+@functools.lru_cache(maxsize=64)
+def _bicubic_taps(factor: int) -> Tensor:
+    """float32 (4 * factor,): Keys' cubic kernel with a = -0.5, sampled between the pixels, summing to 1.
+
+    Source: Keys, "Cubic convolution interpolation for digital image processing", eq. 15.
+    """
+    x = ((torch.arange(4 * factor, dtype=torch.float32) - 2 * factor + 0.5) / factor).abs()
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    taps = torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return taps / taps.sum()
+
+
+def bicubic_down(image: Tensor, factor: int) -> Tensor:
+    """(C, H, W) to (C, H // factor, W // factor), strided separable convolution with mirrored borders.
+
+    Factor 1 also filters (four taps, half a pixel off), because the reference does.
+    """
+    n, taps = image.shape[0], _bicubic_taps(factor)
+    before, after = (3 * factor) // 2, 3 * factor - (3 * factor) // 2
+    x = image[None]
+    for dim in (2, 3):
+        # mirrored indices by hand: F.pad refuses borders wider than the image
+        length = x.shape[dim]
+        index = torch.arange(-before, length + after) % max(2 * length - 2, 1)
+        x = x.index_select(dim, torch.where(index < length, index, 2 * length - 2 - index))
+        shape, stride = ((n, 1, -1, 1), (factor, 1)) if dim == 2 else ((n, 1, 1, -1), (1, factor))
+        x = F.conv2d(x, taps.repeat(n).view(shape), stride=stride, groups=n)
+    return x[0]
+
+
+def lowres(source: ImageLike, size: int, factor: int) -> Tensor:
+    """float32 (3, size, size) in [-1, 1]: resized, down-sampled by `factor` (bicubic), back up (bilinear)."""
+    small = bicubic_down(_to_tensor(_resize(_open_8bit(source, "RGB"), size)), factor).clamp(0, 1)
+    array = small.mul(255).byte().permute(1, 2, 0).numpy()  # truncated, not rounded, as in the reference
+    return _to_tensor(_resize(Image.fromarray(array), size)).sub(0.5).div(0.5)
+
+
+def masked(image: Tensor, hole: np.ndarray) -> Tensor:
+    """(3, H, W) in [-1, 1] and bool (H, W) to (4, H, W): the image with 0 in the hole, then the hole as 0 and 1."""
+    plane = torch.from_numpy(np.ascontiguousarray(hole)).float()[None]
+    return torch.cat([image * (1 - plane), plane])
+
+
+def spec_label_map(spec: InputSpec) -> LabelMap:
+    """The label map of a `labels` spec."""
+    return LabelMap.from_dict(spec.label_map) if spec.label_map else LabelMap.numbered(spec.n_classes)
+
+
+def load_source(
+    source: ImageLike,
+    spec: InputSpec,
+    *,
+    rng: np.random.Generator | None = None,
+    factor: int | None = None,
+    mask: ImageLike | np.ndarray | None = None,
+) -> Tensor:
+    """A picture as the tensor that an encoder of this `spec` takes.
+
+    Args:
+        source: path or PIL image.
+        rng: random numbers for what is derived (factor of `lowres`, hole of `masked`).
+        factor: down-sampling factor of `lowres`. With neither `factor` nor `rng` the picture is taken as one of low
+            resolution already, and only brought to the size.
+        mask: hole of `masked`: a file or image (bright is missing) or a bool array. Without it, the transparent pixels
+            of a picture that has any, else a hole drawn by `spec.mask` from `rng` (default: a fixed one).
+
+    Returns:
+        float32 (spec.channels, spec.size, spec.size); ranges as `InputSpec` says.
+
+    Raises:
+        UserError: naming the file, for an unreadable image or a label id outside the map.
+    """
+    if spec.kind == "rgb":
+        return rgb(source, spec.size)
+    if spec.kind == "sketch":
+        return sketch(source, spec.size)
+    if spec.kind == "labels":
+        return labels(source, spec.size, spec_label_map(spec), spec.interpolation)
+    if spec.kind == "lowres":
+        if factor is None and rng is not None and spec.factors:
+            factor = int(rng.choice(spec.factors))
+        return rgb(source, spec.size) if factor is None else lowres(source, spec.size, factor)
+    image = open_image(source)
+    if mask is None and image.mode in ("RGBA", "LA") and image.getextrema()[-1][0] < 128:  # type: ignore[index,misc]
+        mask = np.asarray(image.getchannel("A").resize((spec.size, spec.size))) < 128
+    if mask is None:
+        hole = draw_mask(spec.size, rng or np.random.default_rng(0), **spec.mask)
+    else:
+        hole = as_mask(mask if isinstance(mask, np.ndarray) else open_image(mask), spec.size)
+    return masked(rgb(image, spec.size), hole)
+
+
+def load_target(source: ImageLike, size: int) -> Tensor:
+    """float32 (3, size, size) in [-1, 1]."""
+    return rgb(source, size)
