@@ -1,0 +1,181 @@
+"""Public weights that the library can use: what they are, where they come from, where they are looked for.
+
+Nothing here downloads anything. `find` returns a file, or says which command gets it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from psp_lightning.utils.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Record:
+    """One file of public weights.
+
+    Attributes:
+        name: key in `RECORDS`.
+        filename: name inside `weights_dir()`.
+        url: where it is published.
+        licence: terms as the publisher states them; read them before use.
+        used_by: what needs it.
+        sha256: digest, or its published first digits; None where the publisher gives none.
+    """
+
+    name: str
+    filename: str
+    url: str
+    licence: str
+    used_by: str
+    sha256: str | None = None
+
+    def command(self, folder: Path) -> str:
+        """The shell command that puts the file into `folder`."""
+        target = shlex.quote(str(folder / self.filename))
+        make = f"mkdir -p {shlex.quote(str(folder))} && "
+        if "drive.google.com" in self.url:
+            return f"{make}pip install gdown && gdown {self.url.rsplit('=', 1)[-1]} -O {target}"
+        return f"{make}curl -L -o {target} {self.url}"
+
+
+_DRIVE = "https://drive.google.com/uc?id="
+_TORCHVISION = "BSD-3-Clause code; trained on ImageNet (non-commercial research terms)"
+
+RECORDS: dict[str, Record] = {
+    r.name: r
+    for r in (
+        Record(
+            "ir_se50",
+            "model_ir_se50.pth",
+            _DRIVE + "1KW7bjndL3QG3sxBbZxreGHigcCCpsDgn",
+            "MIT code (InsightFace_Pytorch); trained on MS-Celeb-1M, research use",
+            "the identity loss and the encoder's first weights",
+        ),
+        Record(
+            "curricularface_ir101",
+            "CurricularFace_Backbone.pth",
+            _DRIVE + "1f4IwVa2-Bn9vWLwB-bUwm53U_MlvinAj",
+            "MIT code (CurricularFace); research use",
+            "identity similarity as a metric",
+        ),
+        Record(
+            "alexnet",
+            "alexnet-owt-7be5be79.pth",
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            _TORCHVISION,
+            "the lpips loss, net alex",
+            "7be5be79",
+        ),
+        Record(
+            "vgg16",
+            "vgg16-397923af.pth",
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            _TORCHVISION,
+            "the lpips loss, net vgg",
+            "397923af",
+        ),
+        Record(
+            "squeezenet",
+            "squeezenet1_1-b8a52dc0.pth",
+            "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
+            _TORCHVISION,
+            "the lpips loss, net squeeze",
+            "b8a52dc0",
+        ),
+        Record(
+            "moco_v2",
+            "moco_v2_800ep_pretrain.pth.tar",
+            "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+            "CC BY-NC 4.0 (facebookresearch/moco)",
+            "the moco loss",
+        ),
+        Record(
+            "inception_resnet_v1",
+            "20180402-114759-vggface2.pt",
+            "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",
+            "MIT code (facenet-pytorch); trained on VGGFace2, research use",
+            "the identity loss with backbone=facenet",
+        ),
+        Record(
+            "stylegan2_ffhq",
+            "stylegan2-ffhq-config-f.pt",
+            _DRIVE + "1EM87UquaoQmk17Q8d5kYIAHqu0dkYqdT",
+            "Nvidia Source Code License-NC (converted by rosinality); FFHQ is CC BY-NC-SA 4.0",
+            "the generator of domain=ffhq",
+        ),
+    )
+}
+
+
+def weights_dir() -> Path:
+    """The folder that holds public weights: `$PSP_WEIGHTS`, else `psp_lightning` in the user's cache folder."""
+    if chosen := os.environ.get("PSP_WEIGHTS"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        cache = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "psp_lightning"
+
+
+def record(name: str) -> Record:
+    """The record called `name`.
+
+    Raises:
+        UserError: for an unknown name, with the closest one.
+    """
+    if name not in RECORDS:
+        raise UserError(f"No public weights are called {name!r}.{suggest(name, RECORDS)} Known: {', '.join(RECORDS)}.")
+    return RECORDS[name]
+
+
+def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
+    """The file with the public weights `name`.
+
+    Args:
+        name: key of `RECORDS`.
+        path: the user's own choice of a file; None looks in `weights_dir()`.
+
+    Raises:
+        UserError: when the file is missing; the message names it, its place and the command that gets it.
+    """
+    entry = record(name)
+    folder = weights_dir()
+    file = Path(path).expanduser() if path is not None else folder / entry.filename
+    if file.is_file():
+        return file
+    what = "is a folder" if file.is_dir() else "does not exist"
+    raise UserError(
+        f"Weights {name!r} ({entry.filename}, needed by {entry.used_by}): {file} {what}.\n"
+        f"Get it (licence: {entry.licence}) with\n"
+        f"  {entry.command(folder)}\n"
+        f"or set PSP_WEIGHTS to the folder that holds {entry.filename}."
+    )
+
+
+def verify(name: str, path: str | os.PathLike[str]) -> None:
+    """Compares the file's SHA-256 with the published digits, where there are any.
+
+    Raises:
+        UserError: when they differ (a broken download, or another file).
+    """
+    expected = record(name).sha256
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(expected):
+        raise UserError(
+            f"{path} is not the published file for {name!r}: SHA-256 {digest.hexdigest()[:16]}..., "
+            f"expected {expected}... Delete it and download it again."
+        )
