@@ -1,0 +1,277 @@
+"""StyleGAN2 generator: mapping network and synthesis network.
+
+Source: Karras et al., StyleGAN2 (arXiv:1912.04958), figure 2 (synthesis) and section 3 (skip connections); the state
+dict has the published PyTorch layout (`style.*`, `conv1.*`, `convs.*`, `to_rgbs.*`, `noises.*`). Images, codes and
+truncation are checked against the pSp reference, commit 5cfff38.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.models.equalised import EqualisedLinear
+from psp_lightning.models.registry import register_generator
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
+from psp_lightning.utils.errors import UserError
+
+Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
+
+
+class PixelNorm(nn.Module):
+    """Scales each row to unit mean square."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+class FIRFilter(nn.Module):
+    """Holder of a low-pass filter, so that it moves and is saved with the network."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.register_buffer("kernel", fir_kernel(gain=gain))
+        self.kernel: Tensor
+
+
+class ModulatedConv(nn.Module):
+    """Weights and style affine of one modulated convolution."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, style_dim: int, demodulate: bool = True, up: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, size, size))
+        self.scale = 1 / math.sqrt(in_channels * size * size)
+        self.modulation = EqualisedLinear(style_dim, in_channels, bias_init=1)
+        self.demodulate = demodulate
+        self.blur = FIRFilter(gain=4) if up else None
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        blur = self.blur.kernel if self.blur is not None else None
+        weight = self.weight[0] * self.scale
+        return modulated_conv2d(x, weight, self.modulation(w), self.demodulate, blur is not None, blur)
+
+
+class NoiseStrength(nn.Module):
+    """Learned strength of one layer's noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class ActivationBias(nn.Module):
+    """Bias of one layer's activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+
+class StyledConv(nn.Module):
+    """Modulated convolution, noise, bias, leaky ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, style_dim: int, up: bool = False) -> None:
+        super().__init__()
+        self.conv = ModulatedConv(in_channels, out_channels, 3, style_dim, up=up)
+        self.noise = NoiseStrength()
+        self.activate = ActivationBias(out_channels)
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
+        """`noise` (1|B, 1, H, W); None draws it from the global random state."""
+        x = self.conv(x, w)
+        if noise is None:
+            noise = x.new_empty(x.shape[0], 1, *x.shape[2:]).normal_()
+        return fused_leaky_relu(x + self.noise.weight * noise, self.activate.bias)
+
+
+class ToRGB(nn.Module):
+    """1x1 modulated convolution to image channels, added to the up-sampled image so far."""
+
+    def __init__(self, in_channels: int, image_channels: int, style_dim: int, up: bool = True) -> None:
+        super().__init__()
+        self.upsample = FIRFilter(gain=4) if up else None
+        self.conv = ModulatedConv(in_channels, image_channels, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, image_channels, 1, 1))
+
+    def forward(self, x: Tensor, w: Tensor, image: Tensor | None = None) -> Tensor:
+        rgb = self.conv(x, w) + self.bias
+        if image is None or self.upsample is None:
+            return rgb
+        return rgb + upfirdn2d(image, self.upsample.kernel, up=2, padding=(2, 1))
+
+
+class ConstantInput(nn.Module):
+    """Learned 4x4 start of the synthesis."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+@register_generator
+class Generator(nn.Module):
+    """StyleGAN2: z -> w -> image.
+
+    Args:
+        output_size: side of the image, a power of two from 8.
+        style_dim: length of w.
+        n_mapping: layers of the mapping network.
+        channel_multiplier: a layer at resolution r has `min(max_channels, 16384 * channel_multiplier // r)` channels.
+        max_channels: see `channel_multiplier`.
+        image_channels: 3 for RGB.
+        z_dim: length of z; None means `style_dim`.
+
+    Raises:
+        UserError: for a size that is no power of two, or a count below one.
+    """
+
+    def __init__(
+        self,
+        output_size: int,
+        style_dim: int = 512,
+        n_mapping: int = 8,
+        channel_multiplier: int = 2,
+        max_channels: int = 512,
+        image_channels: int = 3,
+        z_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if output_size < 8 or output_size & (output_size - 1):
+            raise UserError(f"Generator output_size={output_size}: it must be a power of two, 8 or more.")
+        z_dim = style_dim if z_dim is None else z_dim
+        self.config: dict[str, Any] = {
+            "output_size": output_size,
+            "style_dim": style_dim,
+            "n_mapping": n_mapping,
+            "channel_multiplier": channel_multiplier,
+            "max_channels": max_channels,
+            "image_channels": image_channels,
+            "z_dim": z_dim,
+        }
+        for name, value in self.config.items():
+            if value < 1:
+                raise UserError(f"Generator {name}={value}: it must be 1 or more.")
+        self.output_size, self.style_dim, self.z_dim = output_size, style_dim, z_dim
+        log_size = output_size.bit_length() - 1
+        self.n_styles = 2 * log_size - 2
+        self.n_noises = 2 * log_size - 3
+
+        layers = [EqualisedLinear(z_dim if i == 0 else style_dim, style_dim, 0, 0.01, True) for i in range(n_mapping)]
+        self.style = nn.Sequential(PixelNorm(), *layers)
+
+        def channels(resolution: int) -> int:
+            return max(1, min(max_channels, 16384 * channel_multiplier // resolution))
+
+        width = channels(4)
+        self.input = ConstantInput(width)
+        self.conv1 = StyledConv(width, width, style_dim)
+        self.to_rgb1 = ToRGB(width, image_channels, style_dim, up=False)
+        self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
+        for log_resolution in range(3, log_size + 1):
+            wider, width = width, channels(2**log_resolution)
+            self.convs.append(StyledConv(wider, width, style_dim, up=True))
+            self.convs.append(StyledConv(width, width, style_dim))
+            self.to_rgbs.append(ToRGB(width, image_channels, style_dim))
+        self.noises = nn.Module()
+        for i, side in enumerate(self._noise_sides()):
+            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, side, side))
+
+    def _noise_sides(self) -> list[int]:
+        return [2 ** ((i + 5) // 2) for i in range(self.n_noises)]
+
+    @classmethod
+    def seeded(cls, seed: int, **config: Any) -> Generator:
+        """An untrained generator whose weights depend on `seed` alone; the global random state stays as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return cls(**config)
+
+    def mapping(self, z: Tensor) -> Tensor:
+        """(B, z_dim) standard normal to w (B, style_dim).
+
+        Raises:
+            UserError: when z has another shape.
+        """
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise UserError(f"The mapping network takes z of shape (B, {self.z_dim}), got {tuple(z.shape)}.")
+        return self.style(z)
+
+    @staticmethod
+    def truncate(w: Tensor, latent: Tensor, psi: float) -> Tensor:
+        """Moves w (..., style_dim) towards `latent` (broadcastable): `latent + psi * (w - latent)`.
+
+        Source: StyleGAN (arXiv:1812.04948), appendix B.
+        """
+        return latent + psi * (w - latent)
+
+    @torch.no_grad()
+    def latent_average(self, n: int = 100_000, seed: int = 0) -> Tensor:
+        """Mean w (style_dim,) of `n` draws of z, from a random state of its own."""
+        source = torch.Generator().manual_seed(seed)
+        reference = self.input.input
+        total = torch.zeros(self.style_dim, dtype=torch.float64)
+        for start in range(0, n, 10_000):
+            z = torch.randn(min(10_000, n - start), self.z_dim, generator=source)
+            total += self.mapping(z.to(reference)).sum(0).cpu().double()
+        return (total / n).to(reference)
+
+    def _noise_list(self, noise: Noise) -> Sequence[Tensor | None]:
+        if isinstance(noise, str):
+            if noise == "random":
+                return [None] * self.n_noises
+            if noise == "const":
+                return [getattr(self.noises, f"noise_{i}") for i in range(self.n_noises)]
+            raise UserError(f"noise={noise!r}: choose 'const', 'random' or a list of {self.n_noises} tensors.")
+        sides = self._noise_sides()
+        if len(noise) != len(sides):
+            raise UserError(f"noise: this generator takes {len(sides)} noise maps, got {len(noise)}.")
+        for i, (given, side) in enumerate(zip(noise, sides, strict=True)):
+            if given.ndim != 4 or tuple(given.shape[1:]) != (1, side, side):
+                raise UserError(f"noise[{i}]: expected (1 or B, 1, {side}, {side}), got {tuple(given.shape)}.")
+        return noise
+
+    def synthesis(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
+        """W+ codes to images.
+
+        Args:
+            w_plus: (B, n_styles, style_dim), or (B, style_dim) for the same w in every layer.
+            noise: "const" for the stored maps, "random" for fresh ones (drawn layer by layer from the global random
+                state), or `n_noises` maps (1 or B, 1, r, r), r = 4, 8, 8, 16, 16, ...
+
+        Returns:
+            (B, image_channels, output_size, output_size) float, about [-1, 1], not clamped.
+
+        Raises:
+            UserError: when a shape does not fit.
+        """
+        if w_plus.ndim == 2:
+            w_plus = w_plus.unsqueeze(1).expand(-1, self.n_styles, -1)
+        if w_plus.ndim != 3 or tuple(w_plus.shape[1:]) != (self.n_styles, self.style_dim):
+            raise UserError(
+                f"This {self.output_size} px generator takes codes (B, {self.n_styles}, {self.style_dim}), "
+                f"got {tuple(w_plus.shape)}."
+            )
+        maps = self._noise_list(noise)
+        styles = w_plus.unbind(1)
+        x = self.input.input.expand(w_plus.shape[0], -1, -1, -1)  # (B, 512, 4, 4)
+        x = self.conv1(x, styles[0], maps[0])  # (B, 512, 4, 4)
+        image = self.to_rgb1(x, styles[1])  # (B, 3, 4, 4)
+        for i, to_rgb in enumerate(self.to_rgbs):
+            first = 2 * i + 1  # a ToRGB shares its style with the next block's first convolution
+            x = self.convs[2 * i](x, styles[first], maps[first])  # (B, C, 2H, 2W)
+            x = self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1])  # (B, C, 2H, 2W)
+            image = to_rgb(x, styles[first + 2], image)  # (B, 3, 2H, 2W)
+        return image
+
+    def forward(self, z: Tensor, psi: float = 1.0, latent: Tensor | None = None, noise: Noise = "const") -> Tensor:
+        """z (B, z_dim) to images, with truncation by `psi` towards `latent` (default: `latent_average()`)."""
+        w = self.mapping(z)
+        if psi != 1:
+            w = self.truncate(w, self.latent_average() if latent is None else latent, psi)
+        return self.synthesis(w, noise)
