@@ -1,0 +1,233 @@
+"""One LightningDataModule per task. A task fixes what the source is, where it comes from and how it is augmented."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from psp_lightning.data.datasets import TaskDataset
+from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
+from psp_lightning.data.loader import EpochSampler, ResumableDataLoader
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.stores import Store, View
+from psp_lightning.utils.errors import UserError
+
+StoreLike = Store | Callable[[], Store]
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """Base of the tasks; batches hold `source`, `target`, `path` (list of str) and `index` (int64).
+
+    Args:
+        train, val: stores, or functions without arguments that make them (called on first use).
+        input_size: height and width that the encoder gets.
+        target_size: height and width of the targets.
+        batch_size: samples per batch and device.
+        val_batch_size: the same in validation; None: `batch_size`.
+        num_workers: processes that load; 0: the main one. The batches are the same.
+        seed: of the order and of all augmentation.
+        flip: probability of mirroring in training; None: the task's own.
+        spec: what the source is (subclasses make it from their own arguments).
+    """
+
+    view: ClassVar[View]
+    default_flip: ClassVar[float] = 0.0
+
+    def __init__(
+        self,
+        train: StoreLike,
+        val: StoreLike,
+        input_size: int = 256,
+        target_size: int = 256,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        flip: float | None = None,
+        spec: InputSpec | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
+            raise UserError("batch_size and val_batch_size must be at least 1.")
+        self.spec = spec or InputSpec("rgb", input_size)
+        self.target_size, self.seed, self.num_workers = target_size, seed, num_workers
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.flip = self.default_flip if flip is None else flip
+        self._stores: dict[str, StoreLike] = {"train": train, "val": val}
+        self._datasets: dict[str, TaskDataset] = {}
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the source."""
+        return self.spec.channels
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the files, so that what is wrong with them is said before training starts."""
+        for split in ("train", "val") if stage in (None, "fit") else ("val",):
+            self.dataset(split)
+
+    def dataset(self, split: str) -> TaskDataset:
+        """The dataset of `train` or `val`."""
+        if split not in self._datasets:
+            store = self._stores[split]
+            store = store if isinstance(store, Store) else store()
+            store.prepare(self.view)
+            self._datasets[split] = TaskDataset(
+                store,
+                self.spec,
+                self.target_size,
+                seed=self.seed,
+                flip=self.flip,
+                independent_flip=self.view.target == "frontal" and not store.paired,
+                train=split == "train",
+            )
+        return self._datasets[split]
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        rank, world_size = self._ranks()
+        dataset = self.dataset("train")
+        sampler = EpochSampler(len(dataset), self.seed, True, rank, world_size, pad=True)
+        limit = self.trainer.limit_train_batches if self.trainer is not None else None
+        if isinstance(limit, float):  # Lightning: a share of the epoch
+            limit = int(limit * -(-len(sampler) // self.batch_size))
+        return ResumableDataLoader(dataset, self.batch_size, sampler, limit=limit, **self._options())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rank, world_size = self._ranks()
+        dataset = self.dataset("val")
+        sampler = EpochSampler(len(dataset), self.seed, False, rank, world_size, pad=False)
+        return DataLoader(
+            dataset, batch_size=self.val_batch_size, sampler=sampler, generator=torch.Generator(), **self._options()
+        )
+
+
+class InversionDataModule(TaskDataModule):
+    """The target is the source: find the code of an image."""
+
+    view = View("inversion")
+    default_flip = 0.5
+
+
+class Sketch2FaceDataModule(TaskDataModule):
+    """Sketches (1 channel in [0, 1]) to images."""
+
+    view = View("sketch2face", "sketch")
+
+    def __init__(self, train: StoreLike, val: StoreLike, input_size: int = 256, **options: Any) -> None:
+        super().__init__(train, val, spec=InputSpec("sketch", input_size), **options)
+
+
+class Seg2FaceDataModule(TaskDataModule):
+    """Label maps (one-hot) to images.
+
+    Args:
+        label_map: label-map file, or its content; None: CelebAMask-HQ's 19 classes.
+        interpolation: `nearest`, or `legacy_bilinear` as the released weights were trained with.
+    """
+
+    view = View("seg2face", "labels")
+
+    def __init__(
+        self,
+        train: StoreLike,
+        val: StoreLike,
+        input_size: int = 256,
+        label_map: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        interpolation: str = "nearest",
+        **options: Any,
+    ) -> None:
+        if isinstance(label_map, Mapping):
+            classes = LabelMap.from_dict(dict(label_map))
+        else:
+            classes = load_label_map(CELEBAMASK_HQ if label_map is None else label_map)
+        spec = InputSpec("labels", input_size, len(classes), interpolation, label_map=classes.to_dict())
+        super().__init__(train, val, spec=spec, **options)
+
+
+class SuperResDataModule(TaskDataModule):
+    """Images of low resolution, made from the targets by a random factor, to the images.
+
+    Args:
+        factors: down-sampling factors to draw from.
+    """
+
+    view = View("superres")
+
+    def __init__(
+        self,
+        train: StoreLike,
+        val: StoreLike,
+        input_size: int = 256,
+        factors: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        **options: Any,
+    ) -> None:
+        if not factors:
+            raise UserError("superres needs at least one down-sampling factor, as factors=[1,2,4,8,16,32].")
+        super().__init__(train, val, spec=InputSpec("lowres", input_size, factors=tuple(factors)), **options)
+
+
+class FrontalizationDataModule(TaskDataModule):
+    """Faces in any pose to the face from the front.
+
+    Folders have no frontal pictures: as in the reference, source and target are one image, mirrored independently.
+    """
+
+    view = View("frontalization", "image", "frontal")
+    default_flip = 0.5
+
+
+class InpaintingDataModule(TaskDataModule):
+    """Images with a hole (RGB, then the hole) to the whole images.
+
+    Args:
+        mask: how holes are drawn, see `psp_lightning.data.masks.draw_mask`: `{kind: box|brush|half|random|file, ...}`.
+    """
+
+    view = View("inpainting")
+
+    def __init__(
+        self,
+        train: StoreLike,
+        val: StoreLike,
+        input_size: int = 256,
+        mask: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        spec = InputSpec("masked", input_size, mask=dict(mask) if mask else {"kind": "random"})
+        super().__init__(train, val, spec=spec, **options)
+
+
+class ToonifyDataModule(TaskDataModule):
+    """Faces to drawn faces. With one folder the target is the image itself, and the generator makes the style."""
+
+    view = View("toonify", "image", "toon")
+    default_flip = 0.5
+
+
+DATAMODULES: dict[str, type[TaskDataModule]] = {
+    cls.view.task: cls
+    for cls in (
+        InversionDataModule,
+        Sketch2FaceDataModule,
+        Seg2FaceDataModule,
+        SuperResDataModule,
+        FrontalizationDataModule,
+        InpaintingDataModule,
+        ToonifyDataModule,
+    )
+}

@@ -1,0 +1,77 @@
+"""TaskDataset: raw samples of a store as tensors, with augmentation that depends on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from psp_lightning.data import transforms
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.stores import Store
+
+
+class TaskDataset(Dataset[dict[str, Any]]):
+    """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path`, `index`.
+
+    Indexed by `(epoch, index)`; an index alone means epoch 0.
+
+    Args:
+        store: prepared store.
+        spec: what the source tensor is.
+        target_size: height and width of the target.
+        seed: of flips, factors and holes.
+        flip: probability of mirroring.
+        independent_flip: source and target are mirrored independently (frontalization on folders, as in the
+            reference), else together.
+        train: false: no flips, and every epoch is epoch 0, so that validation always sees the same.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        spec: InputSpec,
+        target_size: int,
+        seed: int = 0,
+        flip: float = 0.0,
+        independent_flip: bool = False,
+        train: bool = True,
+    ) -> None:
+        self.store, self.spec, self.target_size, self.seed = store, spec, target_size, seed
+        self.flip, self.independent_flip, self.train = flip, independent_flip, train
+        self.mirrored_channels: list[int] | None = None
+        if spec.kind == "labels":
+            label_map = transforms.spec_label_map(spec)
+            partner = {a: b for pair in label_map.mirror for a, b in (pair, pair[::-1])}
+            self.mirrored_channels = [label_map.ids.index(partner.get(i, i)) for i in label_map.ids]
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = transforms.derivation_rng(self.seed, epoch if self.train else 0, index)
+        # drawn whether used or not, so that switching flips on leaves factors and holes as they are
+        first, second = (rng.random(2) < (self.flip if self.train else 0.0)).tolist()
+        raw = self.store.load(index)
+        if raw.source is None:
+            image = transforms.open_image(raw.target)  # decoded once for both
+            image.filename = raw.path  # type: ignore[attr-defined]  # so that messages can name it
+            source = transforms.load_source(image, self.spec, rng=rng)
+            same = self.spec.kind == "rgb" and self.spec.size == self.target_size
+            target = source if same else transforms.load_target(image, self.target_size)
+        else:
+            # a lowres source from a file is of low resolution already: no rng
+            source = transforms.load_source(raw.source, self.spec, rng=None if self.spec.kind == "lowres" else rng)
+            target = transforms.load_target(raw.target, self.target_size)
+        if first:
+            source = self._mirror(source)
+        if second if self.independent_flip else first:
+            target = target.flip(-1)
+        return {"source": source, "target": target, "path": raw.path, "index": torch.tensor(index)}
+
+    def _mirror(self, source: Tensor) -> Tensor:
+        source = source.flip(-1)
+        return source if self.mirrored_channels is None else source[self.mirrored_channels]

@@ -1,0 +1,177 @@
+"""Stores: where raw samples come from. A store knows files or drawings; it knows no tensors, sizes or augmentation."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from psp_lightning.data.pairing import list_images, pair
+from psp_lightning.data.toyfaces import ToyFaces
+from psp_lightning.utils.errors import UserError
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+# CelebAMask-HQ as people have it: photos, training label maps, and sketches beside them
+CELEBA_FOLDERS = {
+    "image": ("CelebA-HQ-img",),
+    "labels": ("CelebAMask-HQ-mask", "CelebAMaskHQ-mask", "mask"),
+    "sketch": ("sketch", "CelebA-HQ-sketch"),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a task asks of a store.
+
+    Args:
+        task: its name, for messages.
+        source: `derived` (made from the target), `image`, `sketch` or `labels`.
+        target: `image`, `frontal` (same face, seen from the front) or `toon`.
+    """
+
+    task: str
+    source: str = "derived"
+    target: str = "image"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample before its transforms; `source` is None where it is derived from the target."""
+
+    source: ImageLike | None
+    target: ImageLike
+    path: str
+
+
+class Store(ABC):
+    """Base of all stores. `prepare` comes first, then length and samples."""
+
+    @abstractmethod
+    def prepare(self, view: View) -> None:
+        """List files, check that this store has what `view` asks for.
+
+        Raises:
+            UserError: saying what is missing and which setting gives it.
+        """
+
+    @property
+    @abstractmethod
+    def paired(self) -> bool:
+        """True where source and target are two pictures, false where both come from one."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int) -> RawSample: ...
+
+
+class FolderStore(Store):
+    """Images in folders.
+
+    Args:
+        root: one folder: of target images for tasks whose source is derived from them, or laid out as CelebAMask-HQ
+            (`CelebA-HQ-img`, `CelebAMask-HQ-mask`, `sketch`), for any task.
+        source: folder of the sources, paired with `target` by file stem.
+        target: folder of the targets.
+        unpaired: `error` or `skip` for files without a counterpart.
+        limit: use the first so many samples only; None: all.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        source: str | os.PathLike[str] | None = None,
+        target: str | os.PathLike[str] | None = None,
+        unpaired: str = "error",
+        limit: int | None = None,
+    ) -> None:
+        self.root, self.source, self.target = root, source, target
+        self.unpaired, self.limit = unpaired, limit
+        self._files: list[tuple[Path | None, Path]] = []
+
+    def _folder(self, what: str) -> Path | None:
+        """The subfolder of `root` that holds `what` in the CelebAMask-HQ layout."""
+        folders = (Path(self.root, name) for name in CELEBA_FOLDERS[what]) if self.root else ()
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def prepare(self, view: View) -> None:
+        source, target = self.source, self.target
+        if target is None and self.root is not None:
+            target = self._folder("image") or self.root
+        if source is None and view.source in ("sketch", "labels"):
+            source = self._folder(view.source)
+        if target is None:
+            raise UserError(
+                f"data=folder for {view.task} needs folders: "
+                + ("data.root=DIR" if view.source in ("derived", "image") else "data.source=DIR and data.target=DIR")
+                + "."
+            )
+        if view.source in ("sketch", "labels") and source is None:
+            names = " or ".join(CELEBA_FOLDERS[view.source])
+            raise UserError(
+                f"data=folder for {view.task} needs data.source=DIR (the {view.source}) and data.target=DIR (the "
+                f"images), paired by file name"
+                + (f"; {self.root} has no subfolder {names}." if self.root is not None else ".")
+            )
+        if source is not None and view.task == "inpainting":
+            raise UserError(
+                "inpainting makes its holes itself: give the whole images as data.root=DIR, no data.source."
+            )
+        if source is None:
+            self._files = [(None, path) for path in list_images(target)]
+        else:
+            self._files = list(pair(source, target, self.unpaired))
+        self._files = self._files[: self.limit]
+
+    @property
+    def paired(self) -> bool:
+        return self._files[0][0] is not None
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def load(self, index: int) -> RawSample:
+        source, target = self._files[index]
+        return RawSample(source, target, str(target))
+
+
+class ToyFacesStore(Store):
+    """Faces drawn on the fly; has everything that every task asks for.
+
+    Args:
+        size: height and width in pixels of the drawings.
+        seed: another seed, other faces.
+        n: number of samples.
+        identities: number of different people; None: each sample is another one.
+    """
+
+    def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:
+        self.faces = ToyFaces(size, seed, n, identities)
+        self.view = View("inversion")
+
+    def prepare(self, view: View) -> None:
+        self.view = view
+
+    @property
+    def paired(self) -> bool:
+        return self.view.source in ("sketch", "labels") or self.view.target != "image"
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def load(self, index: int) -> RawSample:
+        view, faces = self.view, self.faces
+        drawing = faces.draw(index)
+        source = None
+        if view.source in ("sketch", "labels"):
+            source = Image.fromarray(getattr(drawing, view.source))
+        elif self.paired:
+            source = Image.fromarray(drawing.image)
+        if view.target != "image":
+            drawing = faces.draw(index, frontal=view.target == "frontal", toon=view.target == "toon")
+        return RawSample(source, Image.fromarray(drawing.image), f"toyfaces/seed{faces.seed}/{index:06d}")
