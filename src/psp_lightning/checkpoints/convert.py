@@ -1,0 +1,160 @@
+"""Released files of other implementations: their names, key layouts and options, as ours.
+
+Everything is read off the tensors where they tell it, because old files lack options (`output_size`, `learn_in_w`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from psp_lightning.models.irse import BLOCKS
+from psp_lightning.utils.errors import UserError
+
+State = dict[str, Tensor]
+
+# pSp's encoder_type (commit 5cfff38) -> class name in our registry
+ENCODER_NAMES: dict[str, str] = {
+    "GradualStyleEncoder": "GradualStyleEncoder",
+    "BackboneEncoderUsingLastLayerIntoW": "EncoderIntoW",
+    "BackboneEncoderUsingLastLayerIntoWPlus": "EncoderIntoWPlus",
+}
+
+# pSp's dataset_type -> kind of source
+SOURCE_KINDS: dict[str, str] = {
+    "ffhq_encode": "rgb",
+    "ffhq_frontalize": "rgb",
+    "toonify": "rgb",
+    "celebs_sketch_to_face": "sketch",
+    "celebs_seg_to_face": "labels",
+    "celebs_super_resolution": "lowres",
+}
+
+# what wrappers put in front of the keys: DistributedDataParallel, torch.compile
+WRAPPERS = ("module.", "_orig_mod.")
+
+
+def convert_wrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict without the prefixes that wrappers add to every key."""
+    result = dict(state)
+    for prefix in WRAPPERS:
+        if result and all(str(key).startswith(prefix) for key in result):
+            result = {key[len(prefix) :]: value for key, value in result.items()}
+    return result
+
+
+def select(state: Mapping[str, Any], prefix: str) -> State:
+    """The tensors whose key starts with `prefix`, without it."""
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)}
+
+
+def is_generator_state(state: Mapping[str, Any]) -> bool:
+    """Whether the keys are those of a StyleGAN2 generator in the published PyTorch layout."""
+    return {"input.input", "conv1.conv.weight", "to_rgb1.bias", "style.1.weight"} <= set(state)
+
+
+def infer_generator(state: State) -> dict[str, Any]:
+    """Constructor arguments of `Generator` from the shapes of its state dict (published layout).
+
+    Raises:
+        UserError: when the channels follow no `min(max_channels, 16384 * channel_multiplier // r)`.
+    """
+    n_blocks = len([k for k in state if re.fullmatch(r"to_rgbs\.\d+\.bias", k)])
+    widths = {4: state["conv1.conv.weight"].shape[1]}
+    for i in range(n_blocks):
+        widths[8 << i] = state[f"convs.{2 * i}.conv.weight"].shape[1]
+    largest = max(widths.values())
+    # where every layer has the largest width several multipliers fit; 2 is the published one
+    for multiplier in (2, 1, *range(3, 65)):
+        if all(width == min(largest, 16384 * multiplier // r) for r, width in widths.items()):
+            break
+    else:
+        table = ", ".join(f"{r}: {width}" for r, width in widths.items())
+        raise UserError(f"The generator's channels ({table}) follow no channel multiplier that this library knows.")
+    return {
+        "output_size": 4 << n_blocks,
+        "style_dim": int(state["style.1.weight"].shape[0]),
+        "n_mapping": len([k for k in state if re.fullmatch(r"style\.\d+\.weight", k)]),
+        "channel_multiplier": multiplier,
+        "max_channels": int(largest),
+        "image_channels": int(state["to_rgb1.bias"].shape[1]),
+        "z_dim": int(state["style.1.weight"].shape[1]),
+    }
+
+
+def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:
+    """Description ("class" and constructor arguments) of an encoder from the shapes of its state dict.
+
+    Args:
+        state: keys as in the released files, without `encoder.`.
+        encoder_type: pSp's name of the class; None tells it from the keys.
+
+    Raises:
+        UserError: for a class that this library does not have.
+    """
+    if encoder_type is None:
+        if "styles.0.linear.weight" in state:
+            encoder_type = "GradualStyleEncoder"
+        elif "output_layer_2.3.weight" in state:
+            encoder_type = "BackboneEncoderUsingLastLayerIntoWPlus"
+        else:
+            encoder_type = "BackboneEncoderUsingLastLayerIntoW"
+    if encoder_type not in ENCODER_NAMES:
+        raise UserError(f"Encoder type {encoder_type!r} is not supported; supported: {', '.join(ENCODER_NAMES)}.")
+
+    units = sorted(int(k.split(".")[1]) for k in state if re.fullmatch(r"body\.\d+\.res_layer\.3\.weight", k))
+    widths = [int(state[f"body.{i}.res_layer.3.weight"].shape[0]) for i in units]
+    blocks = tuple(widths.count(width) for width in sorted(set(widths)))
+    depth = next((d for d, b in BLOCKS.items() if b == blocks), None)
+    result: dict[str, Any] = {
+        "class": ENCODER_NAMES[encoder_type],
+        "in_channels": int(state["input_layer.0.weight"].shape[1]),
+        "input_size": 256,
+        "n_layers": depth or 50,
+        "mode": "ir_se" if "body.0.res_layer.5.fc1.weight" in state else "ir",
+        "blocks": None if depth else list(blocks),
+        "width": int(state["input_layer.0.weight"].shape[0]),
+    }
+    if encoder_type == "GradualStyleEncoder":
+        heads = [k for k in state if re.fullmatch(r"styles\.\d+\.linear\.weight", k)]
+        halvings = [k for k in state if re.fullmatch(r"styles\.0\.convs\.\d+\.weight", k)]
+        result |= {
+            "n_styles": len(heads),
+            "style_dim": int(state["styles.0.linear.weight"].shape[0]),
+            "input_size": 16 << len(halvings),
+        }
+    elif encoder_type == "BackboneEncoderUsingLastLayerIntoWPlus":
+        style_dim = int(state["linear.weight"].shape[1])
+        result |= {"style_dim": style_dim, "n_styles": int(state["linear.weight"].shape[0]) // style_dim}
+    else:
+        result["style_dim"] = int(state["linear.weight"].shape[0])
+    return result
+
+
+def convert_source(opts: Mapping[str, Any], in_channels: int, input_size: int) -> dict[str, Any]:
+    """What a released network takes as source, as the plain values of an `InputSpec`.
+
+    Args:
+        opts: the file's options; `dataset_type`, `label_nc` and `resize_factors` are read, each may be missing.
+        in_channels, input_size: of its encoder; the channels decide where `dataset_type` is missing or unknown.
+    """
+    kind = SOURCE_KINDS.get(str(opts.get("dataset_type")))
+    if kind is None:
+        kind = {3: "rgb", 1: "sketch"}.get(in_channels, "labels")
+    source: dict[str, Any] = {"kind": kind, "size": input_size}
+    if kind == "labels":
+        # the released segmentation weights were trained on label maps that were resized bilinearly
+        source |= {"n_classes": int(opts.get("label_nc") or in_channels), "interpolation": "legacy_bilinear"}
+    if kind == "lowres":
+        source["factors"] = _factors(opts.get("resize_factors"))
+    return source
+
+
+def _factors(value: Any) -> list[int]:
+    if value is None:
+        return []
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return [int(part) for part in parts]

@@ -1,0 +1,323 @@
+"""Reading and writing checkpoints: never runs code from a file, never loads half of one in silence."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.checkpoints import convert
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.errors import UserError
+
+RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
+NET = "net."  # prefix of the PSP in a training module's state dict
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_strict` did."""
+
+    what: str
+    loaded: int
+    missing: tuple[str, ...] = field(default=())
+    unexpected: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        text = f"{self.what}: {self.loaded} tensors loaded"
+        if self.missing:
+            text += f", {len(self.missing)} left as they were ({_first(self.missing)})"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} not used ({_first(self.unexpected)})"
+        return text
+
+
+def _first(names: Iterable[str], n: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file at `path`: the file itself, or a run folder's best, else last, checkpoint.
+
+    Raises:
+        UserError: when there is nothing, or a folder without a checkpoint.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        for name in RUN_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} is a folder without a checkpoint: looked for {', '.join(RUN_FILES[:2])}.")
+    if not path.exists():
+        raise UserError(f"Checkpoint {path} does not exist.")
+    if not path.is_file():
+        raise UserError(f"Checkpoint {path} is not a regular file.")
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dict in a checkpoint file, tensors on the CPU. Holds tensors and plain values only; no code runs.
+
+    Args:
+        path: a file, or a run folder (see `resolve`).
+
+    Raises:
+        UserError: for anything that is not a readable checkpoint; the message says what it is instead.
+    """
+    path = resolve(path)
+    _sniff(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # released files may keep their options in one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise UserError(
+                f"Checkpoint {path} asks to import {wanted[1]} while it is read. A checkpoint of tensors and plain "
+                "values does not; the file was refused and nothing in it was run."
+            ) from None
+        raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged.") from None
+    except OSError as error:
+        raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged ({reason[:200]}).") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")
+    return content
+
+
+def _sniff(path: Path) -> None:
+    """Names the common kinds of wrong files better than an unpickler's message can."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
+    if not head:
+        raise UserError(f"Checkpoint {path} is empty. Download or copy it again.")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise UserError(
+            f"{path} is an HTML page, not a checkpoint: the download gave a web page (a login, a quota or a "
+            "confirmation page). Download it again, for example with gdown or in a browser."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
+        raise UserError(f"{path} is a safetensors file; a checkpoint written by torch.save is needed.")
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError):
+            raise UserError(f"Checkpoint {path} is truncated or damaged. Download or copy it again.") from None
+        if not any(name.rsplit("/", 1)[-1] == "data.pkl" for name in names):
+            raise UserError(f"{path} is a zip archive, but not a PyTorch checkpoint (it has no data.pkl).")
+        if any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in names):
+            raise UserError(f"{path} is a TorchScript program, not a checkpoint of weights; it was not run.")
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    what: str = "",
+) -> LoadReport:
+    """Loads `state` into `module`; every difference that is not allowed by name is an error.
+
+    Args:
+        module: changed only when everything fits.
+        state: key to tensor.
+        allow_missing: shell patterns of keys that `state` may lack; they keep their values.
+        allow_unexpected: shell patterns of keys that `module` may lack; they are ignored.
+        what: name for messages; default: the module's class.
+
+    Raises:
+        UserError: listing the first missing, unexpected and mismatched keys.
+    """
+    what = what or type(module).__name__
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    wrong = [
+        f"{key} ({_shape(state[key])} instead of {_shape(tensor)})"
+        for key, tensor in own.items()
+        if key in state and _shape(state[key]) != _shape(tensor)
+    ]
+    bad_missing = [key for key in missing if not _matches(key, allow_missing)]
+    bad_unexpected = [key for key in unexpected if not _matches(key, allow_unexpected)]
+    problems = [
+        f"{len(keys)} {label}: {_first(keys)}"
+        for label, keys in (("missing", bad_missing), ("unexpected", bad_unexpected), ("of another shape", wrong))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"The weights do not fit {what} ({len(own)} tensors). " + "; ".join(problems) + ".")
+    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    return LoadReport(what, len(own) - len(missing), tuple(missing), tuple(unexpected))
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+@contextmanager
+def _understanding(path: Path):  # type: ignore[no-untyped-def]
+    """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced
+            yield
+    except UserError as error:
+        raise UserError(f"Checkpoint {path}: {error}") from None
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {error})."
+        ) from error
+
+
+def load_psp(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:
+    """A trained pSp network in eval mode.
+
+    Args:
+        path: a run folder (best checkpoint, else the last), a checkpoint of ours, or a released pSp `.pt`.
+        device: where the network goes.
+
+    Raises:
+        UserError: when `path` holds something else; the message says what.
+    """
+    path = resolve(path)
+    content = read(path)
+    with _understanding(path):
+        net = _ours(content) if "psp" in content else _released(content)
+    return net.eval().to(device)
+
+
+def _tensors(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
+    state = content.get(key, content)
+    if not isinstance(state, Mapping):
+        raise UserError(f"its {key!r} is a {type(state).__name__}, not a dict of tensors.")
+    return convert.convert_wrapped({str(k): v for k, v in state.items()})
+
+
+def _ours(content: Mapping[str, Any]) -> PSP:
+    net = PSP.from_description(content["psp"])
+    load_strict(net, convert.select(_tensors(content), NET), what="PSP")
+    return net
+
+
+def _options(content: Mapping[str, Any]) -> dict[str, Any]:
+    opts = content.get("opts", {})
+    opts = vars(opts) if isinstance(opts, argparse.Namespace) else opts
+    if not isinstance(opts, Mapping):
+        raise UserError(f"its 'opts' are a {type(opts).__name__}, not a dict.")
+    return dict(opts)
+
+
+def _released(content: Mapping[str, Any]) -> PSP:
+    state = _tensors(content)
+    encoder_state, decoder_state = convert.select(state, "encoder."), convert.select(state, "decoder.")
+    if not encoder_state or not convert.is_generator_state(decoder_state):
+        raise UserError(f"this is no pSp checkpoint. {_what_else(content, state)}")
+    opts = _options(content)
+    described = convert.infer_encoder(encoder_state, opts.get("encoder_type"))
+    average = content.get("latent_avg")
+    if average is not None and not isinstance(average, Tensor):
+        raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
+    start = bool(opts.get("start_from_latent_avg", average is not None))
+    if start and average is None:
+        raise UserError("it starts from the average latent but holds no 'latent_avg'.")
+    net = PSP.from_description(
+        {
+            "format": 1,
+            "encoder": described,
+            "generator": {"class": "Generator", **convert.infer_generator(decoder_state)},
+            "start_from_latent_avg": start,
+            "source": convert.convert_source(opts, described["in_channels"], described["input_size"]),
+        }
+    )
+    load_strict(net.encoder, encoder_state, what="the encoder")
+    load_strict(net.generator, decoder_state, allow_missing=["noises.*"], what="the decoder")
+    if average is not None:
+        net.latent_avg.copy_(average.reshape(-1, net.style_dim).expand_as(net.latent_avg))
+    return net
+
+
+def _what_else(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    if "g_ema" in content or convert.is_generator_state(state):
+        return "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
+    keys = _first(str(key) for key in state) or "none"
+    return f"It has no encoder.* and decoder.* tensors; its keys are: {keys}."
+
+
+def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | None]:
+    """A StyleGAN2 generator and its average latent, if the file has one.
+
+    Args:
+        path: a converted generator (`g_ema`, published PyTorch layout), or any checkpoint that `load_psp` reads.
+
+    Returns:
+        The generator in eval mode on the CPU, size and widths read off the tensors, and latent_avg (style_dim,) or
+        (n_styles, style_dim), or None.
+
+    Raises:
+        UserError: when `path` holds no generator.
+    """
+    path = resolve(path)
+    content = read(path)
+    with _understanding(path):
+        if "psp" in content:
+            state = convert.select(_tensors(content), NET)
+            generator_state, average = convert.select(state, "generator."), state.get("latent_avg")
+        else:
+            state = _tensors(content, "g_ema" if "g_ema" in content else "state_dict")
+            decoder = convert.select(state, "decoder.")
+            generator_state, average = decoder or convert.select(state, ""), content.get("latent_avg")
+        if not convert.is_generator_state(generator_state):
+            raise UserError(f"this holds no StyleGAN2 generator; its keys are: {_first(map(str, state)) or 'none'}.")
+        generator = Generator(**convert.infer_generator(generator_state))
+        # noise maps are missing in early converted files
+        load_strict(generator, generator_state, allow_missing=["noises.*"], what="the generator")
+    if average is not None and (not isinstance(average, Tensor) or average.shape[-1:] != (generator.style_dim,)):
+        raise UserError(f"Checkpoint {path}: its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")
+    return generator.eval(), average
+
+
+def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` through a temporary file in the same folder, so that `path` holds a whole file or none.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written; nothing new stays behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

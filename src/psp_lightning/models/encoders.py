@@ -1,0 +1,224 @@
+"""Encoders from an image to StyleGAN's W or W+ space.
+
+Source: Richardson et al., pSp (arXiv:2008.00951), section 3 (gradual style encoder, map2style) and section 4.1 (the
+encoders into W and W+ that it is compared with). Codes are checked against the reference, commit 5cfff38; the state
+dicts have the keys of the released files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psp_lightning.models.equalised import EqualisedLinear
+from psp_lightning.models.irse import IRSEBody
+from psp_lightning.models.registry import register_encoder
+from psp_lightning.utils.errors import UserError
+
+COARSE, MIDDLE = 3, 7  # styles 0-2 come from the 1/16 map, 3-6 from the 1/8 map, the others from the 1/4 map
+
+
+class _Encoder(IRSEBody):
+    """What the encoders share: the backbone, `config`, and the check of the input."""
+
+    def __init__(
+        self,
+        style_dim: int,
+        in_channels: int,
+        input_size: int,
+        n_layers: int,
+        mode: str,
+        blocks: Sequence[int] | None,
+        width: int,
+    ) -> None:
+        for name, value in (("style_dim", style_dim), ("in_channels", in_channels), ("width", width)):
+            if value < 1:
+                raise UserError(f"{type(self).__name__} {name}={value}: it must be 1 or more.")
+        super().__init__(in_channels, n_layers, mode, blocks, width)
+        self.style_dim, self.input_size = style_dim, input_size
+        self.config: dict[str, Any] = {
+            "style_dim": style_dim,
+            "in_channels": in_channels,
+            "input_size": input_size,
+            "n_layers": n_layers,
+            "mode": mode,
+            "blocks": None if blocks is None else [int(b) for b in blocks],
+            "width": width,
+        }
+
+    def _check(self, x: Tensor) -> None:
+        name, side = type(self).__name__, self.input_size
+        if x.ndim != 4:
+            raise UserError(f"{name} takes a batch (B, {self.in_channels}, {side}, {side}), got {tuple(x.shape)}.")
+        if x.shape[1] != self.in_channels:
+            raise UserError(
+                f"{name} was built for sources of {self.in_channels} channels, got {x.shape[1]}. "
+                "Give the kind of source that it was trained for, or set in_channels."
+            )
+        if tuple(x.shape[2:]) != (side, side):
+            raise UserError(
+                f"{name} was built for {side}x{side} sources, got {x.shape[2]}x{x.shape[3]}. "
+                f"Resize to {side}, or set input_size."
+            )
+
+
+def _check_size(name: str, input_size: int, smallest: int) -> None:
+    if input_size < smallest or input_size & (input_size - 1):
+        sizes = ", ".join(str(smallest << i) for i in range(5))
+        raise UserError(f"{name} input_size={input_size}: it must be a power of two ({sizes}, ...); published is 256.")
+
+
+def _check_styles(name: str, n_styles: int) -> None:
+    if n_styles < 1:
+        raise UserError(f"{name} n_styles={n_styles}: it must be 1 or more (2 * log2(output size) - 2).")
+
+
+class MapToStyle(nn.Module):
+    """Feature map to one style: strided convolutions down to 1x1, then a linear layer.
+
+    Source: pSp (arXiv:2008.00951), figure 2, "map2style".
+    """
+
+    def __init__(self, in_channels: int, style_dim: int, side: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(side.bit_length() - 1):
+            layers += [nn.Conv2d(in_channels, style_dim, 3, 2, 1), nn.LeakyReLU(0.01)]
+            in_channels = style_dim
+        self.convs = nn.Sequential(*layers)
+        self.linear = EqualisedLinear(style_dim, style_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.convs(x).flatten(1))  # (B, style_dim)
+
+
+@register_encoder
+class GradualStyleEncoder(_Encoder):
+    """pSp's encoder: a feature pyramid over three stages, one map2style head for each style.
+
+    Args:
+        n_styles: styles to give, `2 * log2(output_size) - 2` of the generator.
+        style_dim: length of a style.
+        in_channels: channels of the source.
+        input_size: side of the source, a power of two from 32.
+        n_layers, mode, blocks, width: the backbone, see `IRSEBody`.
+
+    Raises:
+        UserError: for a size or a backbone that cannot be built.
+    """
+
+    def __init__(
+        self,
+        n_styles: int,
+        style_dim: int = 512,
+        in_channels: int = 3,
+        input_size: int = 256,
+        n_layers: int = 50,
+        mode: str = "ir_se",
+        blocks: Sequence[int] | None = None,
+        width: int = 64,
+    ) -> None:
+        _check_size("GradualStyleEncoder", input_size, 32)
+        _check_styles("GradualStyleEncoder", n_styles)
+        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
+        self.config = {"n_styles": n_styles, **self.config}
+        self.n_styles = n_styles
+        deep = self.widths[3]
+        sides = [input_size // (16 if i < COARSE else 8 if i < MIDDLE else 4) for i in range(n_styles)]
+        self.styles = nn.ModuleList(MapToStyle(deep, style_dim, side) for side in sides)
+        self.latlayer1 = nn.Conv2d(self.widths[2], deep, 1)
+        self.latlayer2 = nn.Conv2d(self.widths[1], deep, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, in_channels, input_size, input_size) float; RGB in [-1, 1], sketches and one-hot maps in [0, 1].
+
+        Returns:
+            (B, n_styles, style_dim), relative to the average latent.
+
+        Raises:
+            UserError: when the input has another shape.
+        """
+        self._check(x)
+        _, c1, c2, c3 = self.features(x)  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
+        p2 = self._add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
+        p1 = self._add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
+        codes = [
+            head(c3 if i < COARSE else p2 if i < MIDDLE else p1)  # (B, style_dim)
+            for i, head in enumerate(self.styles)
+        ]
+        return torch.stack(codes, 1)
+
+    @staticmethod
+    def _add(coarse: Tensor, fine: Tensor) -> Tensor:
+        return F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=True) + fine
+
+
+@register_encoder
+class EncoderIntoW(_Encoder):
+    """One w for the whole image, from the average of the last feature map.
+
+    Arguments as of `GradualStyleEncoder`; `input_size` from 16.
+    """
+
+    def __init__(
+        self,
+        style_dim: int = 512,
+        in_channels: int = 3,
+        input_size: int = 256,
+        n_layers: int = 50,
+        mode: str = "ir_se",
+        blocks: Sequence[int] | None = None,
+        width: int = 64,
+    ) -> None:
+        _check_size("EncoderIntoW", input_size, 16)
+        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
+        self.linear = EqualisedLinear(self.widths[3], style_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, input_size, input_size) to (B, style_dim); errors as of `GradualStyleEncoder`."""
+        self._check(x)
+        x = self.body(self.input_layer(x))  # (B, 512, 16, 16)
+        return self.linear(x.mean((2, 3)))  # (B, style_dim)
+
+
+@register_encoder
+class EncoderIntoWPlus(_Encoder):
+    """All styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
+
+    Arguments as of `GradualStyleEncoder`; `input_size` from 16.
+    """
+
+    def __init__(
+        self,
+        n_styles: int,
+        style_dim: int = 512,
+        in_channels: int = 3,
+        input_size: int = 256,
+        n_layers: int = 50,
+        mode: str = "ir_se",
+        blocks: Sequence[int] | None = None,
+        width: int = 64,
+    ) -> None:
+        _check_size("EncoderIntoWPlus", input_size, 16)
+        _check_styles("EncoderIntoWPlus", n_styles)
+        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
+        self.config = {"n_styles": n_styles, **self.config}
+        self.n_styles = n_styles
+        deep = self.widths[3]
+        self.output_layer_2 = nn.Sequential(
+            nn.BatchNorm2d(deep), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(deep * 49, style_dim)
+        )
+        self.linear = EqualisedLinear(style_dim, style_dim * n_styles)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, input_size, input_size) to (B, n_styles, style_dim); errors as of `GradualStyleEncoder`."""
+        self._check(x)
+        x = self.body(self.input_layer(x))  # (B, 512, 16, 16)
+        x = self.output_layer_2(x)  # (B, style_dim)
+        return self.linear(x).unflatten(1, (self.n_styles, self.style_dim))
