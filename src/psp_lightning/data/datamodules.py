@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
@@ -13,6 +15,8 @@ from torch.utils.data import DataLoader
 from psp_lightning.data.datasets import TaskDataset
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
 from psp_lightning.data.loader import EpochSampler, ResumableDataLoader
+from psp_lightning.data.masks import draw_mask
+from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import Store, View
 from psp_lightning.utils.errors import UserError
@@ -31,7 +35,8 @@ class TaskDataModule(pl.LightningDataModule):
         val_batch_size: the same in validation; None: `batch_size`.
         num_workers: processes that load; 0: the main one. The batches are the same.
         seed: of the order and of all augmentation.
-        flip: probability of mirroring in training; None: the task's own.
+        flip: probability of mirroring in training; None or True: the task's own (0.5 for inversion, frontalization
+            and toonify, 0 for the others, as in the reference); False: never.
         spec: what the source is (subclasses make it from their own arguments).
     """
 
@@ -48,7 +53,7 @@ class TaskDataModule(pl.LightningDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
-        flip: float | None = None,
+        flip: float | bool | None = None,
         spec: InputSpec | None = None,
     ) -> None:
         super().__init__()
@@ -57,7 +62,7 @@ class TaskDataModule(pl.LightningDataModule):
         self.spec = spec or InputSpec("rgb", input_size)
         self.target_size, self.seed, self.num_workers = target_size, seed, num_workers
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.flip = self.default_flip if flip is None else flip
+        self.flip = self.default_flip if flip is None or flip is True else float(flip)
         self._stores: dict[str, StoreLike] = {"train": train, "val": val}
         self._datasets: dict[str, TaskDataset] = {}
 
@@ -65,6 +70,11 @@ class TaskDataModule(pl.LightningDataModule):
     def in_channels(self) -> int:
         """Channels of the source."""
         return self.spec.channels
+
+    @property
+    def source_is_target(self) -> bool:
+        """Whether `source` and `target` of a batch are always equal."""
+        return self.view == View("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, so that what is wrong with them is said before training starts."""
@@ -85,8 +95,13 @@ class TaskDataModule(pl.LightningDataModule):
                 flip=self.flip,
                 independent_flip=self.view.target == "frontal" and not store.paired,
                 train=split == "train",
+                masks=self._masks(store),
             )
         return self._datasets[split]
+
+    def _masks(self, store: Store) -> dict[str, Path] | None:
+        """Mask files by the stem of the target they belong to."""
+        return None
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -195,7 +210,10 @@ class InpaintingDataModule(TaskDataModule):
     """Images with a hole (RGB, then the hole) to the whole images.
 
     Args:
-        mask: how holes are drawn, see `psp_lightning.data.masks.draw_mask`: `{kind: box|brush|half|random|file, ...}`.
+        mask: `box`, `brush`, `half`, `random` or `file`; or with options, `{kind: box, low: 0.2, high: 0.4}`, see
+            `psp_lightning.data.masks.draw_mask`.
+        mask_dir: for `file`: folder of masks, bright is missing.
+        mask_paired: masks belong to the targets of the same stem; False: any of them is drawn for each sample.
     """
 
     view = View("inpainting")
@@ -205,11 +223,37 @@ class InpaintingDataModule(TaskDataModule):
         train: StoreLike,
         val: StoreLike,
         input_size: int = 256,
-        mask: Mapping[str, Any] | None = None,
+        mask: str | Mapping[str, Any] = "random",
+        mask_dir: str | os.PathLike[str] | None = None,
+        mask_paired: bool = True,
         **options: Any,
     ) -> None:
-        spec = InputSpec("masked", input_size, mask=dict(mask) if mask else {"kind": "random"})
-        super().__init__(train, val, spec=spec, **options)
+        drawn = {"kind": mask} if isinstance(mask, str) else dict(mask)
+        self.mask_dir = drawn.pop("folder", mask_dir)
+        self.mask_paired = mask_paired and drawn.get("kind") == "file"
+        if drawn.get("kind") == "file":
+            if self.mask_dir is None:
+                raise UserError("mask=file needs mask_dir=DIR, a folder of masks (bright is missing).")
+            # what prediction does without masks of its own: paired files say nothing about other pictures
+            drawn = {"kind": "random"} if self.mask_paired else {"kind": "file", "folder": os.fspath(self.mask_dir)}
+        draw_mask(input_size, np.random.default_rng(0), **drawn)  # a wrong option is said now, not in a worker
+        super().__init__(train, val, spec=InputSpec("masked", input_size, mask=drawn), **options)
+
+    def _masks(self, store: Store) -> dict[str, Path] | None:
+        if not self.mask_paired or self.mask_dir is None:
+            return None
+        masks: dict[str, Path] = {}
+        for path in list_images(self.mask_dir, "mask folder"):
+            if path.stem in masks:
+                raise UserError(f"Two masks have the stem {path.stem}: {masks[path.stem]} and {path}; remove one.")
+            masks[path.stem] = path
+        lacking = [path for path in store.paths() if Path(path).stem not in masks]
+        if lacking:
+            raise UserError(
+                f"{len(lacking)} images have no mask of the same stem in {self.mask_dir}, the first: "
+                f"{', '.join(lacking[:3])}. Add them, or set mask_paired=false to draw any mask for any image."
+            )
+        return masks
 
 
 class ToonifyDataModule(TaskDataModule):

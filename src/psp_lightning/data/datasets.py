@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         independent_flip: source and target are mirrored independently (frontalization on folders, as in the
             reference), else together.
         train: false: no flips, and every epoch is epoch 0, so that validation always sees the same.
+        masks: inpainting: mask file by stem of the target; None: holes are drawn.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
         flip: float = 0.0,
         independent_flip: bool = False,
         train: bool = True,
+        masks: dict[str, Path] | None = None,
     ) -> None:
         self.store, self.spec, self.target_size, self.seed = store, spec, target_size, seed
         self.flip, self.independent_flip, self.train = flip, independent_flip, train
+        self.masks = masks
         self.mirrored_channels: list[int] | None = None
         if spec.kind == "labels":
             label_map = transforms.spec_label_map(spec)
@@ -59,7 +63,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if raw.source is None:
             image = transforms.open_image(raw.target)  # decoded once for both
             image.filename = raw.path  # type: ignore[attr-defined]  # so that messages can name it
-            source = transforms.load_source(image, self.spec, rng=rng)
+            mask = self.masks[Path(raw.path).stem] if self.masks is not None else None
+            source = transforms.load_source(image, self.spec, rng=rng, mask=mask)
             same = self.spec.kind == "rgb" and self.spec.size == self.target_size
             target = source if same else transforms.load_target(image, self.target_size)
         else:

@@ -69,6 +69,10 @@ class Store(ABC):
     @abstractmethod
     def load(self, index: int) -> RawSample: ...
 
+    @abstractmethod
+    def paths(self) -> list[str]:
+        """`RawSample.path` of every sample."""
+
 
 class FolderStore(Store):
     """Images in folders.
@@ -139,6 +143,9 @@ class FolderStore(Store):
         source, target = self._files[index]
         return RawSample(source, target, str(target))
 
+    def paths(self) -> list[str]:
+        return [str(target) for _, target in self._files]
+
 
 class ToyFacesStore(Store):
     """Faces drawn on the fly; has everything that every task asks for.
@@ -174,4 +181,10 @@ class ToyFacesStore(Store):
             source = Image.fromarray(drawing.image)
         if view.target != "image":
             drawing = faces.draw(index, frontal=view.target == "frontal", toon=view.target == "toon")
-        return RawSample(source, Image.fromarray(drawing.image), f"toyfaces/seed{faces.seed}/{index:06d}")
+        return RawSample(source, Image.fromarray(drawing.image), self._path(index))
+
+    def paths(self) -> list[str]:
+        return [self._path(index) for index in range(len(self))]
+
+    def _path(self, index: int) -> str:
+        return f"toyfaces/seed{self.faces.seed}/{index:06d}"

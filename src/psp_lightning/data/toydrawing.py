@@ -10,91 +10,36 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
+from psp_lightning.data.toycanvas import (
+    BLACK,
+    CLOTH,
+    DEPTH,
+    EARRING,
+    L_BROW,
+    L_EAR,
+    L_EYE,
+    L_LIP,
+    MOUTH,
+    NECK,
+    NECKLACE,
+    NOSE,
+    R_BROW,
+    R_EAR,
+    R_EYE,
+    SKIN,
+    SUPER,
+    U_LIP,
+    WHITE,
+    Canvas,
+    S,
+    T,
+    head,
+    power,
+)
 from psp_lightning.data.toyperson import Color, Person, Scene, mix
-
-SUPER = 3  # odd, so that the centre of a pixel is the centre of one sub-pixel
-T = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-S = np.linspace(-1, 1, 13)
-DEPTH = 0.21  # of the face's front above the plane of its outline
-
-BACKGROUND, SKIN, NOSE, GLASSES, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR = range(10)
-MOUTH, U_LIP, L_LIP, HAIR, HAT, EARRING, NECKLACE, NECK, CLOTH = range(10, 19)
-BLACK: Color = (26.0, 20.0, 22.0)
-WHITE: Color = (250.0, 248.0, 244.0)
-
-
-class Canvas:
-    """Materials (colour, label, line group, how much light and blush show on them) and the polygons of them."""
-
-    def __init__(self, person: Person, scene: Scene, size: int) -> None:
-        self.size = size
-        self.image = Image.new("L", (size * SUPER, size * SUPER))
-        self.pen = ImageDraw.Draw(self.image)
-        self.colors: list[Color] = [(0.0, 0.0, 0.0)]
-        self.labels, self.groups, self.shade, self.flush = [BACKGROUND], [0], [0.0], [0.0]
-        self.known: dict[tuple[object, ...], int] = {}
-        self.person, self.scene = person, scene
-        self.cos_yaw, self.sin_yaw = np.cos(scene.yaw), np.sin(scene.yaw)
-        self.cos_pitch, self.sin_pitch = np.cos(scene.pitch), np.sin(scene.pitch)
-        self.cos_roll, self.sin_roll = np.cos(scene.roll), np.sin(scene.roll)
-        self.center = (0.5 + scene.dx, 0.53 + scene.dy)
-
-    def material(self, color: Color, label: int, group: int, shade: float = 1.0, flush: float = 0.0) -> int:
-        key = (color, label, group, shade, flush)
-        if key not in self.known:
-            self.known[key] = len(self.colors)
-            self.colors.append(color)
-            self.labels.append(label)
-            self.groups.append(group)
-            self.shade.append(shade)
-            self.flush.append(flush)
-        return self.known[key]
-
-    def depth(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """How far the face comes forward at (x, y)."""
-        u, v = x / (self.person.width * 1.08), y / 0.38
-        return DEPTH * np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
-
-    def feature(self, x: np.ndarray, y: np.ndarray, out: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """A point on the face, `out` above it, turned with the head."""
-        z = self.depth(x, y) + out
-        turned = x * self.cos_yaw + z * self.sin_yaw
-        depth = z * self.cos_yaw - x * self.sin_yaw
-        return turned, y * self.cos_pitch + depth * self.sin_pitch
-
-    def outline(self, x: np.ndarray, y: np.ndarray, z: float | np.ndarray = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """A point of a silhouette: the head is about as deep as wide, so turning only shifts what is off the axis."""
-        return x + z * self.sin_yaw, y + z * self.sin_pitch
-
-    def pixels(self, x: np.ndarray, y: np.ndarray, body: bool = False) -> list[float]:
-        cos, sin = (1.0, 0.0) if body else (self.cos_roll, self.sin_roll)
-        k = self.size * SUPER
-        points = np.empty((len(x), 2))
-        points[:, 0] = (self.center[0] + self.scene.scale * (x * cos - y * sin)) * k - 0.5
-        points[:, 1] = (self.center[1] + self.scene.scale * (x * sin + y * cos)) * k - 0.5
-        return points.ravel().tolist()
-
-    def fill(self, xy: tuple[np.ndarray, np.ndarray], material: int, body: bool = False) -> None:
-        self.pen.polygon(self.pixels(*xy, body=body), fill=material)
-
-    def stroke(self, xy: tuple[np.ndarray, np.ndarray], width: float, material: int, body: bool = False) -> None:
-        width_px = max(1, round(width * self.size * SUPER * self.scene.scale))
-        self.pen.line(self.pixels(*xy, body=body), fill=material, width=width_px, joint="curve")
-
-
-def _power(t: np.ndarray, exponent: float) -> np.ndarray:
-    return np.sign(t) * np.abs(t) ** exponent
-
-
-def _head(p: Person, grow: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Outline of the head as x, y, z, clockwise from the right ear."""
-    cos, sin = np.cos(T), np.sin(T)
-    low = np.maximum(sin, 0)
-    x = (p.width + grow) * _power(cos, p.square) * (1 - p.jaw * low**1.7)
-    y = np.where(sin > 0, p.chin + grow, p.top + grow) * sin
-    return x, y, 0.1 * low**2
+from psp_lightning.data.toywear import back_hair, front_hair, glasses, hat
 
 
 def _body(c: Canvas) -> None:
@@ -161,50 +106,16 @@ def _ears(c: Canvas) -> None:
             )
 
 
-def _bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> tuple[np.ndarray, np.ndarray]:
-    """Push an outline in and out `waves` times."""
-    t = np.linspace(0, 2 * np.pi, len(x), endpoint=False)
-    k = 1 + amount * np.abs(np.sin(0.5 * waves * t))
-    return x * k, y * k
-
-
-def _back_hair(c: Canvas) -> None:
-    """Hair behind the neck and shoulders."""
-    p = c.person
-    dark = c.material(mix(p.hair, (0, 0, 0), 0.28), HAIR, 9, 0.5)
-    t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
-    w, top = p.width + p.volume, p.top + p.volume
-    cos, sin = np.cos(t), np.sin(t)
-    if p.style in ("bob", "fringe", "long", "wavy"):
-        length = {"bob": 0.2 + 0.1 * p.length, "fringe": 0.22 + 0.3 * p.length}.get(p.style, 0.42 + 0.2 * p.length)
-        flare = 1 + (0.14 + 0.1 * p.length) * np.maximum(sin, 0)
-        x, y = (w + 0.012) * _power(cos, 0.7) * flare, np.where(sin > 0, length * _power(sin, 0.6), (top - 0.01) * sin)
-        if p.style == "wavy":
-            x = x + 0.018 * np.sin(y * 42) * (np.abs(cos) > 0.2)
-        c.fill(c.outline(x, y, -0.1), dark)
-    elif p.style == "afro":
-        radius = 1.28 + 0.25 * p.length
-        x, y = _bumps(p.width * radius * cos, -0.1 + p.top * radius * 0.86 * sin, 0.05, 34)
-        c.fill(c.outline(x, y, -0.08), dark)
-    elif p.style == "curly":
-        x, y = _bumps((w + 0.03) * cos, -0.08 + (top - 0.06) * sin, 0.07, 22)
-        c.fill(c.outline(x, y, -0.06), dark)
-    if p.style == "bun":
-        x, y = 0.1 * cos, -top - 0.03 + 0.085 * sin
-        c.fill(c.outline(x, y, -0.1), c.material(p.hair, HAIR, 10, 0.7))
-        c.stroke(c.outline(0.07 * S, -top + 0.025 - 0.02 * S * S, -0.1), 0.01, dark)
-
-
 def _face(c: Canvas) -> None:
     p = c.person
-    x, y, z = _head(p)
+    x, y, z = head(p)
     skin = c.material(p.skin, SKIN, 11, 1.0, 1.0)
     c.fill(c.outline(x, y, z), skin)
     if p.beard in ("full", "stubble", "goatee"):
         color = mix(p.skin, p.hair, {"full": 0.82, "stubble": 0.28, "goatee": 0.75}[p.beard])
         beard = c.material(color, SKIN, 11 if p.beard == "stubble" else 12, 0.8)
         if p.beard == "goatee":
-            c.fill(c.feature(0.085 * _power(np.cos(T), 0.8), p.mouth_y + 0.055 + 0.095 * np.sin(T)), beard)
+            c.fill(c.feature(0.085 * power(np.cos(T), 0.8), p.mouth_y + 0.055 + 0.095 * np.sin(T)), beard)
         else:
             low = np.linspace(0.03 * np.pi, 0.97 * np.pi, 24)
             outer = np.interp(low, T, x), np.interp(low, T, y), np.interp(low, T, z)
@@ -327,158 +238,6 @@ def _eyes(c: Canvas, grow: float) -> None:
         )
 
 
-def _lens(p: Person, side: int) -> tuple[np.ndarray, np.ndarray]:
-    k = 2 / p.glasses_round
-    return (
-        side * (p.eye_x + 0.004) + p.glasses_w * _power(np.cos(T), k),
-        p.eye_y + 0.012 + p.glasses_h * _power(np.sin(T), k),
-    )
-
-
-def _glasses(c: Canvas, before_eyes: bool) -> None:
-    """Clear lenses lie under the eyes, so that the eyes keep their label; dark lenses and the frame on top."""
-    p = c.person
-    if p.glasses == "none":
-        return
-    if before_eyes:
-        if p.glasses == "clear":
-            for side in (-1, 1):
-                c.fill(
-                    c.feature(*_lens(p, side), 0.02), c.material(mix(p.skin, (226, 240, 255), 0.3), GLASSES, 22, 0.8)
-                )
-        return
-    frame = c.material(p.frame, GLASSES, 23, 0.3)
-    for side in (-1, 1):
-        x, y = c.feature(*_lens(p, side), 0.03)
-        if p.glasses == "sun":
-            c.fill((x, y), c.material(mix(p.frame, (24, 26, 34), 0.8), GLASSES, 22, 0.2))
-            glare = c.material((120, 132, 150), GLASSES, 22, 0.2)
-            gx = side * p.eye_x + p.glasses_w * np.array([-0.55, -0.25, -0.5, -0.75])
-            c.fill(c.feature(gx, p.eye_y + p.glasses_h * np.array([-0.45, -0.45, 0.4, 0.3]), 0.03), glare)
-        c.stroke((np.append(x, x[:2]), np.append(y, y[:2])), p.frame_thick, frame)
-        ex, ey = c.outline(np.array([side * p.width]), np.array([p.eye_y + 0.005]))
-        outer = int(np.argmax(side * x))
-        if side * (ex[0] - x[outer]) > 0:
-            c.stroke(
-                (np.array([x[outer], ex[0]]), np.array([y[outer] - 0.4 * p.glasses_h, ey[0]])), p.frame_thick, frame
-            )
-    inner = p.eye_x + 0.004 - p.glasses_w
-    c.stroke(
-        c.feature(np.linspace(-inner, inner, 5) * 1.1, p.eye_y - 0.01 - 0.008 * np.array([0, 1, 1.3, 1, 0.0]), 0.045),
-        p.frame_thick,
-        frame,
-    )
-
-
-def _hairline(p: Person, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower edge of the front hair from the left to the right temple, s in [-1, 1]: x, y on the face."""
-    y = p.hairline + 0.09 * s**2
-    side = p.side * s
-    if p.style in ("part", "bob", "long", "wavy", "bun"):
-        part = 0.35
-        away = np.abs(side - part)
-        y = p.hairline - 0.045 + 0.2 * np.where(side < part, (away / 1.35) ** 1.25, (away / 0.65) ** 1.7 * 0.8)
-    elif p.style == "fringe":
-        y = -0.128 + 0.03 * s**2 + 0.014 * np.abs(np.sin(6.5 * s + 1.0)) - 0.012
-    elif p.style == "quiff":
-        y = p.hairline - 0.01 + 0.11 * s**4 + 0.012 * side
-    elif p.style in ("curly", "afro"):
-        y = p.hairline + 0.1 * s**4 + 0.016 * np.abs(np.sin(9 * s))
-    elif p.style == "receding":
-        y = p.hairline - 0.055 - 0.05 * np.exp(-((np.abs(s) - 0.55) ** 2) / 0.04) + 0.17 * s**6
-    return s * p.width * 0.93, y
-
-
-def _front_hair(c: Canvas) -> None:
-    p = c.person
-    if p.style == "bald":
-        return
-    hair = c.material(p.hair, HAIR, 10, 0.7)
-    thick = {"buzz": 0.012, "receding": 0.012, "quiff": 0.05, "part": 0.045}.get(p.style, p.volume)
-    burn = {"buzz": -0.03, "receding": 0.0, "part": 0.02, "quiff": -0.01, "bun": -0.02, "curly": 0.0, "afro": 0.02}.get(
-        p.style, 0.12
-    )
-    t = np.linspace(0, np.pi, 60)
-    w, top = p.width + 0.55 * thick, p.top + thick
-    ox, oy = -w * _power(np.cos(t), 0.92), -top * np.sin(t)
-    oy = oy + burn * np.abs(np.cos(t)) ** 6
-    if p.style in ("curly", "afro"):
-        ox, oy = _bumps(ox, oy, 0.07, 30)
-    if p.style == "quiff":
-        lift = np.exp(-((ox / p.width - 0.25 * p.side) ** 2) / 0.25) * (oy < -0.2)
-        oy = oy - (0.03 + 0.05 * p.length) * lift * (1 + 0.25 * np.sin(ox * 70))
-    if p.style == "part":
-        oy = oy - 0.02 * np.exp(-((ox / p.width + 0.3 * p.side) ** 2) / 0.2) * (oy < -0.2)
-    s = np.linspace(1, -1, 41)
-    hx, hy = _hairline(p, s)
-    fx, fy = c.feature(hx, hy, 0.01)
-    # the temples: from the hairline's end down beside the cheek, inside of the outline
-    ends = p.width * 0.9
-    rx, ry = c.outline(np.array([w, ends]), np.array([burn, burn]))
-    lx, ly = c.outline(np.array([-ends, -w]), np.array([burn, burn]))
-    sx, sy = c.outline(ox, oy)
-    c.fill((np.concatenate([sx, rx, fx, lx]), np.concatenate([sy, ry, fy, ly])), hair)
-    if p.style in ("buzz", "receding"):
-        return
-    light = c.material(mix(p.hair, (255, 236, 200), 0.2), HAIR, 24, 0.7)
-    deep = c.material(mix(p.hair, (0, 0, 0), 0.25), HAIR, 25, 0.7)
-    part = 0.35 * p.side
-    for k, start in enumerate(np.linspace(-0.86, 0.86, 9)):
-        if p.style in ("curly", "afro"):
-            cx, cy = start * p.width, -p.top * np.sqrt(max(0.0, 1 - start * start)) * 0.86 - 0.03
-            arc = np.linspace(0.3, 3.6, 9) + k
-            c.stroke(
-                c.outline(cx + 0.028 * np.cos(arc), cy + 0.024 * np.sin(arc), 0.08), 0.008, light if k % 2 else deep
-            )
-            continue
-        v = np.linspace(0.1, 0.92, 9)
-        ex, ey = _hairline(p, np.array([start]))
-        root = part if p.style != "fringe" else 0.15 * start
-        bx = (root + (start - root) * v**0.7) * p.width * 0.95
-        by = -(p.top + 0.6 * thick) + (ey[0] + p.top + 0.6 * thick) * v**1.5
-        c.stroke(c.feature(bx, by, 0.01), 0.009 if k % 2 else 0.006, light if k % 3 else deep)
-    if p.style in ("long", "wavy", "bob", "fringe"):
-        length = {"bob": 0.18 + 0.1 * p.length, "fringe": 0.2 + 0.28 * p.length}.get(p.style, 0.36 + 0.14 * p.length)
-        v = np.linspace(0, 1, 24)
-        wave = 0.016 * np.sin(v * 15) if p.style == "wavy" else 0 * v
-        for side in (-1, 1):
-            inner = p.width * (0.93 + 0.03 * np.sin(v * 3)) + wave * 0.6
-            y0, y1 = -0.17, length
-            y = y0 + v * (y1 - y0)
-            # above the ears it stays inside the cap of hair
-            outer = (w + 0.008 * (y > 0)) * (1 - np.minimum(y / top, 0) ** 2) ** 0.46 * (
-                1 + 0.12 * np.maximum(y, 0)
-            ) + wave
-            inner = np.minimum(inner, outer)
-            lock = np.concatenate([inner, outer[::-1]]), np.concatenate([y, (y - 0.02 * v)[::-1]])
-            c.fill(c.outline(side * lock[0], lock[1], 0.03), hair)
-            c.stroke(c.outline(side * (0.45 * inner + 0.55 * outer)[2:], y[2:], 0.03), 0.007, light)
-
-
-def _hat(c: Canvas) -> None:
-    p = c.person
-    if p.hat == "none" or p.style in ("afro", "bun"):
-        return
-    color = c.material(p.hat_color, HAT, 26, 0.8)
-    band = c.material(mix(p.hat_color, (20, 20, 30), 0.3), HAT, 27, 0.8)
-    t = np.linspace(0, np.pi, 40)
-    w, top = p.width + p.volume * 0.6 + 0.012, p.top + p.volume + 0.03
-    rim = -0.165
-    x, y = -w * _power(np.cos(t), 0.75), rim - 0.02 - (top + rim) * np.sin(t)
-    s = np.linspace(1, -1, 25)
-    bx, by = c.feature(s * w * 0.98, rim + 0.015 - 0.03 * (1 - s**2), 0.03)
-    ends = c.outline(x, y)
-    c.fill((np.concatenate([ends[0], bx]), np.concatenate([ends[1], by])), color)
-    ux, uy = c.feature(s * w * 0.98, rim - 0.055 - 0.03 * (1 - s**2), 0.03)
-    if p.hat == "beanie":
-        bx[[0, -1]], ux[[0, -1]] = [w, -w], [w, -w]
-        c.fill((np.concatenate([ux, bx[::-1]]), np.concatenate([uy, by[::-1]])), band)
-        c.fill(c.outline(0.05 * np.cos(T), -top - 0.02 + 0.045 * np.sin(T)), band)
-    else:
-        vx, vy = c.feature(s * w * 0.86, rim + 0.05 - 0.04 * (1 - s**2), 0.13)
-        c.fill((np.concatenate([bx[2:-2], vx[::-1]]), np.concatenate([by[2:-2] - 0.03, vy[::-1]])), band)
-
-
 @functools.lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     """x and y of the pixel centres as fractions of the picture, float32 (size, size)."""
@@ -545,7 +304,7 @@ def _lines(groups: np.ndarray, width: int) -> np.ndarray:
     return np.asarray(image.filter(ImageFilter.MaxFilter(extra)) if extra >= 3 else image)
 
 
-LAYERS: tuple[Callable[[Canvas], None], ...] = (_back_hair, _body, _ears, _face)
+LAYERS: tuple[Callable[[Canvas], None], ...] = (back_hair, _body, _ears, _face)
 
 
 def paint(person: Person, scene: Scene, size: int, toon: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -560,15 +319,15 @@ def paint(person: Person, scene: Scene, size: int, toon: bool = False) -> tuple[
         layer(c)
     _nose(c)
     _mouth(c)
-    _glasses(c, before_eyes=True)
+    glasses(c, before_eyes=True)
     _eyes(c, 1.3 if toon else 1.0)
-    _glasses(c, before_eyes=False)
-    _front_hair(c)
-    _hat(c)
+    glasses(c, before_eyes=False)
+    front_hair(c)
+    hat(c)
 
     index = np.asarray(c.image)
     labels = np.array(c.labels, np.uint8)[index[1::SUPER, 1::SUPER]]
-    lines = _lines(np.array(c.groups, np.uint8)[index], round(size * SUPER / 130))
+    lines = _lines(np.array(c.groups, np.uint8)[index], round(size * SUPER / 100))
     lines = np.asarray(Image.fromarray(lines).reduce(SUPER))
     sketch = 255 - (lines.astype(np.uint16) * 225 // 255).astype(np.uint8)
 

@@ -102,15 +102,17 @@ def write_dataset(
     """Write toy faces in the folder layout of CelebAMask-HQ.
 
     `CelebA-HQ-img/0.jpg`, `CelebAMask-HQ-mask/0.png` (class ids) and `sketch/0.png`, and so on. Files are written
-    under temporary names and moved, so that an interrupted call leaves whole files only; calling again goes on.
+    under temporary names and moved, so that an interrupted call leaves whole files only.
 
     Raises:
-        UserError: when the folder cannot be written.
+        UserError: when the folder holds a dataset already or cannot be written.
     """
     out = Path(out)
     if suffix not in (".jpg", ".png", ".webp"):
         raise UserError(f"Unknown image suffix {suffix!r}; known: .jpg, .png, .webp.")
     faces = ToyFaces(size, seed, n, identities)
+    if taken := [folder for folder in FOLDERS if (out / folder).is_dir() and any((out / folder).iterdir())]:
+        raise UserError(f"{out / taken[0]} holds files already; choose an empty folder, or remove them first.")
     steps: Any = range(n)
     if progress:
         from rich.progress import track

@@ -1,0 +1,120 @@
+"""The FFHQ crop: a photo turned, cut and scaled by the places of its eyes and mouth corners, as the face models expect.
+
+Source: Karras et al., arXiv:1812.04948, appendix A (the FFHQ data set); the order of rounding follows its published
+preprocessing, which the reference of pSp uses with an output of 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from psp_lightning.data.transforms import ImageLike, open_image, to_8bit
+from psp_lightning.utils.errors import UserError
+
+Point = Sequence[float]
+
+
+def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_right: Point) -> np.ndarray:
+    """float64 (4, 2): x, y of the crop's upper left, lower left, lower right and upper right corner in the photo.
+
+    The crop is a square, level with a mean of the eyes' line and the face's axis, 4 eye distances or 3.6 face
+    heights (eyes to mouth) wide, whichever is more.
+
+    Raises:
+        UserError: when the points coincide.
+    """
+    eyes, mouth = np.array([eye_left, eye_right], float), np.array([mouth_left, mouth_right], float)
+    across = eyes[1] - eyes[0]
+    down = mouth.mean(0) - eyes.mean(0)
+    x = across + np.array([down[1], -down[0]])
+    if not np.isfinite(x).all() or np.hypot(*x) == 0:
+        raise UserError(f"These points make no face: eyes {eyes.tolist()}, mouth corners {mouth.tolist()}.")
+    x = x / np.hypot(*x) * max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
+    y = np.array([-x[1], x[0]])
+    centre = eyes.mean(0) + 0.1 * down
+    return np.stack([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
+
+
+def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of (H, W, C), cut at 4 sigma, borders mirrored with the edge pixel."""
+    radius = int(4 * sigma + 0.5)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-6)) ** 2)
+    taps /= taps.sum()
+    for axis in (0, 1):
+        n = image.shape[axis]
+        index = np.arange(-radius, n + radius) % (2 * n)
+        padded = image.take(np.where(index < n, index, 2 * n - 1 - index), axis=axis)
+        total = np.zeros_like(image)
+        for k, tap in enumerate(taps):
+            total += tap * padded.take(np.arange(k, k + n), axis=axis)
+        image = total
+    return image
+
+
+def _pad(image: Image.Image, pads: np.ndarray, quad_size: float) -> Image.Image:
+    """Grow the photo (left, top, right, bottom) by mirroring; outwards it fades into blur and the median colour."""
+    left, top, right, bottom = pads.tolist()
+    array = np.pad(np.asarray(image, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
+    height, width = array.shape[:2]
+    y, x = np.ogrid[:height, :width]
+    near = np.minimum(
+        np.minimum(x / max(left, 1e-6), (width - 1 - x) / max(right, 1e-6)),
+        np.minimum(y / max(top, 1e-6), (height - 1 - y) / max(bottom, 1e-6)),
+    )
+    outside = (1 - near)[..., None]
+    array += (_blur(array, quad_size * 0.02) - array) * np.clip(3 * outside + 1, 0, 1)
+    array += (np.median(array, axis=(0, 1)) - array) * np.clip(outside, 0, 1)
+    return Image.fromarray(np.clip(array.round(), 0, 255).astype(np.uint8))
+
+
+def align_face(
+    image: ImageLike,
+    eye_left: Point,
+    eye_right: Point,
+    mouth_left: Point,
+    mouth_right: Point,
+    size: int = 256,
+) -> Image.Image:
+    """Cut the FFHQ crop out of a photo.
+
+    Args:
+        image: path or PIL image, upright.
+        eye_left, eye_right: x, y in pixels of the centres of the eyes, left and right as seen in the photo.
+        mouth_left, mouth_right: the corners of the mouth.
+        size: height and width of the crop.
+
+    Returns:
+        RGB image of `size` x `size`. What lies outside the photo is mirrored and blurred.
+
+    Raises:
+        UserError: for an unreadable image or points that make no face.
+    """
+    photo = to_8bit(open_image(image), "RGB")
+    quad = crop_corners(eye_left, eye_right, mouth_left, mouth_right)
+    quad_size = float(np.hypot(*(quad[3] - quad[0])))
+    shrink = int(np.floor(quad_size / size * 0.5))
+    if shrink > 1:  # a first reduction, so that the transform below does not skip pixels
+        photo = photo.resize(
+            (int(np.rint(photo.width / shrink)), int(np.rint(photo.height / shrink))), Image.Resampling.LANCZOS
+        )
+        quad, quad_size = quad / shrink, quad_size / shrink
+    border = max(int(np.rint(quad_size * 0.1)), 3)
+    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
+    box = np.concatenate([np.maximum(low - border, 0), np.minimum(high + border, photo.size)])
+    if (box[2:] <= box[:2]).any():
+        raise UserError(f"The face lies outside the photo of {photo.width} x {photo.height} pixels.")
+    if (box[2:] - box[:2] < photo.size).any():
+        photo = photo.crop(tuple(box.tolist()))
+        quad = quad - box[:2]
+    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
+    pads = np.maximum(np.concatenate([border - low, high - np.array(photo.size) + border]), 0)
+    if pads.max() > border - 4:
+        pads = np.maximum(pads, int(np.rint(quad_size * 0.3)))
+        photo = _pad(photo, pads, quad_size)
+        quad = quad + pads[:2]
+    return photo.transform(
+        (size, size), Image.Transform.QUAD, tuple((quad + 0.5).ravel().tolist()), Image.Resampling.BILINEAR
+    )
