@@ -1,0 +1,29 @@
+"""Loss terms, one file each, behind one registry (`LOSSES`), and their weighted sum."""
+
+from psp_lightning.losses.base import LOSSES, LossInputs, LossTerm, TermOutput, get_loss, register_loss
+from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.losses.cropped import L2CropLoss, LPIPSCropLoss
+from psp_lightning.losses.identity import IDLoss
+from psp_lightning.losses.l2 import L2Loss
+from psp_lightning.losses.lpips import LPIPSLoss
+from psp_lightning.losses.moco import MocoLoss
+from psp_lightning.losses.similarity import SimilarityLoss
+from psp_lightning.losses.w_norm import WNormLoss
+
+__all__ = [
+    "LOSSES",
+    "CompositeLoss",
+    "IDLoss",
+    "L2CropLoss",
+    "L2Loss",
+    "LPIPSCropLoss",
+    "LPIPSLoss",
+    "LossInputs",
+    "LossTerm",
+    "MocoLoss",
+    "SimilarityLoss",
+    "TermOutput",
+    "WNormLoss",
+    "get_loss",
+    "register_loss",
+]

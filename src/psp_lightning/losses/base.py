@@ -1,0 +1,130 @@
+"""What every loss term receives and returns, the face crop that several of them share, and the registry."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.utils.errors import UserError, suggest
+
+# Rows and columns of the face in an aligned 256 x 256 image (FFHQ crop). Every cropped loss and the identity loss
+# take their box from here.
+FACE_ROWS = (35, 223)
+FACE_COLUMNS = (32, 220)
+FACE_REFERENCE_SIZE = 256
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """All that a loss term may look at.
+
+    Attributes:
+        y_hat: (B, 3, S, S) float, the output, nominally in [-1, 1] but not clamped.
+        y: (B, 3, S, S) float in [-1, 1], the target.
+        x: (B, C, S', S') float, the source; the very object `y` where source and target are the same image.
+        delta_w_plus: (B, n_styles, style_dim) float, the encoder's output before the average latent is added.
+        w_plus: (B, n_styles, style_dim) float, the codes that the generator received.
+        latent_avg: (n_styles, style_dim) float, the average latent.
+    """
+
+    y_hat: Tensor
+    y: Tensor
+    x: Tensor | None = None
+    delta_w_plus: Tensor | None = None
+    w_plus: Tensor | None = None
+    latent_avg: Tensor | None = None
+
+    def float(self) -> LossInputs:
+        """The same inputs in float32; `x` stays the same object as `y` where it was."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: value.float() for name, value in values.items() if value is not None}
+        if self.x is self.y:
+            changed["x"] = changed["y"]
+        return replace(self, **changed)
+
+
+class TermOutput(NamedTuple):
+    """A term's value with further numbers for the log.
+
+    Attributes:
+        value: scalar with a graph.
+        logs: full log name to detached scalar.
+    """
+
+    value: Tensor
+    logs: dict[str, Tensor]
+
+
+class LossTerm(nn.Module, ABC):
+    """One summand of the training objective.
+
+    A subclass implements `forward` and is found by its registered name. `forward` runs in float32 with autocast off
+    (see `CompositeLoss`), must not modify its inputs and must not wait for the device (no `.item()`).
+    """
+
+    name: str = ""
+
+    @abstractmethod
+    def forward(self, inputs: LossInputs) -> Tensor | TermOutput:
+        """The unweighted value: scalar, mean over the batch, optionally with extra logs."""
+
+
+LOSSES: dict[str, type[LossTerm]] = {}
+Term = TypeVar("Term", bound=type[LossTerm])
+
+
+def register_loss(name: str) -> Callable[[Term], Term]:
+    """Class decorator: put a `LossTerm` under `name` into `LOSSES`.
+
+    Raises:
+        UserError: when another class holds the name already.
+    """
+
+    def register(cls: Term) -> Term:
+        held = LOSSES.get(name)
+        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UserError(f"Two losses are called '{name}': {held.__qualname__} and {cls.__qualname__}.")
+        cls.name = name
+        LOSSES[name] = cls
+        return cls
+
+    return register
+
+
+def get_loss(name: str) -> type[LossTerm]:
+    """The class registered under `name`.
+
+    Raises:
+        UserError: unknown name; the closest one is suggested.
+    """
+    if name not in LOSSES:
+        raise UserError(f"Unknown loss '{name}'.{suggest(name, LOSSES)} Known losses: {', '.join(sorted(LOSSES))}.")
+    return LOSSES[name]
+
+
+def face_crop(image: Tensor) -> Tensor:
+    """Cut the face out of an aligned image: rows 35:223, columns 32:220 of 256, scaled with the image.
+
+    Args:
+        image: (B, C, H, W).
+
+    Returns:
+        (B, C, about 0.734 H, about 0.734 W), a view.
+
+    Source: pSp's identity loss and its cropped losses, which know 256 px only.
+    """
+    height, width = image.shape[-2:]
+    top, bottom = (round(edge * height / FACE_REFERENCE_SIZE) for edge in FACE_ROWS)
+    left, right = (round(edge * width / FACE_REFERENCE_SIZE) for edge in FACE_COLUMNS)
+    return image[..., top:bottom, left:right]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off on `device`: the frozen networks and the sums over pixels lose too much in 16 bits."""
+    return torch.autocast(device_type=device.type, enabled=False)

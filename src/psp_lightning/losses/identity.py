@@ -1,0 +1,85 @@
+"""Identity loss: cosine distance of face embeddings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psp_lightning.checkpoints import pretrained
+from psp_lightning.checkpoints.io import load_strict, read
+from psp_lightning.losses.base import face_crop, register_loss
+from psp_lightning.losses.similarity import SimilarityLoss
+from psp_lightning.models.frozen import freeze
+from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.utils.errors import UserError, suggest
+
+INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # the face crop's size that each network was trained with
+RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}
+
+
+def load_face_network(backbone: str, weights: str | os.PathLike[str] | None) -> nn.Module:
+    """A frozen network from face crops (B, 3, s, s) in [-1, 1] to unit vectors (B, 512).
+
+    Args:
+        backbone: `ir_se50` (ArcFace, the paper's, s = 112) or `facenet` (facenet-pytorch's InceptionResnetV1, s = 160).
+        weights: its file; None looks in the weights folder.
+
+    Raises:
+        UserError: unknown backbone; facenet-pytorch not installed; the file is missing, unreadable or of another
+            network.
+    """
+    if backbone not in RECORD:
+        raise UserError(
+            f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}."
+        )
+    network = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
+    path = pretrained.find(RECORD[backbone], Path(weights) if weights is not None else None)
+    # facenet-pytorch's files carry the classifier of their training set, which an embedding has no use for.
+    load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
+    return freeze(network)
+
+
+def _facenet() -> nn.Module:
+    try:
+        from facenet_pytorch import InceptionResnetV1
+    except ImportError as error:
+        raise UserError(
+            "The identity network 'facenet' needs the package facenet-pytorch. Its metadata forbids current torch and "
+            f"numpy, so install it with: pip install --no-deps facenet-pytorch==2.6.0 ({error})"
+        ) from error
+    return InceptionResnetV1(pretrained=None)
+
+
+@register_loss("id")
+class IDLoss(SimilarityLoss):
+    """Cosine distance between the face embeddings of output and target.
+
+    Logs `id_similarity` and, for an RGB source, `id_improvement`.
+
+    Args:
+        backbone: `ir_se50` or `facenet`.
+        weights: the network's file; None looks in the weights folder.
+
+    Raises:
+        UserError: see `load_face_network`.
+
+    Source: pSp, section 3.2, eq. 3, with ArcFace (Deng et al. 2019); crop and pooling as in its code at commit
+        5cfff38, against which the numbers were checked.
+    """
+
+    def __init__(self, backbone: str = "ir_se50", weights: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self.network = load_face_network(backbone, weights)
+        self.input_size = INPUT_SIZE[backbone]
+
+    def embed(self, image: Tensor) -> Tensor:
+        face = face_crop(image)  # (B, 3, 188, 188) of 256 px
+        size = (self.input_size, self.input_size)
+        if min(face.shape[-2:]) >= self.input_size:
+            face = F.adaptive_avg_pool2d(face, size)
+        else:  # pooling would repeat pixels
+            face = F.interpolate(face, size, mode="bilinear", align_corners=False)
+        return self.network(face)  # (B, 512)

@@ -1,0 +1,72 @@
+"""MoCo loss: the identity loss's counterpart for images that are not faces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psp_lightning.checkpoints import pretrained
+from psp_lightning.checkpoints.io import load_strict, read
+from psp_lightning.losses.base import register_loss
+from psp_lightning.losses.similarity import SimilarityLoss
+from psp_lightning.models.frozen import freeze
+
+
+def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A MoCo file's (or torchvision's) ResNet-50 to torchvision's keys without the classifier.
+
+    MoCo saves the query encoder under `module.encoder_q.`, next to the key encoder and the queue; both its projection
+    head and torchvision's classifier are called `fc`.
+    """
+    state = checkpoint.get("state_dict", checkpoint)
+    assert isinstance(state, Mapping)
+    prefix = "module.encoder_q."
+    if any(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def load_resnet50(weights: str | os.PathLike[str] | None) -> nn.Module:
+    """A frozen ResNet-50 from (B, 3, 224, 224) to (B, 2048).
+
+    Raises:
+        UserError: the file is missing, unreadable or of another network.
+    """
+    path = pretrained.find("moco_v2", Path(weights) if weights is not None else None)
+    state = convert_moco(read(path))
+
+    from torchvision.models import resnet50  # here: importing this library should not import torchvision
+
+    network = resnet50(weights=None)
+    network.fc = nn.Identity()
+    load_strict(network, state, what=str(path))
+    return freeze(network)
+
+
+@register_loss("moco")
+class MocoLoss(SimilarityLoss):
+    """Cosine distance between the MoCo v2 features of output and target.
+
+    Logs `moco_similarity` and, for an RGB source, `moco_improvement`.
+
+    Args:
+        weights: MoCo v2 checkpoint of a ResNet-50, or torchvision's file of one; None looks in the weights folder.
+
+    Raises:
+        UserError: see `load_resnet50`.
+
+    Source: e4e (Tov et al. 2021), section 4.3.1, in the form of pSp's code at commit 5cfff38, against which the
+        numbers were checked: [-1, 1] images, without ImageNet's mean and deviation, resized to 224 (nearest).
+    """
+
+    def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self.network = load_resnet50(weights)
+
+    def embed(self, image: Tensor) -> Tensor:
+        features = self.network(F.interpolate(image, size=(224, 224), mode="nearest"))  # (B, 2048)
+        return F.normalize(features, dim=1)

@@ -1,0 +1,29 @@
+"""Distance of the codes from the average latent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psp_lightning.losses.base import LossInputs, LossTerm, register_loss
+from psp_lightning.utils.errors import UserError
+
+
+@register_loss("w_norm")
+class WNormLoss(LossTerm):
+    """Euclidean norm of each sample's whole code relative to the average latent, mean over the batch.
+
+    The encoder's own output (`delta_w_plus`) is that difference already where the average is added to it, and it is
+    the code itself where it is not; so its norm is what the reference computes in both settings. Without it,
+    `w_plus` minus `latent_avg` (if given) is taken.
+
+    Source: pSp, section 3.2, eq. 4 (numbers checked against its code at commit 5cfff38).
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        delta = inputs.delta_w_plus
+        if delta is None:
+            if inputs.w_plus is None:
+                raise UserError("The loss 'w_norm' needs the codes: give LossInputs delta_w_plus or w_plus.")
+            delta = inputs.w_plus if inputs.latent_avg is None else inputs.w_plus - inputs.latent_avg
+        return torch.linalg.vector_norm(delta.flatten(1), dim=1).mean()  # (B, n_styles * style_dim) -> (B,) -> ()
