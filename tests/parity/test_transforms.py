@@ -64,3 +64,13 @@ def test_labels_nearest_makes_no_new_neighbours(reference):
     nearest = transforms.labels(mask, 256, LabelMap.numbered(19)).argmax(0).numpy()
     rows = np.floor((np.arange(256) + 0.5) * 320 / 256).astype(int)
     assert (nearest == np.asarray(mask)[np.ix_(rows, rows)]).all()
+
+
+def test_ffhq_crop(reference):
+    """The crop of scikit-image's astronaut, whose landmarks come with the reference values."""
+    data = pytest.importorskip("skimage.data")
+    from psp_lightning.data.align import align_face
+
+    crop = align_face(Image.fromarray(data.astronaut()), *reference["align.eye_left_right_mouth_left_right"], size=256)
+    difference = np.abs(np.asarray(crop)[::4, ::4].astype(int) - reference["align.crop256_stride4"].astype(int))
+    assert difference.max() <= 1
