@@ -1,80 +1,66 @@
-"""Frozen networks of the losses: after a training step no gradient, buffers unchanged, eval mode after `.train()`."""
+"""Frozen means: eval for ever, no gradient, buffers unchanged."""
+
+from __future__ import annotations
 
 import copy
-from pathlib import Path
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from psp_lightning.losses import LOSSES, CompositeLoss, LossInputs, LossTerm, get_loss
-from psp_lightning.losses.identity import IDLoss
-from psp_lightning.models.frozen import is_frozen
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.frozen import freeze, is_frozen
 from psp_lightning.models.irse import FaceEmbedder
-
-TERMS = ["l2", "lpips", "id", "id_facenet", "moco", "w_norm", "l2_crop", "lpips_crop"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> dict[str, Path]:
-    """Files in the public layouts, with random values."""
-    from torchvision.models import alexnet, resnet50
-
-    facenet = pytest.importorskip("facenet_pytorch")
-    folder = tmp_path_factory.mktemp("weights")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        moco = {f"module.encoder_q.{k}": v for k, v in resnet50(weights=None).state_dict().items()}
-        features = {f"features.{k}": v for k, v in alexnet(weights=None).features.state_dict().items()}
-        files = {
-            "lpips": features,
-            "lpips_crop": features,
-            "id": FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(),
-            "id_facenet": facenet.InceptionResnetV1(pretrained=None).state_dict(),
-            "moco": {"state_dict": moco},
-        }
-    for name, state in files.items():
-        torch.save(state, folder / f"{name}.pt")
-    return {name: folder / f"{name}.pt" for name in files}
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator
 
 
-def build(name: str, weights: dict[str, Path]) -> LossTerm:
-    if name == "id_facenet":
-        return IDLoss(backbone="facenet", weights=weights[name])
-    return get_loss(name)(**({"weights": weights[name]} if name in weights else {}))
+@pytest.fixture
+def embedder():
+    return freeze(FaceEmbedder(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
 
 
-def test_every_loss_is_checked_here():
-    ours = {name for name, cls in LOSSES.items() if cls.__module__.startswith("psp_lightning.")}
-    assert ours <= set(TERMS), f"add {ours - set(TERMS)} to TERMS"
+def test_train_keeps_eval(embedder):
+    parent = nn.Sequential(nn.Dropout(), embedder).train()
+    assert parent.training and parent[0].training
+    embedder.body.train()
+    assert not any(m.training for m in embedder.modules())
+    assert embedder.train() is embedder and is_frozen(embedder)
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_frozen_through_a_training_step(name, weights):
-    term = build(name, weights)
-    loss = CompositeLoss({name: term}, {name: 1.0})
-    loss.train()
-    for path, module in term.named_modules():
-        assert path == "" or not module.training, f"{name}: {path} is in train mode after .train()"
-    for child, module in term.named_children():
-        assert is_frozen(module), f"{name}: {child} is not frozen"
-    before = copy.deepcopy(loss.state_dict())
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_stay_frozen(embedder, remake):
+    other = remake(embedder)
+    assert is_frozen(other) and other.train() is other and not any(m.training for m in other.modules())
 
-    generator = torch.Generator().manual_seed(0)
-    picture = nn.Parameter(torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1)
-    codes = nn.Parameter(torch.randn(2, 4, 8, generator=generator))
-    y = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
-    optimizer = torch.optim.SGD([picture, codes, *(p for p in loss.parameters() if p.requires_grad)], lr=0.1)
-    total, _ = loss(LossInputs(y_hat=picture, y=y, x=y, delta_w_plus=codes))
-    total.backward()
+
+def test_is_frozen_notices():
+    net = nn.Linear(2, 2)
+    assert not is_frozen(net) and not is_frozen(net.eval().requires_grad_(False))
+    freeze(net).weight.requires_grad_(True)
+    assert not is_frozen(net)
+
+
+def test_gradients_pass_through_but_stay_nowhere(embedder):
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    buffers = {k: v.clone() for k, v in embedder.named_buffers()}
+    embedder.train()(x)[:, 0].sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert all(p.grad is None for p in embedder.parameters())
+    assert all(torch.equal(v, buffers[k]) for k, v in embedder.named_buffers())
+
+
+def test_generator_in_psp_after_a_training_step():
+    generator = Generator(32, style_dim=32, n_mapping=2, max_channels=16)
+    net = PSP(GradualStyleEncoder(8, 32, input_size=32, blocks=(1, 1, 1, 1), width=8), generator).train()
+    before = {k: v.clone() for k, v in net.generator.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    net(torch.randn(2, 3, 32, 32)).square().mean().backward()
     optimizer.step()
-
-    trained = codes if name == "w_norm" else picture
-    assert trained.grad is not None and torch.isfinite(trained.grad).all() and trained.grad.abs().sum() > 0
-    for path, parameter in loss.named_parameters():
-        assert not parameter.requires_grad and parameter.grad is None, f"{name}: {path} has a gradient"
-    for key, value in loss.state_dict().items():
-        assert torch.equal(value, before[key]), f"{name}: {key} changed"
-    for path, module in loss.eval().train().named_modules():
-        if path.count(".") >= 2:  # terms.<name>.<network>...
-            assert not module.training, f"{name}: {path} left eval mode"
+    assert is_frozen(net.generator) and not net.generator.training and net.encoder.training
+    assert all(p.grad is None for p in net.generator.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.generator.state_dict().items())
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in net.encoder.parameters()
+    )

@@ -45,7 +45,7 @@ class ModulatedConv(nn.Module):
         self, in_channels: int, out_channels: int, size: int, style_dim: int, demodulate: bool = True, up: bool = False
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, out_channels, in_channels, size, size))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.scale = 1 / math.sqrt(in_channels * size * size)
         self.modulation = EqualisedLinear(style_dim, in_channels, bias_init=1)
         self.demodulate = demodulate
@@ -53,8 +53,20 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         blur = self.blur.kernel if self.blur is not None else None
-        weight = self.weight[0] * self.scale
+        weight = self.weight * self.scale
         return modulated_conv2d(x, weight, self.modulation(w), self.demodulate, blur is not None, blur)
+
+    # The published layout has a leading axis of one on the weight, here only in state dicts: a five-dimensional
+    # parameter would make `module.to(memory_format=torch.channels_last)` fail.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].unsqueeze(0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "weight")
+        if given is not None and given.ndim == 5 and given.shape[0] == 1:
+            state_dict[prefix + "weight"] = given[0]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NoiseStrength(nn.Module):

@@ -1,0 +1,309 @@
+"""models: sizes, noise, seeds, mixing, descriptions, wrong arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
+from psp_lightning.models.irse import FaceEmbedder, IRSEBody
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.registry import ENCODERS, GENERATORS, register_encoder
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.errors import UserError
+
+TOY = dict(style_dim=32, n_mapping=2, max_channels=16)
+SMALL = dict(style_dim=32, blocks=(1, 1, 1, 1), width=8)
+
+
+def generator(size=32, seed=0):
+    return Generator.seeded(seed, output_size=size, **TOY)
+
+
+def network(encoder=None, size=32, **kwargs):
+    encoder = encoder or GradualStyleEncoder(8, input_size=32, **SMALL)
+    return PSP(encoder, generator(size), torch.linspace(-1, 1, 32), **kwargs).eval()
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+@torch.no_grad()
+def test_generator_sizes(size):
+    net = generator(size)
+    assert net.n_styles == 2 * size.bit_length() - 4
+    image = net.synthesis(torch.randn(2, net.n_styles, 32))
+    assert image.shape == (2, 3, size, size) and image.isfinite().all()
+    assert Generator(**net.config).config == net.config
+
+
+def test_channel_table_is_the_published_one():
+    with torch.device("meta"):
+        for multiplier, expected in (
+            (2, [512, 512, 512, 512, 512, 256, 128, 64, 32]),
+            (1, [512] * 4 + [256, 128, 64, 32, 16]),
+        ):
+            net = Generator(1024, channel_multiplier=multiplier)
+            widths = [net.conv1.activate.bias.shape[0]] + [c.activate.bias.shape[0] for c in net.convs[1::2]]
+            assert widths == expected
+        assert Generator(2048).convs[-1].activate.bias.shape == (16,)
+
+
+@torch.no_grad()
+def test_noise_modes():
+    net = generator()
+    for layer in (net.conv1, *net.convs):
+        layer.noise.weight.fill_(0.5)
+    w = torch.randn(2, 8, 32)
+    const = net.synthesis(w)
+    assert torch.equal(const, net.synthesis(w, "const"))
+    stored = [getattr(net.noises, f"noise_{i}") for i in range(7)]
+    assert torch.equal(const, net.synthesis(w, stored))
+    torch.manual_seed(3)
+    random = net.synthesis(w, "random")
+    torch.manual_seed(3)
+    sides = [4, 8, 8, 16, 16, 32, 32]
+    drawn = [torch.empty(2, 1, s, s).normal_() for s in sides]  # the reference's order: layer by layer
+    assert torch.equal(random, net.synthesis(w, drawn))
+    assert not torch.allclose(random, const)
+    for wrong, message in (
+        (drawn[:3], "7 noise maps"),
+        ("constant", "choose 'const'"),
+        ([drawn[1]] * 7, r"noise\[0\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            net.synthesis(w, wrong)
+
+
+@torch.no_grad()
+def test_one_w_for_all_layers_and_wrong_shapes():
+    net = generator()
+    w = torch.randn(2, 32)
+    assert torch.equal(net.synthesis(w), net.synthesis(w[:, None].repeat(1, 8, 1)))
+    for wrong in (torch.randn(2, 7, 32), torch.randn(2, 8, 31), torch.randn(2, 31)):
+        with pytest.raises(UserError, match=r"\(B, 8, 32\)"):
+            net.synthesis(wrong)
+    with pytest.raises(UserError, match=r"\(B, 32\)"):
+        net.mapping(torch.randn(2, 31))
+
+
+@pytest.mark.parametrize("size", [0, 4, 48, -64])
+def test_generator_size_must_be_a_power_of_two(size):
+    with pytest.raises(UserError, match="power of two"):
+        Generator(size)
+
+
+def test_seeded_leaves_the_global_state_alone():
+    before = torch.get_rng_state()
+    a, b, c = generator(seed=1), generator(seed=1), generator(seed=2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not torch.equal(a.input.input, c.input.input)
+
+
+def test_latent_average():
+    net = generator()
+    before = torch.get_rng_state()
+    average = net.latent_average(n=25_000, seed=1)
+    assert torch.equal(before, torch.get_rng_state()) and average.shape == (32,) and not average.requires_grad
+    assert torch.equal(average, net.latent_average(n=25_000, seed=1))
+    z = torch.randn(25_000, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            net.latent_average(n=10_000, seed=1), net.mapping(z[:10_000]).mean(0), atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(average, net.latent_average(n=25_000, seed=2), atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+def test_truncation_bounds():
+    net = generator()
+    z, latent = torch.randn(2, 32), torch.randn(32)
+    assert torch.equal(net(z), net.synthesis(net.mapping(z)))
+    torch.testing.assert_close(net.truncate(net.mapping(z), latent, 0.0), latent.expand(2, -1))
+
+
+def test_z_of_another_length():
+    assert Generator(16, style_dim=32, z_dim=20, n_mapping=2, max_channels=8).mapping(torch.randn(3, 20)).shape == (
+        3,
+        32,
+    )
+
+
+@pytest.mark.parametrize("mode", ["ir", "ir_se"])
+@pytest.mark.parametrize("depth, units", [(50, 24), (100, 49), (152, 50)])
+def test_published_depths(mode, depth, units):
+    with torch.device("meta"):
+        body = IRSEBody(3, depth, mode)
+        assert len(body.body) == units
+        sides = [tuple(f.shape[1:]) for f in body.features(torch.empty(1, 3, 64, 64))]
+    assert sides == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+
+
+def test_backbone_arguments():
+    for wrong, message in (
+        (dict(n_layers=34), "50, 100, 152"),
+        (dict(mode="se"), "ir, ir_se"),
+        (dict(blocks=(1, 1)), "four positive counts"),
+        (dict(blocks=(1, 0, 1, 1)), "four positive counts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            IRSEBody(**wrong)
+
+
+@torch.no_grad()
+def test_face_embedder_gives_unit_vectors():
+    net = FaceEmbedder(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=24).eval()
+    features = net(torch.randn(3, 3, 32, 32))
+    assert features.shape == (3, 24)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    with pytest.raises(UserError, match="32, 32"):
+        net(torch.randn(3, 3, 48, 48))
+    with pytest.raises(UserError, match="multiple of 16"):
+        FaceEmbedder(input_size=100)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("n_styles", [2, 6, 10, 18])
+@torch.no_grad()
+def test_gradual_encoder_scales(size, n_styles):
+    net = GradualStyleEncoder(n_styles, in_channels=1, input_size=size, **SMALL).eval()
+    assert net(torch.randn(2, 1, size, size)).shape == (2, n_styles, 32)
+
+
+@pytest.mark.parametrize("cls", sorted(ENCODERS))
+@torch.no_grad()
+def test_every_encoder_rebuilds_from_its_config(cls):
+    styles = {} if cls == "EncoderIntoW" else {"n_styles": 8}
+    net = ENCODERS[cls](in_channels=4, input_size=32, **styles, **SMALL).eval()
+    again = ENCODERS[cls](**net.config).eval()
+    again.load_state_dict(net.state_dict())
+    x = torch.randn(2, 4, 32, 32)
+    assert torch.equal(net(x), again(x)) and again.config == net.config
+    assert net.in_channels == 4 and net.input_size == 32
+    for wrong, message in (
+        (torch.randn(1, 3, 32, 32), "4 channels, got 3"),
+        (torch.randn(1, 4, 64, 32), "32x32 sources, got 64x32"),
+        (torch.randn(4, 32, 32), "batch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            net(wrong)
+
+
+@pytest.mark.parametrize("cls", [GradualStyleEncoder, EncoderIntoWPlus])
+def test_encoder_arguments(cls):
+    for wrong, message in (
+        (dict(n_styles=8, input_size=100), "power of two"),
+        (dict(n_styles=0), "n_styles=0"),
+        (dict(n_styles=8, in_channels=0), "in_channels=0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cls(**wrong)
+
+
+@torch.no_grad()
+def test_encode_and_decode():
+    net = network(source={"kind": "rgb", "size": 32})
+    x = torch.randn(2, 3, 32, 32)
+    delta, w_plus = net.encode_delta(x), net.encode(x)
+    assert w_plus.shape == (2, 8, 32) and net.latent_avg.shape == (8, 32)
+    torch.testing.assert_close(w_plus, delta + net.latent_avg)
+    assert torch.equal(net(x), net.decode(w_plus)) and net(x).shape == (2, 3, 32, 32)
+    plain = PSP(net.encoder, net.generator, net.latent_avg, start_from_latent_avg=False)
+    assert torch.equal(plain.encode(x), delta)
+
+
+@torch.no_grad()
+def test_encoder_into_w_gives_the_same_style_everywhere():
+    net = network(EncoderIntoW(input_size=32, **SMALL))
+    delta = net.encode_delta(torch.randn(2, 3, 32, 32))
+    assert delta.shape == (2, 8, 32) and torch.equal(delta, delta[:, :1].expand_as(delta))
+
+
+def test_parts_that_do_not_fit():
+    with pytest.raises(UserError, match="n_styles=6.*n_styles=8"):
+        PSP(GradualStyleEncoder(6, input_size=32, **SMALL), generator())
+    with pytest.raises(UserError, match="style_dim"):
+        PSP(EncoderIntoW(style_dim=16, blocks=(1, 1, 1, 1), width=8), generator())
+    with pytest.raises(UserError, match="latent_avg"):
+        PSP(EncoderIntoW(input_size=32, **SMALL), generator(), torch.zeros(5, 32))
+
+
+def test_mix_styles():
+    net, w = network(), torch.randn(2, 8, 32)
+    inject, kept = torch.randn(1, 32), w.clone()
+    mixed = net.mix_styles(w, inject, [1, 4])
+    assert torch.equal(w, kept), "the codes given must stay as they are"
+    assert torch.equal(mixed[:, [1, 4]], inject.expand(2, 2, 32)) and torch.equal(mixed[:, [0, 2, 3]], w[:, [0, 2, 3]])
+    half = net.mix_styles(w, torch.ones(2, 8, 32), range(8), alpha=0.25)
+    torch.testing.assert_close(half, 0.25 + 0.75 * w)
+    assert net.mix_styles(w, None, [5])[:, 5].abs().max() == 0
+    assert torch.equal(net.mix_styles(w, inject, []), w)
+    for wrong in ([8], [-1]):
+        with pytest.raises(UserError, match="styles 0 to 7"):
+            net.mix_styles(w, inject, wrong)
+    with pytest.raises(UserError, match="does not fit"):
+        net.mix_styles(w, torch.randn(3, 32), [1])
+
+
+def test_description_round_trip():
+    net = network(source={"kind": "lowres", "size": 32, "factors": [2, 4]}, start_from_latent_avg=False)
+    again = PSP.from_description(net.describe())
+    again.load_state_dict(net.state_dict())
+    assert again.describe() == net.describe() and again.source["factors"] == [2, 4]
+    assert not again.start_from_latent_avg
+
+
+def test_descriptions_that_are_wrong():
+    good = network().describe()
+    for wrong, message in (
+        ({**good, "format": 9}, "format 9"),
+        ([], "list"),
+        (
+            {**good, "encoder": {**good["encoder"], "class": "GradualStyleEncoderr"}},
+            "Did you mean 'GradualStyleEncoder'",
+        ),
+        ({**good, "encoder": {"class": "os.system"}}, "Unknown encoder"),
+        ({**good, "generator": None}, "lacks its generator"),
+        ({**good, "generator": {**good["generator"], "depth": 3}}, "depth"),
+        ({**good, "source": "rgb"}, "source"),
+    ):
+        with pytest.raises(UserError, match=message):
+            PSP.from_description(wrong)
+
+
+def test_registry_refuses_a_second_class_of_the_same_name():
+    assert {"GradualStyleEncoder", "EncoderIntoW", "EncoderIntoWPlus"} <= set(ENCODERS) and "Generator" in GENERATORS
+    other = type("GradualStyleEncoder", (torch.nn.Module,), {"__qualname__": "elsewhere.GradualStyleEncoder"})
+    with pytest.raises(ValueError, match="registered already"):
+        register_encoder(other)
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same():
+    net, x = network(), torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    net = net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_reach_the_encoder_in_double_precision():
+    net = network().double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    net(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.encoder.parameters())
+    assert all(p.grad is None for p in net.generator.parameters())
+
+
+@torch.no_grad()
+def test_bfloat16_autocast():
+    net, x = network(), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        image = net(x)
+    assert image.isfinite().all() and (image.float() - net(x)).abs().mean() < 0.1 * net(x).abs().mean() + 0.05
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_full_size():
+    net = PSP(GradualStyleEncoder(18), Generator(1024)).eval()
+    image = net(torch.randn(1, 3, 256, 256))
+    assert image.shape == (1, 3, 1024, 1024) and image.isfinite().all()

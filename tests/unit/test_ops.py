@@ -1,0 +1,129 @@
+"""ops: against naive forms, in double precision, odd sizes, first and second derivatives."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
+
+
+def rand(*shape, seed=0, grad=False):
+    source = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_(grad)
+
+
+def naive_upfirdn2d(x, kernel, up, down, padding):
+    """Zero insertion, padding, flipped kernel, one output pixel at a time."""
+    b, c, h, w = x.shape
+    wide = x.new_zeros(b, c, h * up, w * up)
+    wide[:, :, ::up, ::up] = x
+    before, after = padding
+    wide = F.pad(wide, (max(before, 0), max(after, 0), max(before, 0), max(after, 0)))
+    top, bottom = max(-before, 0), max(-after, 0)
+    wide = wide[:, :, top : wide.shape[2] - bottom, top : wide.shape[3] - bottom]
+    kh, kw = kernel.shape
+    rows = range(0, wide.shape[2] - kh + 1, down)
+    columns = range(0, wide.shape[3] - kw + 1, down)
+    out = x.new_zeros(b, c, len(rows), len(columns))
+    for (i, r), (j, s) in itertools.product(enumerate(rows), enumerate(columns)):
+        out[:, :, i, j] = (wide[:, :, r : r + kh, s : s + kw] * kernel.flip(0, 1)).sum((2, 3))
+    return out
+
+
+def naive_modulated_conv2d(x, weight, style, demodulate, up, blur):
+    """The weight-side form of the paper: one set of weights for each sample."""
+    samples = []
+    for one, s in zip(x, style, strict=True):
+        w = weight * s[None, :, None, None]
+        if demodulate:
+            w = w * (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
+        if up:
+            y = F.conv_transpose2d(one[None], w.transpose(0, 1), stride=2)
+            y = naive_upfirdn2d(y, blur, 1, 1, (1, 1))
+        else:
+            y = F.conv2d(one[None], w, padding=w.shape[-1] // 2)
+        samples.append(y)
+    return torch.cat(samples)
+
+
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 1), (1, 1), (3, 0), (-1, 2)])
+@pytest.mark.parametrize("size", [(7, 9), (8, 8)])
+def test_upfirdn2d_equals_naive(up, down, padding, size):
+    x, kernel = rand(2, 3, *size), rand(4, 4)  # not symmetric, so a wrong flip shows
+    actual = upfirdn2d(x, kernel, up, down, padding)
+    torch.testing.assert_close(actual, naive_upfirdn2d(x, kernel, up, down, padding))
+
+
+def test_upfirdn2d_non_contiguous_and_rectangular_kernel():
+    x = rand(2, 9, 7, 3).permute(0, 3, 1, 2)
+    assert not x.is_contiguous()
+    for up in (1, 2):
+        kernel = rand(3, 5)
+        torch.testing.assert_close(upfirdn2d(x, kernel, up, 1, (2, 2)), naive_upfirdn2d(x, kernel, up, 1, (2, 2)))
+
+
+@pytest.mark.parametrize("up, down, padding", [(1, 1, (1, 1)), (2, 1, (2, 1)), (1, 2, (1, 1))])
+def test_upfirdn2d_gradients(up, down, padding):
+    x, kernel = rand(1, 2, 5, 4, grad=True), rand(4, 4)
+    assert gradcheck(lambda x: upfirdn2d(x, kernel, up, down, padding), [x])
+    assert gradgradcheck(lambda x: upfirdn2d(x, kernel, up, down, padding), [x])
+
+
+def test_fir_kernel():
+    kernel = fir_kernel(gain=4)
+    assert kernel.shape == (4, 4) and kernel.sum().item() == pytest.approx(4)
+    assert kernel[1, 1].item() == pytest.approx(4 * 9 / 64)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 5, 3)])
+def test_fused_leaky_relu(shape):
+    x, bias = rand(*shape, grad=True), rand(6, grad=True)
+    shifted = x + bias.view(1, -1, *[1] * (len(shape) - 2))
+    expected = torch.where(shifted > 0, shifted, 0.2 * shifted) * 2**0.5
+    torch.testing.assert_close(fused_leaky_relu(x, bias), expected)
+    torch.testing.assert_close(fused_leaky_relu(x), torch.where(x > 0, x, 0.2 * x) * 2**0.5)
+    assert gradcheck(fused_leaky_relu, [x, bias])
+    assert gradgradcheck(fused_leaky_relu, [x, bias])
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("up, k", [(True, 3), (False, 3), (False, 1)])
+def test_modulated_conv2d_equals_weight_side_form(demodulate, up, k):
+    x, weight, style = rand(3, 4, 5, 7), rand(6, 4, k, k), rand(3, 4)
+    blur = fir_kernel(gain=4).double() if up else None
+    actual = modulated_conv2d(x, weight, style, demodulate, up, blur)
+    assert actual.shape == ((3, 6, 10, 14) if up else (3, 6, 5, 7))
+    torch.testing.assert_close(actual, naive_modulated_conv2d(x, weight, style, demodulate, up, blur))
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_modulated_conv2d_gradients(up):
+    inputs = [rand(2, 3, 4, 3, grad=True), rand(2, 3, 3, 3, grad=True), rand(2, 3, grad=True)]
+    blur = fir_kernel(gain=4).double() if up else None
+    assert gradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, blur), inputs)
+    assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, blur), inputs)
+
+
+def test_modulated_conv2d_keeps_a_batch_independent():
+    x, weight, style = rand(3, 4, 5, 5), rand(6, 4, 3, 3), rand(3, 4)
+    whole = modulated_conv2d(x, weight, style)
+    single = torch.cat([modulated_conv2d(x[i : i + 1], weight, style[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(whole, single)
+
+
+def test_channels_last_gives_the_same():
+    x, weight, style = rand(2, 4, 6, 6), rand(6, 4, 3, 3), rand(2, 4)
+    blur = fir_kernel(gain=4).double()
+    last = modulated_conv2d(x.contiguous(memory_format=torch.channels_last), weight, style, True, True, blur)
+    torch.testing.assert_close(last, modulated_conv2d(x, weight, style, True, True, blur))
+
+
+def test_modulated_conv2d_needs_its_blur():
+    with pytest.raises(ValueError, match="blur"):
+        modulated_conv2d(rand(1, 2, 4, 4), rand(2, 2, 3, 3), rand(1, 2), up=True)
