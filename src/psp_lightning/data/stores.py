@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,10 @@ class FolderStore(Store):
             (`CelebA-HQ-img`, `CelebAMask-HQ-mask`, `sketch`), for any task.
         source: folder of the sources, paired with `target` by file stem.
         target: folder of the targets.
+        part: `train`, `val` or `all`. Without folders of its own, `val` is a share of the files, and `train` the rest;
+            a single file is both.
+        val_root, val_source, val_target: the same three folders for `val`.
+        val_share: share of the files that `val` takes, at least one; chosen by file name, not by order.
         unpaired: `error` or `skip` for files without a counterpart.
         limit: use the first so many samples only; None: all.
     """
@@ -91,10 +96,19 @@ class FolderStore(Store):
         root: str | os.PathLike[str] | None = None,
         source: str | os.PathLike[str] | None = None,
         target: str | os.PathLike[str] | None = None,
+        part: str = "all",
+        val_root: str | os.PathLike[str] | None = None,
+        val_source: str | os.PathLike[str] | None = None,
+        val_target: str | os.PathLike[str] | None = None,
+        val_share: float = 0.1,
         unpaired: str = "error",
         limit: int | None = None,
     ) -> None:
+        self.own_val = any(folder is not None for folder in (val_root, val_source, val_target))
+        if part == "val" and self.own_val:
+            root, source, target = val_root, val_source, val_target
         self.root, self.source, self.target = root, source, target
+        self.part, self.val_share = part, val_share
         self.unpaired, self.limit = unpaired, limit
         self._files: list[tuple[Path | None, Path]] = []
 
@@ -130,7 +144,14 @@ class FolderStore(Store):
             self._files = [(None, path) for path in list_images(target)]
         else:
             self._files = list(pair(source, target, self.unpaired))
+        if self.part != "all" and not self.own_val and len(self._files) > 1:
+            self._files = self._split(self._files)
         self._files = self._files[: self.limit]
+
+    def _split(self, files: list[tuple[Path | None, Path]]) -> list[tuple[Path | None, Path]]:
+        n = min(max(1, round(len(files) * self.val_share)), len(files) - 1)
+        held_out = set(sorted(files, key=lambda pair: zlib.crc32(pair[1].stem.encode()))[:n])
+        return [pair for pair in files if (pair in held_out) == (self.part == "val")]
 
     @property
     def paired(self) -> bool:

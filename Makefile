@@ -1,0 +1,37 @@
+# make demo | test | lint | install: each makes the virtual environment .venv first, with the tested versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# facenet-pytorch runs with today's torch, numpy and Pillow, but its metadata forbids them
+FACENET := facenet-pytorch==2.6.0
+
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make install  virtual environment in $(VENV), package in editable mode"
+	@echo "make demo     train a short inversion on drawn faces, predict, write a picture"
+	@echo "make test     the whole test suite"
+	@echo "make lint     ruff and mypy"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, set PYTHON=") if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(FACENET)
+	touch $@
+
+demo: install
+	$(BIN)/python -m psp_lightning.demo demo
+
+test: install
+	$(BIN)/python -m pytest --timeout 900
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache

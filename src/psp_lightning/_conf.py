@@ -1,0 +1,19 @@
+"""Where the shipped configuration lies: inside the wheel, or beside `src` in a source tree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def config_root() -> str:
+    """Absolute path of the folder that holds `train.yaml`.
+
+    Raises:
+        FileNotFoundError: when the installation lacks its configuration files.
+    """
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parents[1] / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return os.fspath(candidate)
+    raise FileNotFoundError(f"psp_lightning's configuration files are missing beside {package}; reinstall the package")

@@ -1,0 +1,64 @@
+"""psp-predict: one output for every readable input."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from psp_lightning._conf import config_root
+from psp_lightning.cli._main import guard, user_errors
+from psp_lightning.cli.launch import launch
+from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from psp_lightning.build_prediction import PredictionPlan
+
+
+def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
+    """The share of this rank; returns the manifest's records of all ranks."""
+    from psp_lightning.build_prediction import build_prediction
+
+    prediction = build_prediction(cfg, plan)
+    prediction.trainer.predict(prediction.module, prediction.loader, return_predictions=False)
+    return prediction.gather_records()
+
+
+@hydra.main(version_base="1.3", config_path=config_root(), config_name="predict")
+@user_errors
+def _run(cfg: DictConfig) -> None:
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{', '.join(missing)} must be given: psp-predict ckpt=RUN_OR_FILE input=DIR output=DIR")
+    from psp_lightning.build_prediction import plan_prediction
+    from psp_lightning.lit.prediction import save_manifest, save_sheet
+
+    plan = plan_prediction(cfg)
+    records = list(plan.skipped)
+    if plan.todo:
+        wanted = count_devices(cfg.accelerator, cfg.devices)
+        if wanted > len(plan.todo):  # a rank without an input has nothing to do
+            wanted = cfg.devices = len(plan.todo)
+        records += launch(partial(predict_job, plan), cfg, wanted)
+    save_manifest(plan.manifest, records)
+    if cfg.sheet:
+        save_sheet(plan.manifest.with_name("sheet.png"), records)
+    count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
+    for record in records:
+        if record["status"] == "error":
+            print(f"error: {record['error']}", file=sys.stderr)
+    print(f"{count['ok']} written, {count['skipped']} skipped, {count['error']} failed; {plan.manifest}")
+    if count["error"]:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of `psp-predict`."""
+    guard(_run)
+
+
+if __name__ == "__main__":
+    main()

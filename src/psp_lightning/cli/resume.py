@@ -1,0 +1,106 @@
+"""`resume=`: a run's own settings and directory, put before what the command line adds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from psp_lightning.utils.errors import UserError
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+def with_resume(arguments: list[str]) -> list[str]:
+    """Rewrite a command line that has `resume=`.
+
+    `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` goes on in RUN with the settings that it was started with; later
+    settings on the command line win. `resume=auto` takes the newest run of the task, or the one named by `run=`, and
+    starts a new run where there is none.
+
+    Raises:
+        UserError: no such run or checkpoint; together with `-m`.
+    """
+    settings = dict(_split(argument) for argument in arguments if not argument.startswith("-"))
+    wanted = settings.pop("resume", None)
+    if wanted in (None, "null"):
+        return arguments
+    flags = _flags(arguments)
+    if {"-m", "--multirun"} & set(flags):
+        raise UserError("resume= goes on with one run; leave out -m.")
+    if wanted == "auto":
+        checkpoint = _newest(settings)
+        if checkpoint is None:
+            return [argument for argument in arguments if not argument.startswith("resume=")]
+    else:
+        checkpoint = _checkpoint(Path(str(wanted).strip("'\"")))
+    run = checkpoint.parent.parent
+    recorded = run / ".hydra" / "overrides.yaml"
+    before: dict[str, str | None] = {}
+    if recorded.is_file():
+        before = dict(_split(line) for line in yaml.safe_load(recorded.read_text()) or ())
+    if (run / "config.yaml").is_file():
+        settings["hydra.run.dir"] = _quote(run)
+    before.pop("init_from", None)  # the checkpoint holds the weights by now
+    merged = {**before, **settings, "resume": _quote(checkpoint)}
+    return [*flags, *(key if value is None else f"{key}={value}" for key, value in merged.items())]
+
+
+def _split(argument: str) -> tuple[str, str | None]:
+    key, sign, value = argument.partition("=")
+    return key, value if sign else None
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    """Options of Hydra itself with their values: whatever is no `key=value`, `+key`, `~key`."""
+    flags, takes_value = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            flags.append(argument)
+            takes_value = "=" not in argument
+        elif takes_value and "=" not in argument and not argument.startswith(("+", "~")):
+            flags.append(argument)
+            takes_value = False
+        else:
+            takes_value = False
+    return flags
+
+
+def _quote(path: Path) -> str:
+    return "'" + os.fspath(path.resolve()).replace("'", "\\'") + "'"
+
+
+def _checkpoint(path: Path) -> Path:
+    candidate = path / LAST if path.is_dir() else path
+    if not candidate.is_file():
+        raise UserError(
+            f"resume={path}: no checkpoint at {candidate}. Give a run directory, one of its checkpoints, or auto."
+        )
+    return candidate
+
+
+def _newest(settings: dict[str, str | None]) -> Path | None:
+    runs = Path(settings.get("paths.runs") or os.environ.get("PSP_RUNS") or "runs")
+    name = settings.get("run") or "*"
+    found = list((runs / (settings.get("task") or "inversion")).glob(f"{name}/{LAST}"))
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def changes(recorded: Path, cfg: DictConfig) -> Iterator[str]:
+    """`key: before -> now` for each setting that differs from the run's recorded configuration."""
+    if not recorded.is_file():
+        return
+    before, now = _flat(yaml.safe_load(recorded.read_text())), _flat(OmegaConf.to_container(cfg, resolve=True))
+    for key in sorted({*before, *now} - {"resume", "init_from", "run"}):
+        if before.get(key) != now.get(key):
+            yield f"{key}: {before.get(key)} -> {now.get(key)}"
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}

@@ -1,0 +1,69 @@
+"""psp-train: compose, build, run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from psp_lightning._conf import config_root
+from psp_lightning.cli._main import guard, user_errors
+from psp_lightning.cli.launch import launch
+from psp_lightning.cli.resume import changes, with_resume
+from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.errors import UserError
+
+log = logging.getLogger("psp_train")
+
+
+def train_job(cfg: DictConfig) -> float | None:
+    """One run in this process, or as one of its ranks; returns the objective."""
+    from psp_lightning.build import build_training
+
+    run = Path(cfg.paths.output_dir)
+    resume = None if cfg.resume in (None, "auto") else Path(cfg.resume)
+    training = build_training(cfg, resume)
+    trainer = training.trainer
+    if trainer.is_global_zero:
+        run.mkdir(parents=True, exist_ok=True)
+        for line in changes(run / "config.yaml", cfg) if resume else ():
+            log.info("changed on resume: %s", line)
+        (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        if training.untrained_generator:
+            log.warning("the generator is seeded and untrained: outputs are no faces; generator=file takes a real one")
+        log.info("%s on %s, %d steps; run directory %s", cfg.task.name, cfg.domain.name, trainer.max_steps, run)
+    trainer.fit(training.module, training.data, ckpt_path=resume)
+    if training.interrupted:
+        log.info("stopped at step %d; go on with: psp-train resume=%s", trainer.global_step, run)
+        raise KeyboardInterrupt
+    value = trainer.callback_metrics.get(cfg.objective)
+    if trainer.is_global_zero:
+        reached = "" if value is None else f", {cfg.objective} {float(value):.4f}"
+        log.info("done: step %d%s; %s", trainer.global_step, reached, run / "checkpoints" / "last.ckpt")
+    return None if value is None else float(value)
+
+
+@hydra.main(version_base="1.3", config_path=config_root(), config_name="train")
+@user_errors
+def _run(cfg: DictConfig) -> Any:
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
+    return launch(train_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
+
+
+def main() -> None:
+    """Entry point of `psp-train`."""
+
+    def run() -> None:
+        sys.argv[1:] = with_resume(sys.argv[1:])
+        _run()
+
+    guard(run)
+
+
+if __name__ == "__main__":
+    main()

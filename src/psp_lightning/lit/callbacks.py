@@ -1,0 +1,150 @@
+"""Callbacks: the last checkpoint and a graceful stop, image grids, the progress bar."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.lit.grids import image_grid
+from psp_lightning.utils.images import save_atomic, to_pil
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt` such that a run continues from it bit for bit.
+
+    Written every `every_n_steps` optimizer steps, at the last step, and when ctrl-C or SIGTERM asks the run to stop
+    (the step in progress is finished first). Where a validation falls on the same step it is written after it, so that
+    the best value is part of it.
+
+    Args:
+        folder: where `last.ckpt` is written.
+        every_n_steps: optimizer steps between two writings; None: only at the end and on a stop.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int | None) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self.interrupted = False
+        self._pending = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # several ranks are ended by their launcher: one alone that stops would leave the others waiting
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask_to_stop)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        if batches % trainer.accumulate_grad_batches:
+            return  # gradients of half a step are not part of a checkpoint
+        step = trainer.global_step
+        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        self._pending = bool(due or self.interrupted)
+        validates = trainer.enable_validation and batches % int(trainer.val_check_batch or 1) == 0
+        if self._pending and not validates:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._pending:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._pending = False
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(self.path)
+        if self.interrupted:
+            trainer.should_stop = True
+
+
+class ImageGrids(Callback):
+    """Grids with a row source | target | output for each image, in the run directory and the image loggers.
+
+    Args:
+        folder: receives `train_00000100.png`, `val_00000100.png`.
+        spec: what the source is.
+        every_n_steps: steps between training grids; a validation always leaves one of its first batch.
+        n_images: rows.
+    """
+
+    def __init__(self, folder: str | Path, spec: InputSpec, every_n_steps: int, n_images: int) -> None:
+        self.folder = Path(folder)
+        self.spec = spec
+        self.every_n_steps = every_n_steps
+        self.n_images = n_images
+        self._drawn_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_step:
+            self._drawn_step = step
+            self._draw(trainer, pl_module, "train", batch, outputs["y_hat"])
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if batch_idx == 0:
+            self._draw(trainer, pl_module, "val", batch, outputs["y_hat"])
+
+    def _draw(self, trainer: pl.Trainer, module: Any, stage: str, batch: Any, y_hat: Tensor) -> None:
+        if not trainer.is_global_zero:
+            return
+        n = min(self.n_images, len(y_hat))
+        output, target = y_hat[:n].detach().float(), batch["target"][:n].float()
+        identity = module.losses.terms["id"] if "id" in module.losses.terms else None
+        captions = None
+        if identity is not None:
+            with torch.no_grad():
+                captions = [f"id {value:.2f}" for value in identity.similarity(output, target).tolist()]
+        grid = to_pil(image_grid(batch["source"][:n], target, output, self.spec, captions))
+        step = trainer.global_step
+        save_atomic(grid, self.folder / f"{stage}_{step:08d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # wandb; PIL, because it would cast float images to black
+                logger.log_image(key=f"{stage}/images", images=[grid], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(f"{stage}/images", np.asarray(grid), step, dataformats="HWC")
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar for the whole run: steps, time left, the loss and its terms."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        trainer = self.trainer
+        if trainer.max_steps < 0:
+            return float("inf")
+        return trainer.max_steps * trainer.accumulate_grad_batches
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("train")
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {name.removeprefix("train/"): value for name, value in metrics.items()}

@@ -1,0 +1,252 @@
+"""Prediction: a network over a list of inputs, outputs written while the next batch is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from torch import Tensor
+
+from psp_lightning.data.inputs import InputFile
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.lit.grids import source_to_rgb
+from psp_lightning.models.psp import PSP
+from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.images import save_atomic, to_pil
+
+FORMATS = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
+
+
+class LitPredictor(pl.LightningModule):
+    """Encodes, mixes styles and decodes.
+
+    Args:
+        net: the network.
+        latent_mask: styles that are replaced; None: no mixing.
+        inject: (n_outputs, n_styles, style_dim) the injected styles, one an output.
+        alpha: 1: the injected style alone.
+        size: edge length of the outputs; None: the generator's.
+        composite: inpainting: keep the known pixels.
+    """
+
+    inject: Tensor | None
+
+    def __init__(
+        self,
+        net: PSP,
+        latent_mask: Sequence[int] | None = None,
+        inject: Tensor | None = None,
+        alpha: float = 1.0,
+        size: int | None = None,
+        composite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.latent_mask = list(latent_mask or ())
+        self.alpha, self.size, self.composite = alpha, size, composite
+        self.register_buffer("inject", inject, persistent=False)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """`images` (B, n_outputs, 3, S, S) in [-1, 1], `w_plus` (B, n_styles, style_dim) before mixing."""
+        start = time.perf_counter()
+        if not batch["index"]:
+            return {"seconds": 0.0}
+        w_plus = self.net.encode(batch["source"])
+        outputs = []
+        for inject in [None] if self.inject is None else list(self.inject):
+            mixed = w_plus
+            if inject is not None:
+                mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
+            image = self.net.decode(mixed).float()
+            if self.composite:
+                image = _composite(image, batch["known"], batch["source"][:, 3:])
+            if self.size is not None:
+                image = F.adaptive_avg_pool2d(image, self.size)  # as the reference resizes
+            outputs.append(image.clamp(-1, 1))
+        # copying to the host waits for the device, so that the time below is the batch's
+        images, w_plus = torch.stack(outputs, dim=1).cpu(), w_plus.float().cpu()
+        seconds = (time.perf_counter() - start) / len(w_plus)
+        return {"images": images, "w_plus": w_plus, "seconds": seconds}
+
+
+def _composite(image: Tensor, known: Tensor, hole: Tensor) -> Tensor:
+    size = image.shape[-2:]
+    known = F.interpolate(known, size=size, mode="bilinear", align_corners=False, antialias=True)
+    hole = F.interpolate(hole, size=size, mode="nearest")
+    return image * hole + known * (1 - hole)
+
+
+class PredictionWriter(Callback):
+    """Writes outputs in threads and a manifest line for each input.
+
+    Args:
+        folder: output folder.
+        files: all inputs; batches refer to them by index.
+        spec: what the source is, for side-by-side pictures.
+        n_outputs: outputs of one input.
+        format: suffix of the images.
+        side_by_side: also write source | output.
+        latents: also write w_plus.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: list[InputFile],
+        spec: InputSpec | None,
+        n_outputs: int = 1,
+        format: str = "png",
+        side_by_side: bool = False,
+        latents: bool = False,
+    ) -> None:
+        self.folder, self.files, self.spec, self.n_outputs = folder, files, spec, n_outputs
+        self.format, self.side_by_side, self.latents = format, side_by_side, latents
+        self._threads: ThreadPoolExecutor | None = None
+        self._waiting: list[Future[dict[str, Any]]] = []
+        self.records: list[dict[str, Any]] = []
+
+    def outputs_of(self, file: InputFile) -> list[Path]:
+        """The files that one input becomes."""
+        names = [file.name] if self.n_outputs == 1 else [f"{file.name}_{k}" for k in range(self.n_outputs)]
+        return [self.folder / f"{name}.{self.format}" for name in names]
+
+    def extras_of(self, file: InputFile) -> list[Path]:
+        """What is written beside the outputs."""
+        pictures = [self.folder / "side_by_side" / f"{file.name}.{self.format}"] if self.side_by_side else []
+        return pictures + ([self.folder / "latents" / f"{file.name}.npz"] if self.latents else [])
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=4)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        for index, error, seconds in batch["failed"]:
+            self.records.append(self.record(index, "error", [], seconds, error))
+        assert self._threads is not None
+        source = batch["source"].cpu() if self.side_by_side and batch["index"] else None
+        for i, index in enumerate(batch["index"]):
+            job = (
+                index, batch["seconds"][i] + outputs["seconds"], outputs["images"][i], outputs["w_plus"][i],
+                None if source is None else source[i : i + 1],
+            )  # fmt: skip
+            self._waiting.append(self._threads.submit(self._write, *job))
+        while len(self._waiting) > 64 or (self._waiting and self._waiting[0].done()):
+            self.records.append(self._waiting.pop(0).result())  # bounded memory: writing may be the slowest part
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.records += [future.result() for future in self._waiting]
+        self._waiting = []
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def record(
+        self, index: int, status: str, outputs: list[Path], seconds: float, error: str | None = None
+    ) -> dict[str, Any]:
+        """One line of the manifest."""
+        line: dict[str, Any] = {
+            "index": index,
+            "source": os.fspath(self.files[index].path),
+            "output": [os.fspath(path) for path in outputs],
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        return line if error is None else {**line, "error": error}
+
+    def _write(
+        self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        file = self.files[index]
+        paths = self.outputs_of(file)
+        for image, path in zip(images, paths, strict=True):
+            save_atomic(to_pil(image), path, **FORMATS[self.format])
+        for path in self.extras_of(file):
+            if path.suffix == ".npz":
+                _save_latents(path, w_plus)
+            elif source is not None:
+                save_atomic(self._beside(source, images), path, **FORMATS[self.format])
+        return self.record(index, "ok", paths, seconds + time.perf_counter() - start)
+
+    def _beside(self, source: Tensor, images: Tensor) -> Image.Image:
+        assert self.spec is not None
+        shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
+        return to_pil(torch.cat([shown[0], *images], dim=-1))
+
+
+def _save_latents(path: Path, w_plus: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez(file, w_plus=w_plus.numpy())
+    os.replace(part, path)
+
+
+def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one JSON line a record, in the order of the inputs."""
+    part = path.with_suffix(".part")
+    lines = ({k: v for k, v in r.items() if k != "index"} for r in sorted(records, key=lambda r: r["index"]))
+    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(part, path)
+
+
+def make_inject(
+    net: PSP, latent_mask: Sequence[int] | None, n_outputs: int, seed: int, reference: Tensor | None
+) -> Tensor | None:
+    """The styles to inject, (n_outputs, n_styles, style_dim); None without a mask.
+
+    Output k gets the same style for every input: the one drawn from (seed, k), or the reference's.
+
+    Raises:
+        UserError: several outputs or a reference without a mask; a style that does not exist.
+    """
+    n_styles = net.n_styles
+    if latent_mask is None:
+        if n_outputs > 1 or reference is not None:
+            raise UserError(f"mix.n_outputs and mix.reference need mix.latent_mask: styles from 0 to {n_styles - 1}.")
+        return None
+    if wrong := [style for style in latent_mask if not 0 <= style < n_styles]:
+        raise UserError(f"mix.latent_mask: there is no style {wrong[0]}; this generator has 0 to {n_styles - 1}.")
+    if reference is not None:
+        return net.encode(reference[None]).expand(n_outputs, -1, -1)
+    z_dim: int = net.generator.z_dim  # type: ignore[assignment]
+    z = [np.random.default_rng([seed, k]).standard_normal(z_dim) for k in range(n_outputs)]
+    w = net.generator.mapping(torch.tensor(np.stack(z), dtype=torch.float32))  # type: ignore[operator]  # (n_outputs, style_dim)
+    return w[:, None].expand(-1, n_styles, -1)
+
+
+def save_sheet(path: Path, records: list[dict[str, Any]], rows: int = 64, edge: int = 128) -> None:
+    """A picture with a row for each input: the input and its outputs, `edge` pixels high."""
+    shown = [record for record in records if record["output"] and record["status"] != "error"][:rows]
+    if not shown:
+        return
+    columns = 1 + max(len(record["output"]) for record in shown)
+    sheet = Image.new("RGB", (columns * edge, len(shown) * edge))
+    for y, record in enumerate(shown):
+        for x, name in enumerate([record["source"], *record["output"]]):
+            with Image.open(name) as image:
+                sheet.paste(image.convert("RGB").resize((edge, edge)), (x * edge, y * edge))
+    save_atomic(sheet, path)
+
+
+class PredictionBar(TQDMProgressBar):
+    """The progress of a prediction."""
+
+    def init_predict_tqdm(self) -> Any:
+        bar = super().init_predict_tqdm()
+        bar.set_description("predict")
+        return bar

@@ -1,0 +1,149 @@
+"""Several ranks on one machine: gradients, sweeps, no rank left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytestmark = pytest.mark.slow
+
+SGD = """
+_target_: torch.optim.SGD
+_partial_: true
+lr: 1.0
+"""
+
+
+def encoder_weights(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {key: value for key, value in state.items() if key.startswith("net.encoder.") and value.is_floating_point()}
+
+
+def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: Path) -> None:
+    """One step of plain SGD with lr 1 moves the weights by the gradient."""
+    (tmp_path / "own" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own" / "optimizer" / "sgd.yaml").write_text(SGD)
+    base = ["--config-dir", "own", "optimizer=sgd", "model.batch_norm=frozen", "model.noise=const", *tiny]
+    base += ["trainer.max_steps=1", "trainer.val_every=1"]
+    runs = {"one": ["data.batch_size=4"], "two": ["trainer=ddp_cpu", "data.batch_size=2"], "start": ["optimizer.lr=0"]}
+    for name, settings in runs.items():
+        settings = [item for item in base if not (name == "two" and item == "trainer=cpu")] + settings
+        done = shell("train", *settings, f"run={name}")
+        assert done.code == 0, done.err
+    start, one, two = (encoder_weights(tmp_path / "runs" / "inversion" / name) for name in ("start", "one", "two"))
+    moved = 0
+    for key in start:
+        a, b = one[key] - start[key], two[key] - start[key]
+        scale = a.abs().max().item()
+        moved += scale > 0
+        # the subtraction of weights leaves their own float32 rounding in the difference
+        bound = 1e-4 * scale + 4e-7 * start[key].abs().max().item()
+        assert (a - b).abs().max().item() <= bound, f"{key}: {(a - b).abs().max().item():.2e} of {scale:.2e}"
+    assert moved > 20, "the step moved hardly any parameter"
+
+
+def test_sweep_with_two_ranks_leaves_one_directory_per_job(shell, tiny: list[str], tmp_path: Path) -> None:
+    settings = [item for item in tiny if item != "trainer=cpu"]
+    done = shell(
+        "train", "-m", "task=inversion,superres", "trainer=ddp_cpu", "trainer.devices=2", *settings,
+        timeout=400,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    sweeps = list((tmp_path / "runs" / "multirun").iterdir())
+    assert len(sweeps) == 1
+    jobs = sorted(path for path in sweeps[0].iterdir() if path.is_dir())
+    assert [job.name for job in jobs] == ["0", "1"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["multirun"]
+    for job, task in zip(jobs, ("inversion", "superres"), strict=True):
+        assert yaml.safe_load((job / "config.yaml").read_text())["task"]["name"] == task
+        assert torch.load(job / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+        log = (job / "train.log").read_text()
+        assert log.count("done: step 2") == 1, log
+        assert len((job / "csv" / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_objective_reaches_the_sweeper(shell, tiny: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    settings = [item for item in tiny if item != "trainer=cpu"]
+    done = shell(
+        "train", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=1",
+        "hydra.sweep.dir=sweep", "trainer=ddp_cpu", *settings, timeout=400,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    result = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    losses = {}
+    for job in ("0", "1"):
+        rows = (tmp_path / "sweep" / job / "csv" / "metrics.csv").read_text().splitlines()
+        row = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+        losses[yaml.safe_load((tmp_path / "sweep" / job / "config.yaml").read_text())["optimizer"]["lr"]] = row[
+            "val/loss"
+        ]
+    best = min(losses, key=lambda lr: float(losses[lr]))
+    assert result["best_params"]["optimizer.lr"] == pytest.approx(best)
+    assert result["best_value"] == pytest.approx(float(losses[best]), rel=1e-5)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        todo += (new := children.get(todo.pop(), []))
+        found += new
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_killing_the_parent_leaves_no_rank_behind(tiny: list[str], tmp_path: Path) -> None:
+    settings = [item for item in tiny if item != "trainer=cpu" and "steps" not in item and "val_every" not in item]
+    command = [
+        sys.executable, "-m", "psp_lightning.cli.train", "trainer=ddp_cpu", *settings, "trainer.max_steps=100000",
+        "callbacks.images.every_n_steps=2", "run=r",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 150
+    while not (tmp_path / "runs" / "inversion" / "r" / "images" / "train_00000002.png").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.2)
+    ranks = descendants(process.pid)
+    assert len(ranks) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 20
+    while (
+        alive := [pid for pid in ranks if Path(f"/proc/{pid}").exists() and not _zombie(pid)]
+    ) and time.time() < deadline:
+        time.sleep(0.2)
+    assert not alive, f"ranks {alive} outlived their parent"
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_error_in_a_rank_is_said_once_and_the_sweep_goes_on(shell, tiny: list[str], tmp_path: Path) -> None:
+    settings = [item for item in tiny if item != "trainer=cpu"]
+    done = shell(
+        "train", "-m", "optimizer.lr=1e30,1e-4", "trainer=ddp_cpu", *settings, "trainer.max_steps=8", timeout=400
+    )
+    assert done.code == 1
+    assert "loss term 'l2'" in done.err and "Traceback" not in done.err.split("error: ")[-1], done.err
+    second = next((tmp_path / "runs" / "multirun").iterdir()) / "1"
+    assert torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8

@@ -1,0 +1,117 @@
+"""20 steps = 10 steps, kill -9, resume, 10 steps: identical weights, metrics and data order."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SETTINGS = [
+    "trainer.max_steps=20",
+    "trainer.val_every=5",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.last.every_n_steps=10",
+    "callbacks.images=null",
+    "data.batch_size=2",
+    "data.val_batch_size=2",
+    "data.val.n=3",
+    "model.latent_avg_samples=64",
+    "model.warmup_steps=15",
+    "optimizer.lr=1e-3",
+]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "psp_lightning.cli.train", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """kill -9 once the checkpoint of `step` is there and training has gone on."""
+    checkpoint, log = run / "checkpoints" / "last.ckpt", run / "order.txt"
+    deadline = time.time() + 240
+    while time.time() < deadline:
+        if checkpoint.exists() and log.exists() and log.read_text().count("\n") > step:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint appeared")
+
+
+def final(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
+    return a == b
+
+
+# 7 samples in batches of 2: steps 4, 7, 11, ... end in the middle of a pass; 10 samples: step 10 ends one exactly
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "ranks"), [(7, 1), (10, 1), (7, 2)])
+def test_resume_is_bit_exact(n: int, ranks: int, tmp_path: Path) -> None:
+    plugin = tmp_path / "order_plugin.py"
+    plugin.write_text(
+        "import os, time\n"
+        "from pytorch_lightning.callbacks import Callback\n"
+        "class Order(Callback):\n"
+        "    def __init__(self, folder): self.folder = folder\n"
+        "    def on_train_batch_start(self, trainer, module, batch, i):\n"
+        "        name = 'order.txt' if trainer.global_rank == 0 else f'order_{trainer.global_rank}.txt'\n"
+        "        with open(os.path.join(self.folder, name), 'a') as f:\n"
+        "            f.write(f'{trainer.global_step} {batch[\"path\"]}\\n')\n"
+        "        time.sleep(0.1)\n"
+    )
+    trainer = "trainer=cpu" if ranks == 1 else "trainer=ddp_cpu"
+    order = ["+callbacks.order._target_=order_plugin.Order", "+callbacks.order.folder=${paths.output_dir}"]
+    settings = [trainer, *SETTINGS, f"data.train.n={n}", *order]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    try:
+        whole = start(tmp_path, *settings, "run=whole")
+        finish(whole)
+        cut_run = tmp_path / "runs" / "inversion" / "cut"
+        cut = start(tmp_path, *settings, "run=cut")
+        kill_after(cut, cut_run, 12)
+        assert final(cut_run)["global_step"] == 10
+        for file in cut_run.glob("order*.txt"):  # what was seen after the checkpoint is seen again
+            lines = file.read_text().splitlines()
+            file.write_text("".join(line + "\n" for line in lines[:10]))
+        finish(start(tmp_path, "resume=auto" if ranks == 1 else f"resume={cut_run}", "run=cut"))
+    finally:
+        os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].removeprefix(str(tmp_path)).removeprefix(os.pathsep)
+    whole_run = tmp_path / "runs" / "inversion" / "whole"
+    for file in whole_run.glob("order*.txt"):
+        assert file.read_text() == (cut_run / file.name).read_text(), f"another data order in {file.name}"
+    a, b = final(whole_run), final(cut_run)
+    assert a["global_step"] == b["global_step"] == 20
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_state"):
+        assert equal(a[key], b[key]), f"{key} differs after the resume"
+    best = [
+        [state["best_model_score"] for state in c["callbacks"].values() if "best_model_score" in state] for c in (a, b)
+    ]
+    assert best[0] and equal(*best)
+    rows = [list(csv.DictReader((run / "csv" / "metrics.csv").open())) for run in (whole_run, cut_run)]
+    assert rows[0] == rows[1], "metrics.csv differs after the resume"
+    assert [int(r["step"]) for r in rows[0] if r["train/loss"]] == list(range(1, 21))
