@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -81,7 +82,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = resolve(path)
     _sniff(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # released files may keep their options in one
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            # released files may keep their options in a Namespace; warnings on odd files come before our own error
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -90,7 +93,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"Checkpoint {path} asks to import {wanted[1]} while it is read. A checkpoint of tensors and plain "
                 "values does not; the file was refused and nothing in it was run."
             ) from None
-        raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged.") from None
+        raise UserError(
+            f"{path} is not a PyTorch checkpoint of tensors and plain values, or it is damaged; nothing in it was run."
+        ) from None
     except OSError as error:
         raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
