@@ -120,7 +120,10 @@ class TaskDataModule(pl.LightningDataModule):
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
         if isinstance(limit, float):  # Lightning: a share of the epoch
             limit = int(limit * -(-len(sampler) // self.batch_size))
-        return ResumableDataLoader(dataset, self.batch_size, sampler, limit=limit, **self._options())
+        # by keyword: Lightning makes a copy with another sampler for `overfit_batches`
+        return ResumableDataLoader(
+            dataset=dataset, batch_size=self.batch_size, sampler=sampler, limit=limit, **self._options()
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         rank, world_size = self._ranks()

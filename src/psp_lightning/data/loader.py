@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from psp_lightning.utils.errors import UserError
@@ -68,7 +69,7 @@ class ResumableDataLoader(DataLoader[Any]):
     Args:
         dataset: indexed by (epoch, index).
         batch_size: samples per batch and rank.
-        sampler: the order.
+        sampler: the order. Another kind (Lightning puts one in for `overfit_batches`) becomes the order 0..n-1.
         limit: the consumer takes only so many batches of each epoch (`Trainer(limit_train_batches=...)`).
         options: further arguments of `DataLoader`.
     """
@@ -77,10 +78,14 @@ class ResumableDataLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         batch_size: int,
-        sampler: EpochSampler,
+        sampler: Sampler[Any],
         limit: int | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(sampler, EpochSampler):
+            many = dist.is_available() and dist.is_initialized()
+            rank, world_size = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+            sampler = EpochSampler(len(dataset), 0, False, rank, world_size)  # type: ignore[arg-type]
         # an own generator: DataLoader draws a seed for its workers in each epoch, and would take it from the global
         # stream, which then differs between a resumed run and one that was not interrupted
         options.setdefault("generator", torch.Generator())
