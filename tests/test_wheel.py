@@ -14,6 +14,12 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TINY = ["trainer=cpu", "trainer.max_steps=2", "trainer.val_every=2", "data.batch_size=2", "data.val.n=2"]
+MINE = """# @package _global_
+defaults:
+  - override /task: superres
+optimizer:
+  lr: 0.003
+"""
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -41,9 +47,7 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
 
     own = tmp_path / "own" / "experiment"
     own.mkdir(parents=True)
-    (own / "mine.yaml").write_text(
-        MINE
-    )
+    (own / "mine.yaml").write_text(MINE)
     bin_folder = tmp_path / "env" / "bin"
     shown = run(bin_folder / "psp-train", "--config-dir", "own", "experiment=mine", "--cfg", "job", cwd=tmp_path)
     assert "lr: 0.003" in shown and "name: superres" in shown

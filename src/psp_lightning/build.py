@@ -21,7 +21,8 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from psp_lightning.checkpoints.io import LoadReport, load_psp, load_strict, read
 from psp_lightning.checkpoints.pretrained import find
-from psp_lightning.lit.callbacks import ImageGrids, LastCheckpoint, ProgressBar
+from psp_lightning.lit.callbacks import AverageBatchNorm, ImageGrids, LastCheckpoint, ProgressBar
+from psp_lightning.lit.epochs import EpochStart
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.module import LitPSP
 from psp_lightning.losses.composite import CompositeLoss
@@ -228,7 +229,7 @@ def build_callbacks(cfg: DictConfig, spec: Any) -> list[Callback]:
     """Image grids, progress bar, checkpoints; the last checkpoint comes last, so that it holds the others' state."""
     run, settings = Path(cfg.paths.output_dir), cfg.callbacks
     folder = run / "checkpoints"
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [AverageBatchNorm(), EpochStart()]
     if settings.get("images"):
         callbacks.append(ImageGrids(run / "images", spec, settings.images.every_n_steps, settings.images.n_images))
     if cfg.trainer.enable_progress_bar:

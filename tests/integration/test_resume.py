@@ -15,7 +15,6 @@ import torch
 
 SETTINGS = [
     "trainer.max_steps=20",
-    "trainer.val_every=5",
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
     "callbacks.last.every_n_steps=10",
@@ -70,8 +69,8 @@ def equal(a: object, b: object) -> bool:
 
 # 7 samples in batches of 2: steps 4, 7, 11, ... end in the middle of a pass; 10 samples: step 10 ends one exactly
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "ranks"), [(7, 1), (10, 1), (7, 2)])
-def test_resume_is_bit_exact(n: int, ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n", "val_every", "ranks"), [(7, 5, 1), (10, 4, 1), (7, 5, 2)])
+def test_resume_is_bit_exact(n: int, val_every: int, ranks: int, tmp_path: Path) -> None:
     plugin = tmp_path / "order_plugin.py"
     plugin.write_text(
         "import os, time\n"
@@ -86,7 +85,7 @@ def test_resume_is_bit_exact(n: int, ranks: int, tmp_path: Path) -> None:
     )
     trainer = "trainer=cpu" if ranks == 1 else "trainer=ddp_cpu"
     order = ["+callbacks.order._target_=order_plugin.Order", "+callbacks.order.folder=${paths.output_dir}"]
-    settings = [trainer, *SETTINGS, f"data.train.n={n}", *order]
+    settings = [trainer, *SETTINGS, f"data.train.n={n}", f"trainer.val_every={val_every}", *order]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     try:
         whole = start(tmp_path, *settings, "run=whole")

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.lit.grids import image_grid
@@ -78,6 +78,28 @@ class LastCheckpoint(Checkpoint):
             trainer.should_stop = True
 
 
+class AverageBatchNorm(Callback):
+    """Averages the encoder's running statistics over the ranks after each step.
+
+    Without SyncBatchNorm every rank normalises by its own batch and keeps its own running statistics: a validation or a
+    checkpoint would then be one rank's view of them.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.world_size == 1:
+            return
+        layers = [m for m in pl_module.net.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        layers = [layer for layer in layers if layer.training and not isinstance(layer, nn.SyncBatchNorm)]
+        buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.all_reduce(flat)
+        flat /= trainer.world_size
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
 class ImageGrids(Callback):
     """Grids with a row source | target | output for each image, in the run directory and the image loggers.
 
@@ -133,16 +155,21 @@ class ImageGrids(Callback):
 class ProgressBar(TQDMProgressBar):
     """One bar for the whole run: steps, time left, the loss and its terms."""
 
-    @property
-    def total_train_batches(self) -> int | float:
-        trainer = self.trainer
-        if trainer.max_steps < 0:
-            return float("inf")
-        return trainer.max_steps * trainer.accumulate_grad_batches
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        bar = self.train_progress_bar
+        bar.reset(trainer.max_steps if trainer.max_steps > 0 else None)
+        bar.initial = bar.n = trainer.global_step  # of a resumed run: the rest alone tells the time left
+        bar.set_description("train")
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("train")
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """A pass over the data is no event for the bar."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        bar, step = self.train_progress_bar, trainer.global_step
+        if step > bar.n:
+            bar.update(step - bar.n)
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)

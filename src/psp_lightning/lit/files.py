@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from psp_lightning.checkpoints.io import save_atomic
 
@@ -35,7 +36,7 @@ class CsvLog(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        fresh = self._experiment is None
+        fresh = self._experiment is None and rank_zero_only.rank == 0
         if fresh and (path := Path(self.log_dir) / "metrics.csv").exists():
             path.unlink()  # its rows are in self._kept; Lightning would warn and delete it
         experiment = super().experiment
