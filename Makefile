@@ -23,7 +23,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python -m psp_lightning.demo demo
+	rm -rf demo
+	$(BIN)/psp-train experiment=toyfaces_inversion paths.runs=demo/runs run=demo
+	$(BIN)/psp-data toyfaces out=demo/faces n=16 size=64 seed=7
+	$(BIN)/psp-predict ckpt=demo/runs/inversion/demo input=demo/faces/CelebA-HQ-img output=demo/predictions sheet=true
+	@echo "inputs beside outputs (the generator is untrained: colours and layout come through, no faces yet):"
+	@echo "$(CURDIR)/demo/predictions/sheet.png"
 
 test: install
 	$(BIN)/python -m pytest --timeout 900

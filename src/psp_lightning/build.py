@@ -74,7 +74,9 @@ def instantiate(node: Any, where: str, **kwargs: Any) -> Any:
 
 
 def quiet() -> None:
-    """Leave out warnings of Lightning that do not concern a user of this library."""
+    """Leave out what Lightning says that does not concern a user of this library."""
+    for name in ("pytorch_lightning", "lightning_fabric"):  # its import has set them to INFO: tips, device counts
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "Found .* in eval mode at the start",  # the frozen networks are meant to be
         ".*does not have many workers.*",  # data.num_workers is a setting, and drawn faces need none

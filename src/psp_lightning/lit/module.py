@@ -77,6 +77,7 @@ class LitPSP(pl.LightningModule):
         self._val_sums: dict[str, Tensor] = {}
         self._val_count = 0
         self._random_state: list[dict[str, Any]] | None = None
+        self.train()  # Lightning keeps the modes that it finds
 
     # --- steps
 

@@ -229,17 +229,21 @@ def make_inject(
     return w[:, None].expand(-1, n_styles, -1)
 
 
-def save_sheet(path: Path, records: list[dict[str, Any]], rows: int = 64, edge: int = 128) -> None:
-    """A picture with a row for each input: the input and its outputs, `edge` pixels high."""
-    shown = [record for record in records if record["output"] and record["status"] != "error"][:rows]
+def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: int = 128) -> None:
+    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines of 8 or so."""
+    shown = [record for record in records if record["output"] and record["status"] != "error"][:most]
     if not shown:
         return
-    columns = 1 + max(len(record["output"]) for record in shown)
-    sheet = Image.new("RGB", (columns * edge, len(shown) * edge))
-    for y, record in enumerate(shown):
-        for x, name in enumerate([record["source"], *record["output"]]):
+    gap = edge // 8
+    width = edge * max(1 + len(record["output"]) for record in shown) + gap
+    columns = max(1, 8 * edge // width)
+    lines = -(-len(shown) // columns)
+    sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, lines * (edge + gap) - gap), "white")
+    for i, record in enumerate(shown):
+        for k, name in enumerate([record["source"], *record["output"]]):
             with Image.open(name) as image:
-                sheet.paste(image.convert("RGB").resize((edge, edge)), (x * edge, y * edge))
+                picture = image.convert("RGB").resize((edge, edge))
+            sheet.paste(picture, (i % columns * width + k * edge, i // columns * (edge + gap)))
     save_atomic(sheet, path)
 
 
