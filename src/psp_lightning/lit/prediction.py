@@ -230,7 +230,7 @@ def make_inject(
 
 
 def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: int = 128) -> None:
-    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines of 8 or so."""
+    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines."""
     shown = [record for record in records if record["output"] and record["status"] != "error"][:most]
     if not shown:
         return

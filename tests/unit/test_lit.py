@@ -1,0 +1,217 @@
+"""LitPSP, its callbacks and files, on a small network."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import nn
+
+from psp_lightning.data.datamodules import InversionDataModule
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.stores import ToyFacesStore
+from psp_lightning.lit import random_state
+from psp_lightning.lit.callbacks import LastCheckpoint
+from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
+from psp_lightning.lit.grids import image_grid, source_to_rgb
+from psp_lightning.lit.module import LitPSP
+from psp_lightning.losses import CompositeLoss, LossTerm
+from psp_lightning.losses.identity import IDLoss
+from psp_lightning.losses.l2 import L2Loss
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.frozen import is_frozen
+from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.optim import Ranger
+from psp_lightning.utils.errors import UserError
+
+
+def small_net() -> PSP:
+    torch.manual_seed(0)
+    generator = Generator.seeded(0, output_size=32, style_dim=32, n_mapping=2, max_channels=16)
+    encoder = GradualStyleEncoder(generator.n_styles, 32, 3, 32, blocks=(1, 1, 1, 1), width=8)
+    return PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": 32})
+
+
+def module(terms: dict[str, LossTerm] | None = None, **options) -> LitPSP:
+    terms = terms or {"l2": L2Loss()}
+    losses = CompositeLoss(terms, dict.fromkeys(terms, 1.0))
+    return LitPSP(small_net(), losses, lambda params: Ranger(params, lr=1e-3), log_every=1, **options)
+
+
+def data(n: int = 6) -> InversionDataModule:
+    train, val = (ToyFacesStore(size=32, seed=seed, n=n) for seed in (1, 2))
+    return InversionDataModule(train, val, input_size=32, target_size=32, batch_size=2)
+
+
+def trainer(folder: Path, steps: int = 1, callbacks=(), **options) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, default_root_dir=folder, logger=options.pop("logger", False),
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(callbacks),
+        callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], num_sanity_val_steps=0,
+        val_check_interval=options.pop("val_every", 1), check_val_every_n_epoch=None, **options,
+    )  # fmt: skip
+
+
+def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path) -> None:
+    """Claim: no parameter of a frozen network has a gradient, its buffers are unchanged, it is in eval mode."""
+    torch.manual_seed(1)
+    torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
+    lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
+    frozen = {"generator": lit.net.generator, "identity": lit.losses.terms["id"].network}
+    before = {
+        f"{name}.{key}": value.clone() for name, part in frozen.items() for key, value in part.state_dict().items()
+    }
+    encoder = {key: value.clone() for key, value in lit.net.encoder.state_dict().items()}
+    fit = trainer(tmp_path)
+    fit.fit(lit, data())
+    lit.train()
+    for name, part in frozen.items():
+        assert not [key for key, p in part.named_parameters() if p.grad is not None], f"{name} has gradients"
+        assert not [m for m in part.modules() if m.training], f"{name} is in train mode"
+        for key, value in part.state_dict().items():
+            assert torch.equal(value, before[f"{name}.{key}"]), f"{name}.{key} changed"
+    assert is_frozen(lit.net.generator)
+    assert any(not torch.equal(value, encoder[key]) for key, value in lit.net.encoder.state_dict().items())
+    optimized = {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in lit.net.encoder.parameters()}
+
+
+def test_batch_norm_policy() -> None:
+    def modes(lit: LitPSP) -> set[bool]:
+        return {m.training for m in lit.net.encoder.modules() if isinstance(m, nn.BatchNorm2d)}
+
+    assert modes(module(batch_norm="frozen")) == {False}
+    assert modes(module(batch_norm="frozen").eval().train()) == {False}
+    assert modes(module(batch_norm="local")) == {True}
+    with pytest.raises(UserError, match="Did you mean 'sync'"):
+        module(batch_norm="sink")
+
+
+def test_state_dict_holds_the_network_alone_and_loads_strictly() -> None:
+    lit = module()
+    state = lit.state_dict()
+    assert state and all(key.startswith("net.") for key in state)
+    lit.load_state_dict(state)
+    state.pop(next(iter(state)))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        lit.load_state_dict(state)
+
+
+class Exploding(LossTerm):
+    """NaN for images, whatever they show."""
+
+    def forward(self, inputs):
+        return inputs.y_hat.mean() * float("nan")
+
+
+def test_nan_guard_names_term_step_and_files(tmp_path: Path) -> None:
+    lit = module({"l2": L2Loss(), "boom": Exploding()})
+    with pytest.raises(UserError, match=r"'boom' became nan at step 1.*toyfaces/seed1/"):
+        trainer(tmp_path).fit(lit, data())
+
+
+def test_validation_means_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    results = []
+    for size in (1, 2, 5):
+        fit, loader = trainer(tmp_path), data(n=5)
+        loader.val_batch_size = size
+        fit.validate(module(), loader, verbose=False)
+        results.append(float(fit.callback_metrics["val/loss"]))
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+
+
+def test_warmup_and_logged_steps(tmp_path: Path) -> None:
+    lit = module(warmup_steps=4)
+    trainer(tmp_path, steps=5, val_every=5, logger=CsvLog(tmp_path)).fit(lit, data())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    rates = [float(row["train/lr"]) for row in rows if row["train/lr"]]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "5"]
+
+
+def test_resumed_log_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path)
+    for step in (1, 2, 3):
+        log.log_metrics({"a": step}, step)
+    log.save()
+    again = CsvLog(tmp_path, keep_until=2)
+    again.log_metrics({"a": 30, "b": 1}, 3)
+    again.save()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["a"], row["b"]) for row in rows] == [("1", "1", ""), ("2", "2", ""), ("3", "30", "1")]
+
+
+def test_checkpoint_is_plain_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = trainer(tmp_path, 2, [LastCheckpoint(tmp_path, None)], val_every=2)
+    fit.fit(module(), data())
+    path = tmp_path / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["global_step"] == 2 and content["psp"]["encoder"]["class"] == "GradualStyleEncoder"
+    whole = path.read_bytes()
+
+    def full(*args, **kwargs):
+        args[1].write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        fit.save_checkpoint(path)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_random_state_round_trip() -> None:
+    import random
+
+    state = random_state.capture()
+    first = (random.random(), np.random.rand(), torch.rand(1).item())
+    random_state.restore(state)
+    assert first == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+@pytest.mark.parametrize(
+    ("spec", "channels"), [(InputSpec("rgb", 8), 3), (InputSpec("sketch", 8), 1), (InputSpec("masked", 8), 4)]
+)
+def test_sources_become_pictures(spec: InputSpec, channels: int) -> None:
+    assert source_to_rgb(torch.ones(2, channels, 8, 8), spec).shape == (2, 3, 8, 8)
+
+
+def test_labels_are_shown_in_their_colours() -> None:
+    spec = InputSpec("labels", 2, n_classes=2, label_map={
+        "classes": [{"id": 3, "name": "a", "color": [255, 0, 0]}, {"id": 9, "name": "b", "color": [0, 0, 255]}]
+    })  # fmt: skip
+    source = torch.zeros(1, 2, 2, 2)
+    source[0, 1] = 1
+    assert torch.equal(source_to_rgb(source, spec)[0, :, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
+
+
+def test_grid_has_a_row_for_each_sample_and_captions() -> None:
+    images = torch.zeros(2, 3, 16, 16)
+    assert image_grid(images, images, images, InputSpec("rgb", 16)).shape == (3, 32, 48)
+    assert image_grid(images, images, images, InputSpec("rgb", 16), ["id 0.10", "id 0.20"]).shape == (3, 60, 48)
+
+
+def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
+    from psp_lightning.lit.callbacks import ImageGrids
+
+    torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
+    lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
+    trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", InputSpec("rgb", 32), 1, 2)]).fit(lit, data())
+    assert Image.open(tmp_path / "images" / "train_00000001.png").size == (96, 2 * (32 + 14))
+    assert (tmp_path / "images" / "val_00000001.png").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision_follows_float32(precision: str, tmp_path: Path) -> None:
+    losses = []
+    for kind in ("32-true", precision):
+        fit = trainer(tmp_path, 3, precision=kind, val_every=3)
+        fit.fit(module(noise="const"), data())
+        losses.append(float(fit.callback_metrics["val/loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
