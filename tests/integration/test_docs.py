@@ -1,0 +1,286 @@
+"""The documents hold: their code blocks run, the notebook runs, what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@dataclass
+class Block:
+    """A fenced block."""
+
+    language: str
+    file: str  # what follows the language: the file that the block is
+    text: str
+    line: int
+    skipped: bool  # a comment before it says why it is not run
+
+
+def blocks(path: Path) -> list[Block]:
+    pattern = re.compile(r"(<!-- not run: [^\n]*-->\n+)?^```(\w+) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    return [
+        Block(match[2], match[3].strip(), match[4], text.count("\n", 0, match.start(4)) + 1, match[1] is not None)
+        for match in pattern.finditer(text)
+    ]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The command lines of a shell block, without comments and leading variables."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [[word for word in line if not re.match(r"PYTHONPATH=", word)] for line in words if line]
+
+
+def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
+    """A training command with the tests' small settings; what it says of the data and the trainer stays."""
+    tiny = [*tiny, "trainer.log_every_n_steps=1"]
+    folder = "data=folder" in arguments
+    kept = [item for item in tiny if not (folder and item.startswith(("data.val.n", "data.train.n")))]
+    if any(item.startswith("trainer=") for item in arguments):
+        kept.remove("trainer=cpu")
+    if folder:
+        kept.append("data.num_workers=0")
+    return [*arguments, *kept]
+
+
+def run_block(block: Block, psp, tiny: list[str]) -> None:
+    for name, *arguments in commands(block):
+        command = name.removeprefix("psp-")
+        assert name.startswith("psp-"), f"line {block.line}: {name} is not run by this test"
+        if command == "train":
+            arguments = shortened(arguments, tiny)
+        elif command == "predict":
+            arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
+        done = psp(command, *arguments)
+        assert done.code == 0, f"line {block.line}: {name} {' '.join(arguments)}\n{done.err}"
+
+
+@pytest.fixture
+def place(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with photographs, importable as with PYTHONPATH=."""
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        (tmp_path / "photos" / f"face_{i}.jpg").write_bytes((photos / f"face_{i}.jpg").read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def plugin_modules():
+    """Forgets the modules and registrations that a test's plug-ins leave behind."""
+    from psp_lightning.losses import LOSSES
+    from psp_lightning.models.registry import ENCODERS
+
+    before = dict(LOSSES), dict(ENCODERS)
+    yield
+    for table, content in zip((LOSSES, ENCODERS), before, strict=True):
+        table.clear()
+        table.update(content)
+    for name in ("my_losses", "my_encoder", "my_task"):
+        sys.modules.pop(name, None)
+
+
+# --- docs/extending.md
+
+
+@pytest.mark.parametrize("title", ["A loss", "An encoder", "A task"])
+def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules) -> None:
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    start = text.count("\n", 0, text.index(f"## {title}\n"))
+    end = text.count("\n", 0, text.index("\n## ", text.index(f"## {title}\n") + 3))
+    section = [block for block in blocks(DOCS / "extending.md") if start < block.line < end]
+    for block in section:
+        if block.file:
+            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (place / block.file).write_text(block.text)
+            code = [line for line in block.text.splitlines() if line.strip()]
+            assert len(code) <= 20, f"{block.file} has {len(code)} lines; the page promises at most 20"
+    for block in section:
+        if block.language == "bash":
+            run_block(block, psp, tiny)
+    if title == "A loss":
+        columns = (place / "runs/inversion/edges/csv/metrics.csv").read_text().splitlines()[0].split(",")
+        promised = re.findall(r"`((?:train|val)/\w+)`", text)
+        lacking = set(promised) - set(columns)
+        assert promised and not lacking, f"the page names the columns {sorted(lacking)}, the log has {columns}"
+    if title == "An encoder":
+        assert {path.name for path in (place / "out").glob("*.png")} == {"face_0.png", "face_1.png"}
+        from psp_lightning.models.registry import ENCODERS
+
+        del ENCODERS["TinyEncoder"]
+        sys.modules.pop("my_encoder")
+        done = psp("predict", "ckpt=runs/inversion/tiny", "input=photos", "output=again", "accelerator=cpu")
+        assert done.code == 1 and "TinyEncoder" in done.err, done.err
+        assert "my_encoder" not in sys.modules, "a checkpoint must not cause an import"
+    if title == "A task":
+        assert len(list((place / "coloured").glob("*.png"))) == 2
+
+
+# --- docs/toyfaces.md
+
+
+def test_toyfaces_page(psp, tiny: list[str], place: Path) -> None:
+    for block in blocks(DOCS / "toyfaces.md"):
+        if block.language == "python":
+            exec(compile(block.text, f"toyfaces.md:{block.line}", "exec"), {"__name__": "toyfaces_page"})
+        elif block.language == "bash":
+            run_block(block, psp, tiny)
+    sheet = place / "toyfaces.png"
+    assert Image.open(sheet).size == Image.open(DOCS / "toyfaces.png").size
+    assert (DOCS / "toyfaces.png").stat().st_size < 300_000
+    assert len(list((place / "faces" / "CelebA-HQ-img").iterdir())) == 20
+
+
+# --- README.md
+
+
+def checkpoint(path: Path) -> Path:
+    """A small network in the file layout of the released pSp checkpoints."""
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.stylegan2 import Generator
+
+    torch.manual_seed(0)
+    generator = Generator.seeded(0, output_size=256, style_dim=512, n_mapping=8, channel_multiplier=2, max_channels=16)
+    encoder = GradualStyleEncoder(generator.n_styles, 512)
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state |= {f"decoder.{k}": v for k, v in generator.state_dict().items()}
+    options = {"encoder_type": "GradualStyleEncoder", "dataset_type": "ffhq_encode", "start_from_latent_avg": True}
+    torch.save({"state_dict": state, "opts": options, "latent_avg": torch.zeros(512)}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(place / "psp_ffhq_encode.pt")
+    makefile = (ROOT / "Makefile").read_text()
+    assert psp("data", "toyfaces", "out=celeba", "n=4", "size=64").code == 0
+    for name, folder in (("CelebA-HQ-img", "targets"), ("sketch", "sketches"), ("CelebAMask-HQ-mask", "maps")):
+        (place / "celeba" / name).rename(place / folder)
+    assert psp("data", "toyfaces", "out=celeba2", "n=4", "size=64").code == 0
+    (place / "celeba2").rename(place / "celeba_hq")
+    for block in blocks(ROOT / "README.md"):
+        if block.file:
+            (place / block.file).write_text(block.text)
+            continue
+        if block.skipped:
+            for name, *arguments in commands(block):
+                done = psp(name.removeprefix("psp-"), *arguments, "--cfg", "job")
+                assert done.code == 0, f"line {block.line}: {name} {' '.join(arguments)} --cfg job\n{done.err}"
+            continue
+        if block.language == "python":
+            exec(compile(block.text, f"README.md:{block.line}", "exec"), {"__name__": "readme"})
+            continue
+        if block.language != "bash":
+            continue
+        for name, *arguments in commands(block):
+            if name == "make":
+                assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"no make target {arguments[0]}"
+            elif name.startswith("psp-"):
+                text = " ".join(shlex.quote(part) for part in (name, *arguments))
+                if any("devices=2" in item for item in arguments):  # ranks are spawned: not from inside pytest
+                    done = shell("train", *shortened(arguments, tiny))
+                    assert done.code == 0, f"line {block.line}: {text}\n{done.err}"
+                    continue
+                run_block(Block("bash", "", text, block.line, False), psp, tiny)
+    assert len(list((place / "out").glob("*.png"))) == 2
+    assert Image.open(place / "output.png").size == (256, 256)
+    jobs = [path.parent.parent for path in (place / "runs" / "multirun").glob("*/*/checkpoints/last.ckpt")]
+    assert sorted(path.name for path in jobs) == ["0", "0", "1", "1", "2", "3"], "four jobs of a grid, two of Optuna"
+    from psp_lightning.data.labels import load_label_map
+
+    assert len(load_label_map(place / "my_labels.yaml")) == 3
+
+
+def test_readme_is_short_and_names_what_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for group, name in re.findall(r"\b(task|domain|experiment|trainer|loss|encoder|debug)=(\w+)", text):
+        if name.isupper():  # a placeholder
+            continue
+        assert (ROOT / "conf" / group / f"{name}.yaml").is_file(), f"README names {group}={name}"
+    tasks = {path.stem for path in (ROOT / "conf" / "task").glob("*.yaml")}
+    assert tasks <= set(re.findall(r"`(\w+)`", text)), "the table lacks a task"
+    from psp_lightning.checkpoints.pretrained import RECORDS
+
+    for record in RECORDS.values():
+        assert record.filename in text, f"README does not say where {record.filename} goes"
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_links_and_paths(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    for name in re.findall(r"`((?:conf|tests|docs|src|notebooks)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+    for name in re.findall(r"`((?:models|losses|data|lit|cli|ops|optim|metrics|checkpoints|utils)/\w+\.py)", text):
+        assert (ROOT / "src" / "psp_lightning" / name).exists(), f"{path.name} names {name}"
+
+
+def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for folder in (ROOT / "src" / "psp_lightning").iterdir():
+        if folder.is_dir() and (folder / "__init__.py").exists():
+            assert f"{folder.name}/" in text, f"docs/architecture.md does not describe {folder.name}/"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r"^dependencies = (\[.*?^\])", project, re.MULTILINE | re.DOTALL)
+    assert found
+    for requirement in ast.literal_eval(found[1]):
+        name = re.split(r"[<>=!]", requirement)[0]
+        assert f"`{name}`" in text, f"docs/architecture.md gives no reason for {name}"
+
+
+# --- the notebook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["own checkpoint", "alone"])
+def test_notebook(given: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient = importlib.import_module("nbclient")
+    nbformat = importlib.import_module("nbformat")
+    monkeypatch.delenv("PSP_NOTEBOOK", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if given:
+        net = small_network()
+        torch.save(net, place / "network.ckpt")
+        monkeypatch.setenv("PSP_NOTEBOOK", str(place))
+    path = ROOT / "notebooks" / "predict_and_mix.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    stored = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs]
+    assert not stored, "the notebook is kept without outputs"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
+    text = nbformat.writes(notebook)
+    assert text.count("image/png") >= 2, "the grids are not shown"
+    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not any(str(place) in part for part in printed), "an output holds an absolute path"
+    if given:
+        assert any("face_0" in part for part in printed), "the given images were not used"
+
+
+def small_network() -> dict[str, object]:
+    """The content of a checkpoint of ours."""
+    from psp_lightning import PSP
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.stylegan2 import Generator
+
+    torch.manual_seed(0)
+    generator = Generator.seeded(0, output_size=64, style_dim=64, n_mapping=2, channel_multiplier=2, max_channels=16)
+    encoder = GradualStyleEncoder(generator.n_styles, 64, input_size=64, blocks=(1, 1, 1, 1), width=8)
+    net = PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": 64})
+    return {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}
