@@ -70,7 +70,7 @@ def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path) -> None:
     }
     encoder = {key: value.clone() for key, value in lit.net.encoder.state_dict().items()}
     fit = trainer(tmp_path)
-    fit.fit(lit, data())
+    fit.fit(lit, data(n=2))
     lit.train()
     for name, part in frozen.items():
         assert not [key for key, p in part.named_parameters() if p.grad is not None], f"{name} has gradients"
@@ -202,7 +202,7 @@ def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
 
     torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
-    trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", InputSpec("rgb", 32), 1, 2)]).fit(lit, data())
+    trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", InputSpec("rgb", 32), 1, 2)]).fit(lit, data(n=2))
     assert Image.open(tmp_path / "images" / "train_00000001.png").size == (96, 2 * (32 + 14))
     assert (tmp_path / "images" / "val_00000001.png").exists()
 

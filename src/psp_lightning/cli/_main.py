@@ -52,6 +52,8 @@ def guard(run: Callable[[], object]) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error))
+    except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -36,7 +36,7 @@ class CsvLog(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        fresh = self._experiment is None and rank_zero_only.rank == 0
+        fresh = self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0
         if fresh and (path := Path(self.log_dir) / "metrics.csv").exists():
             path.unlink()  # its rows are in self._kept; Lightning would warn and delete it
         experiment = super().experiment

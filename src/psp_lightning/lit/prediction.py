@@ -250,7 +250,6 @@ def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: 
 class PredictionBar(TQDMProgressBar):
     """The progress of a prediction."""
 
-    def init_predict_tqdm(self) -> Any:
-        bar = super().init_predict_tqdm()
-        bar.set_description("predict")
-        return bar
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        super().on_predict_batch_start(*args, **kwargs)
+        self.predict_progress_bar.set_description("predict")
