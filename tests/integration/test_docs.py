@@ -54,6 +54,8 @@ def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
         kept.remove("trainer=cpu")
     if folder:
         kept.append("data.num_workers=0")
+    if any(item.startswith("resume=") for item in arguments):  # two steps more than the run has done
+        kept += ["trainer.max_steps=4", "trainer.val_every=4"]
     return [*arguments, *kept]
 
 
