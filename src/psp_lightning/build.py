@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
+import math
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.checkpoints.io import LoadReport, load_psp, load_strict, read
 from psp_lightning.checkpoints.pretrained import find
@@ -28,8 +31,8 @@ from psp_lightning.lit.module import LitPSP
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.devices import count_devices
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.devices import resolve_devices
+from psp_lightning.utils.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Training:
     module: LitPSP
     data: pl.LightningDataModule
     untrained_generator: bool = False
+    resume_step: int = 0
 
     @property
     def interrupted(self) -> bool:
@@ -81,6 +85,9 @@ def quiet() -> None:
         "Found .* in eval mode at the start",  # the frozen networks are meant to be
         ".*does not have many workers.*",  # data.num_workers is a setting, and drawn faces need none
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",  # the values are gathered already
+        ".*broadcast_buffers.*",
+        "The number of training batches .* is smaller than the logging interval",
         "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own
     ):
         warnings.filterwarnings("ignore", message)
@@ -122,14 +129,16 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
     generator, latent_avg = made if isinstance(made, tuple) else (made, None)
     if latent_avg is None:
         latent_avg = generator.latent_average(n=cfg.model.latent_avg_samples)
-    encoder = instantiate(
-        cfg.encoder,
-        "encoder",
-        n_styles=generator.n_styles,
-        style_dim=generator.style_dim,
-        in_channels=in_channels,
-        input_size=cfg.domain.input_size,
-    )()
+    derived = {
+        "n_styles": generator.n_styles,
+        "style_dim": generator.style_dim,
+        "in_channels": in_channels,
+        "input_size": cfg.domain.input_size,
+    }
+    make = instantiate(cfg.encoder, "encoder")
+    if "n_styles" not in inspect.signature(make.func).parameters:
+        del derived["n_styles"]  # an encoder into W has one style
+    encoder = make(**derived)
     net = PSP(encoder, generator, latent_avg, start_from_latent_avg=cfg.model.start_from_latent_avg, source=source)
     if cfg.model.backbone is not None:
         log.info("%s", load_backbone(net.encoder, cfg.model.backbone))
@@ -167,6 +176,8 @@ def build_losses(cfg: DictConfig) -> CompositeLoss:
         UserError: an entry without `_target_` (a weight without its term), an unknown name, missing weights.
     """
     terms, weights = {}, {}
+    if not cfg.get("loss"):
+        raise UserError("no loss is selected: choose at least one, e.g. loss=[l2].")
     for name, node in cfg.loss.items():
         if "_target_" not in node:
             raise UserError(
@@ -204,27 +215,32 @@ def build_trainer(cfg: DictConfig, spec: Any, resume_step: int | None) -> pl.Tra
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     val_every = options.pop("val_every")
     strategy = options.pop("strategy")
-    world = count_devices(options["accelerator"], options["devices"]) * options["num_nodes"]
+    options["accelerator"], devices = resolve_devices(options["accelerator"], options["devices"])
+    options["devices"] = devices
+    world = (devices if isinstance(devices, int) else len(devices)) * options["num_nodes"]
     cuda = torch.cuda.is_available() and options["accelerator"] in ("auto", "gpu", "cuda")
     if strategy in ("auto", "ddp"):
         # the encoder's buffers agree under SyncBatchNorm; sending them before each forward would hang a validation in
         # which ranks have unequal numbers of batches
         strategy = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
-    return pl.Trainer(
-        **options,
-        strategy=strategy,
-        sync_batchnorm=world > 1 and cuda and cfg.model.batch_norm == "sync",  # exists on GPUs only
-        max_epochs=-1,
-        val_check_interval=val_every * options["accumulate_grad_batches"],
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the data module shards
-        default_root_dir=cfg.paths.output_dir,
-        callbacks=build_callbacks(cfg, spec),
-        logger=build_loggers(cfg, resume_step),
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-    )
+    try:
+        return pl.Trainer(
+            **options,
+            strategy=strategy,
+            sync_batchnorm=world > 1 and cuda and cfg.model.batch_norm == "sync",  # exists on GPUs only
+            max_epochs=-1,
+            val_check_interval=val_every * options["accumulate_grad_batches"],
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module shards
+            default_root_dir=cfg.paths.output_dir,
+            callbacks=build_callbacks(cfg, spec),
+            logger=build_loggers(cfg, resume_step),
+            plugins=[AtomicCheckpointIO()],
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def build_callbacks(cfg: DictConfig, spec: Any) -> list[Callback]:
@@ -265,9 +281,77 @@ def build_loggers(cfg: DictConfig, resume_step: int | None) -> list[Logger]:
                 run.mkdir(parents=True, exist_ok=True)
                 identity.write_text(secrets.token_hex(4))
             loggers.append(instantiate(node, "logger.wandb", id=identity.read_text(), resume="allow"))
+            _open_wandb(loggers[-1])
         else:
             loggers.append(instantiate(node, f"logger.{name}"))
     return loggers
+
+
+def _open_wandb(logger: Any) -> None:
+    from wandb.errors import Error
+
+    try:
+        _ = logger.experiment
+    except Error as error:
+        raise UserError(f"wandb: {error} Log in with `wandb login`, or set logger.wandb.offline=true.") from None
+
+
+def check_numbers(cfg: DictConfig, table: dict[str, tuple[type, float, float]]) -> None:
+    """Refuse numbers that make no sense, before anything is built.
+
+    Args:
+        cfg: the composed configuration; null and keys that are not there are left to their defaults.
+        table: key to (int or float, smallest, largest).
+
+    Raises:
+        UserError: naming the key, its value and the range.
+    """
+    for key, (kind, low, high) in table.items():
+        value = OmegaConf.select(cfg, key)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or (kind is int and value != int(value)) or not low <= value <= high:
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{key}={value} must be a {'whole ' if kind is int else ''}number, {limits}.")
+
+
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "seed": (int, 0, 2**32 - 1),
+    "optimizer.lr": (float, 0, math.inf),
+    "trainer.max_steps": (int, 1, math.inf),
+    "trainer.val_every": (int, 1, math.inf),
+    "trainer.log_every_n_steps": (int, 1, math.inf),
+    "trainer.accumulate_grad_batches": (int, 1, math.inf),
+    "data.batch_size": (int, 1, math.inf),
+    "data.val_batch_size": (int, 1, math.inf),
+    "data.num_workers": (int, 0, 1024),
+    "data.limit": (int, 1, math.inf),
+    "data.val_share": (float, 0, 1),
+    "callbacks.last.every_n_steps": (int, 1, math.inf),
+    "callbacks.every.every_n_steps": (int, 1, math.inf),
+    "callbacks.images.every_n_steps": (int, 0, math.inf),
+    "callbacks.images.n_images": (int, 1, math.inf),
+    "model.warmup_steps": (int, 0, math.inf),
+    "model.latent_avg_samples": (int, 1, math.inf),
+}
+
+
+def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
+    """Refuse a monitored value that will never be logged; the first validation may be hours away.
+
+    Raises:
+        UserError: naming the key and the logged values.
+    """
+    terms = list(module.losses.terms)
+    logged = ["val/loss", *(f"val/loss_{name}" for name in terms), *(f"val/{name}" for name in module.val_metrics)]
+    best = cfg.callbacks.get("best")
+    for key, value in {"callbacks.best.monitor": best and best.monitor, "objective": cfg.objective}.items():
+        extra = any(str(value).startswith(f"val/{name}_") for name in terms)  # a term's own logs
+        if value is not None and value not in logged and not extra:
+            raise UserError(f"{key}={value} is not logged.{suggest(value, logged)} Logged: {', '.join(logged)}")
+    if best and best.mode not in ("min", "max"):
+        raise UserError(f"callbacks.best.mode={best.mode} is unknown: min or max.")
 
 
 def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
@@ -281,12 +365,14 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
         UserError: whatever in the configuration or the data a person can mend.
     """
     quiet()
+    check_numbers(cfg, NUMBERS)
     import_plugins(cfg.plugins)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = build_data(cfg)
     module = build_module(cfg, data)
+    check_monitored(cfg, module)
     step = None
     if resume is not None:
         step = int(read(resume).get("global_step", 0))
     untrained = str(cfg.generator.get("_target_", "")).endswith("Generator.seeded") and cfg.init_from is None
-    return Training(build_trainer(cfg, data.spec, step), module, data, untrained)
+    return Training(build_trainer(cfg, data.spec, step), module, data, untrained, step or 0)

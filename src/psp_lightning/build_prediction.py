@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,33 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Subset
 
-from psp_lightning.build import import_plugins, quiet
+from psp_lightning.build import check_numbers, import_plugins, quiet
 from psp_lightning.checkpoints.io import load_psp
 from psp_lightning.data.inputs import InputDataset, InputFile, collate_inputs, list_inputs
+from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
 from psp_lightning.lit.module import gather
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, PredictionWriter, make_inject
-from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "resize": (int, 1, 2**15),
+    "batch_size": (int, 1, math.inf),
+    "num_workers": (int, 0, 1024),
+    "factor": (int, 1, 2**15),
+    "seed": (int, 0, math.inf),
+    "mix.n_outputs": (int, 1, math.inf),
+    "mix.alpha": (float, -math.inf, math.inf),
+    "mix.seed": (int, 0, math.inf),
+}
 
 
 @dataclass
@@ -58,6 +72,18 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     if cfg.format not in FORMATS:
         options = ", ".join(FORMATS)
         raise UserError(f"format={cfg.format} is unknown.{suggest(cfg.format, FORMATS)} Choose from: {options}")
+    if cfg.precision not in PRECISIONS:
+        raise UserError(f"precision={cfg.precision} is unknown. Choose from: {', '.join(PRECISIONS)}")
+    for key in ("side_by_side", "sheet", "latents", "overwrite"):
+        if not isinstance(cfg[key], bool):
+            raise UserError(f"{key}={cfg[key]} must be true or false.")
+    if not isinstance(cfg.mix.latent_mask, ListConfig | None):
+        raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
+    if cfg.mask.kind is not None and cfg.mask.kind not in SHAPES:
+        raise UserError(
+            f"mask.kind={cfg.mask.kind} is unknown.{suggest(cfg.mask.kind, SHAPES)} Choose from: {', '.join(SHAPES)}"
+        )
+    check_numbers(cfg, NUMBERS)
     output = Path(cfg.output)
     files = list_inputs(str(cfg.input), exclude=output)
     try:
@@ -67,10 +93,23 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error.strerror}.") from None
     writer = _writer(cfg, files, None)
+    _refuse_clashes(writer, files, cfg.sheet)
     results = [(*writer.outputs_of(file), *writer.extras_of(file)) for file in files]
     done = [not cfg.overwrite and all(path.exists() for path in paths) for paths in results]
     skipped = [writer.record(i, "skipped", writer.outputs_of(files[i]), 0.0) for i, skip in enumerate(done) if skip]
     return PredictionPlan(files, [i for i, skip in enumerate(done) if not skip], skipped, output / "manifest.jsonl")
+
+
+def _refuse_clashes(writer: PredictionWriter, files: list[InputFile], sheet: bool) -> None:
+    """Raise a UserError where two results would be one file: a picture called sheet, a folder called side_by_side."""
+    taken = {writer.folder / "sheet.png"} if sheet else set()
+    for file in files:
+        for path in (*writer.outputs_of(file), *writer.extras_of(file)):
+            if path in taken:
+                raise UserError(
+                    f"{path} would be written twice (for {file.path}): rename the input or change the options."
+                )
+            taken.add(path)
 
 
 def _writer(cfg: DictConfig, files: list[InputFile], spec: InputSpec | None) -> PredictionWriter:
@@ -90,8 +129,10 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
     if cfg.mask.kind is not None:
         values["mask"] = {"kind": cfg.mask.kind}
     spec = InputSpec.from_dict(values)
-    if cfg.mask.composite and spec.kind != "masked":
-        raise UserError(f"mask.composite=true is for inpainting; {cfg.ckpt} takes {spec.kind} images.")
+    if spec.kind != "masked" and (cfg.mask.composite or cfg.mask.kind is not None or cfg.mask.dir is not None):
+        raise UserError(f"mask.* is for inpainting; {cfg.ckpt} takes {spec.kind} images.")
+    if cfg.factor is not None and cfg.factor > spec.size:
+        raise UserError(f"factor={cfg.factor} is more than the {spec.size} pixels of the input.")
     if cfg.factor is not None and spec.kind != "lowres":
         raise UserError(f"factor={cfg.factor} is for super-resolution; {cfg.ckpt} takes {spec.kind} images.")
     masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
@@ -101,10 +142,11 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     module = LitPredictor(net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite)
     writer = _writer(cfg, plan.files, spec)
-    world = count_devices(cfg.accelerator, cfg.devices)
+    accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
+    world = devices if isinstance(devices, int) else len(devices)
     trainer = pl.Trainer(
-        accelerator=cfg.accelerator,
-        devices=cfg.devices,
+        accelerator=accelerator,
+        devices=devices,
         precision=cfg.precision,
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank takes its own share below

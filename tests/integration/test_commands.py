@@ -186,7 +186,7 @@ def test_existing_outputs_are_skipped(psp, small: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "1.png").unlink()
     mark = (tmp_path / "out" / "0.png").stat().st_mtime_ns
     done = predict(psp, f"ckpt={small}", "input=in", "output=out")
-    assert "1 written, 1 skipped" in done.out
+    assert "1 written, 1 skipped (overwrite=true" in done.out
     assert (tmp_path / "out" / "0.png").stat().st_mtime_ns == mark
     done = predict(psp, f"ckpt={small}", "input=in", "output=out", "overwrite=true")
     assert "2 written, 0 skipped" in done.out

@@ -100,7 +100,7 @@ def test_state_dict_holds_the_network_alone_and_loads_strictly() -> None:
     assert state and all(key.startswith("net.") for key in state)
     lit.load_state_dict(state)
     state.pop(next(iter(state)))
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(UserError, match="1 missing"):
         lit.load_state_dict(state)
 
 

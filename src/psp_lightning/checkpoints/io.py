@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import fnmatch
 import os
 import pickle
@@ -11,7 +13,6 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _understanding(path: Path):  # type: ignore[no-untyped-def]
     """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
     try:
@@ -323,6 +324,11 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):  # it may have been moved already
+            os.unlink(name)
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        if isinstance(error, RuntimeError):  # how PyTorch's writer says that the disk is full
+            raise OSError(errno.ENOSPC, "cannot be written, the disk is probably full", os.fspath(path)) from error
         raise

@@ -14,6 +14,28 @@ from psp_lightning.utils.errors import UserError, suggest
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
+# settings whose values are paths or names: people write them as in a shell, without Hydra's own quotes
+PATHS = (
+    "ckpt", "input", "output", "init_from", "resume", "run", "generator.path", "paths.runs",
+    "mix.reference", "mask.dir",
+    "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
+)  # fmt: skip
+
+
+def quote_paths(arguments: list[str]) -> list[str]:
+    """Put values of `PATHS` that Hydra's grammar would not take as they are into its quotes; not in a sweep."""
+    if {"-m", "--multirun"} & set(arguments):
+        return arguments
+    quoted = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        plain = re.fullmatch(r"[\w./:~-]*", value, re.ASCII) or value[:1] in "'\"["
+        if sign and key in PATHS and not plain:
+            argument = key + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        quoted.append(argument)
+    return quoted
+
+
 class Told(BaseException):
     """Carries a `UserError` past Hydra, which would print the overrides and a hint before it."""
 
@@ -29,10 +51,12 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
         try:
             return task(cfg)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            raise Told(str(error)) from None
+            raise Told(_words(error)) from None
 
     return run
 
@@ -57,7 +81,13 @@ def guard(run: Callable[[], object]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+        _fail(_words(error))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return str(error)
 
 
 def _fail(message: str) -> None:
@@ -77,6 +107,10 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return f"there is no configuration key '{key}'.{_closest_key(key)} All keys: --cfg job; new ones: +{key}=..."
+    if match := re.search(r"missing EQUAL at|mismatched input|LexerNoViableAlt|token recognition", text):
+        return (
+            f"{text.splitlines()[0]}\nSettings are written KEY=VALUE; a value with special characters: \"KEY='VALUE'\""
+        )
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} must be given on the command line: {match[1]}=..."
     return text

@@ -33,14 +33,14 @@ def _parse(arguments: list[str]) -> tuple[Path, dict[str, int]]:
         key, sign, value = argument.partition("=")
         if not sign or key not in names:
             raise UserError(f"'{argument}' is no setting.{suggest(key, names)} Settings: {', '.join(names)}, as n=100.")
-        if key == "out":
+        if key == "out" and value:
             out = Path(value)
             continue
         try:
             values[key] = int(value)
         except ValueError:
             raise UserError(f"{key}={value} is not a whole number.") from None
-    if out is None:
+    if out is None or not arguments:
         raise UserError("out=DIR is missing: psp-data toyfaces out=DIR")
     return out, values
 

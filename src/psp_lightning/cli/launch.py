@@ -43,12 +43,14 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
         return job(cfg)
     import multiprocessing
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("spawn", force=True)  # a joblib worker has set 'loky', unknown to torch
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below, once
+    for part in ("", ".multiprocessing.api", ".agent.server.api"):  # the failure is reported below, once
+        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -68,6 +70,8 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
             if told:
                 raise UserError(told[0].read_text()) from None
             raise RuntimeError(str(error)) from None
+        except SignalException:  # the ranks were told, and have stopped after their step
+            raise KeyboardInterrupt from None
         return results[0]
 
 

@@ -10,7 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
-from psp_lightning.cli._main import guard, user_errors
+from psp_lightning.cli._main import guard, quote_paths, user_errors
 from psp_lightning.cli.launch import launch
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError
@@ -50,14 +50,22 @@ def _run(cfg: DictConfig) -> None:
     for record in records:
         if record["status"] == "error":
             print(f"error: {record['error']}", file=sys.stderr)
-    print(f"{count['ok']} written, {count['skipped']} skipped, {count['error']} failed; {plan.manifest}")
+    again = " (overwrite=true writes them again)" if count["skipped"] else ""
+    print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {plan.manifest}")
     if count["error"]:
         sys.exit(1)
 
 
 def main() -> None:
     """Entry point of `psp-predict`."""
-    guard(_run)
+
+    def run() -> None:
+        sys.argv[1:] = quote_paths(sys.argv[1:])
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise UserError("psp-predict takes no sweep: input= takes a folder or a glob.")
+        _run()
+
+    guard(run)
 
 
 if __name__ == "__main__":

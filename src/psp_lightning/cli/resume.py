@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning.utils.errors import UserError
@@ -30,6 +30,8 @@ def with_resume(arguments: list[str]) -> list[str]:
     if wanted in (None, "null"):
         return arguments
     flags = _flags(arguments)
+    for flag in flags:
+        settings.pop(flag, None)  # the value of an option, as in --config-dir DIR
     if {"-m", "--multirun"} & set(flags):
         raise UserError("resume= goes on with one run; leave out -m.")
     if wanted == "auto":
@@ -38,8 +40,10 @@ def with_resume(arguments: list[str]) -> list[str]:
             return [argument for argument in arguments if not argument.startswith("resume=")]
     else:
         checkpoint = _checkpoint(Path(str(wanted).strip("'\"")))
+    if "hydra.run.dir" in settings:
+        raise UserError("resume= goes on in the run's own directory: leave out hydra.run.dir.")
     run = checkpoint.parent.parent
-    recorded = run / ".hydra" / "overrides.yaml"
+    recorded = run / "overrides.yaml"
     before: dict[str, str | None] = {}
     if recorded.is_file():
         before = dict(_split(line) for line in yaml.safe_load(recorded.read_text()) or ())
@@ -90,14 +94,35 @@ def _newest(settings: dict[str, str | None]) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def changes(recorded: Path, cfg: DictConfig) -> Iterator[str]:
-    """`key: before -> now` for each setting that differs from the run's recorded configuration."""
+# What makes a run the run that it is. Data, trainer and callbacks may change; the log says what did.
+FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "seed")
+
+
+def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
+    """`key: before -> now` for each setting that differs from the run's recorded ones.
+
+    Raises:
+        UserError: one of them makes it another run.
+    """
+    recorded = run / "config.yaml"
     if not recorded.is_file():
-        return
+        return []
     before, now = _flat(yaml.safe_load(recorded.read_text())), _flat(OmegaConf.to_container(cfg, resolve=True))
-    for key in sorted({*before, *now} - {"resume", "init_from", "run"}):
-        if before.get(key) != now.get(key):
-            yield f"{key}: {before.get(key)} -> {now.get(key)}"
+    keys = [key for key in sorted({*before, *now} - {"resume", "init_from", "run"}) if before.get(key) != now.get(key)]
+    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
+    if fixed := [lines[key] for key in keys if key.startswith(FIXED)]:
+        raise UserError(
+            f"resume= goes on with the run as it was started, which does not allow {'; '.join(fixed)}. Leave this out, "
+            f"or start a new run from its weights with init_from={run / LAST}."
+        )
+    return list(lines.values())
+
+
+def record(run: Path, cfg: DictConfig) -> None:
+    """Write the settings of a run: composed (config.yaml), and as they were given (overrides.yaml)."""
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    (run / "overrides.yaml").write_text(yaml.safe_dump(given, allow_unicode=True))
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

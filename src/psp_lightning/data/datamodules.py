@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from psp_lightning.data.datasets import TaskDataset
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
-from psp_lightning.data.loader import EpochSampler, ResumableDataLoader
+from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, ResumableDataLoader
 from psp_lightning.data.masks import draw_mask
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
@@ -129,7 +129,7 @@ class TaskDataModule(pl.LightningDataModule):
         rank, world_size = self._ranks()
         dataset = self.dataset("val")
         sampler = EpochSampler(len(dataset), self.seed, False, rank, world_size, pad=False)
-        return DataLoader(
+        return ReadableDataLoader(
             dataset, batch_size=self.val_batch_size, sampler=sampler, generator=torch.Generator(), **self._options()
         )
 
@@ -236,7 +236,7 @@ class InpaintingDataModule(TaskDataModule):
         self.mask_paired = mask_paired and drawn.get("kind") == "file"
         if drawn.get("kind") == "file":
             if self.mask_dir is None:
-                raise UserError("mask=file needs mask_dir=DIR, a folder of masks (bright is missing).")
+                raise UserError("task.datamodule.mask=file needs task.datamodule.mask_dir=DIR (bright is missing).")
             # what prediction does without masks of its own: paired files say nothing about other pictures
             drawn = {"kind": "random"} if self.mask_paired else {"kind": "file", "folder": os.fspath(self.mask_dir)}
         draw_mask(input_size, np.random.default_rng(0), **drawn)  # a wrong option is said now, not in a worker
@@ -254,7 +254,7 @@ class InpaintingDataModule(TaskDataModule):
         if lacking:
             raise UserError(
                 f"{len(lacking)} images have no mask of the same stem in {self.mask_dir}, the first: "
-                f"{', '.join(lacking[:3])}. Add them, or set mask_paired=false to draw any mask for any image."
+                f"{', '.join(lacking[:3])}. Add them, or take any for any image: task.datamodule.mask_paired=false."
             )
         return masks
 

@@ -58,6 +58,8 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
         files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
     else:
         raise UserError(f"input={pattern}: there is no such file or folder.")
+    if exclude is not None and exclude.resolve() == root.resolve():
+        raise UserError(f"output={exclude} is the folder of the inputs: give another one.")
     if exclude is not None:
         files = [file for file in files if exclude.resolve() not in file.resolve().parents]
     if not files:

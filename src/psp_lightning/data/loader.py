@@ -60,7 +60,17 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         return iter([(epoch, int(index)) for index in self.order(epoch)[skip:]])
 
 
-class ResumableDataLoader(DataLoader[Any]):
+class ReadableDataLoader(DataLoader[Any]):
+    """A DataLoader from whose worker processes a `UserError` comes as it was raised, without their traceback."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+
+class ResumableDataLoader(ReadableDataLoader):
     """A DataLoader whose `state_dict` says which batches the consumer has got; prefetched ones do not count.
 
     Each new iteration is the next epoch, except the first after `load_state_dict`, which goes on where the state
@@ -132,11 +142,7 @@ class ResumableDataLoader(DataLoader[Any]):
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         assert self.batch_size is not None
         sampler.start_at(epoch, done * self.batch_size)
-        try:
-            for batch in super().__iter__():
-                done += 1
-                self._epoch, self._batches = (epoch, done) if done < last else (epoch + 1, 0)
-                yield batch
-        except UserError as error:
-            # from a worker process the message arrives wrapped in a traceback
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        for batch in super().__iter__():
+            done += 1
+            self._epoch, self._batches = (epoch, done) if done < last else (epoch + 1, 0)
+            yield batch

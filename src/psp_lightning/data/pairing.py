@@ -101,6 +101,6 @@ def pair(
             lines.append(f"{len(lonely_right)} targets have no source: {names}.")
         lines.append("Files belong together when their names without extension are equal.")
         if pairs:
-            lines.append(f"To use the {len(pairs)} pairs that there are, set unpaired=skip.")
+            lines.append(f"To use the {len(pairs)} pairs that there are, set data.unpaired=skip.")
         raise UserError(" ".join(lines))
     return pairs

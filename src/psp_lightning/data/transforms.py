@@ -166,10 +166,12 @@ def _bicubic_taps(factor: int) -> Tensor:
 
     Source: Keys, "Cubic convolution interpolation for digital image processing", eq. 15.
     """
-    x = ((torch.arange(4 * factor, dtype=torch.float32) - 2 * factor + 0.5) / factor).abs()
+    x = ((torch.arange(4 * factor, dtype=torch.float64) - 2 * factor + 0.5) / factor).abs()
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     taps = torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    # rounded before they are normalised, as in the reference: it decides to which 8-bit level a flat picture goes
+    taps = taps.float()
     return taps / taps.sum()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -35,14 +36,15 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self.interrupted = False
-        self._pending = False
+        self._asked, self._pending, self._step, self._ranks = False, False, -1, 1
         self._handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # several ranks are ended by their launcher: one alone that stops would leave the others waiting
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        self._step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
+        self._ranks = trainer.world_size
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -50,24 +52,38 @@ class LastCheckpoint(Checkpoint):
         self._handlers.clear()
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # asked twice: stop at once
+        if self._asked and self._ranks == 1:  # asked twice: stop at once
             raise KeyboardInterrupt
-        self.interrupted = True
+        if not self._asked:
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+        self._asked = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        batches = trainer.fit_loop.total_batch_idx + 1
-        if batches % trainer.accumulate_grad_batches:
-            return  # gradients of half a step are not part of a checkpoint
+        self.interrupted = self._anywhere(trainer, self._asked)
         step = trainer.global_step
+        if step == self._step:
+            return  # gradients of half a step are not part of a checkpoint
+        self._step = step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
         self._pending = bool(due or self.interrupted)
+        batches = trainer.fit_loop.total_batch_idx + 1
         validates = trainer.enable_validation and batches % int(trainer.val_check_batch or 1) == 0
         if self._pending and not validates:
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._pending:
+        self.interrupted = self._anywhere(trainer, self._asked)
+        if self._pending or (self.interrupted and trainer.global_step == self._step):
             self._save(trainer)
+
+    @staticmethod
+    def _anywhere(trainer: pl.Trainer, asked: bool) -> bool:
+        """Whether any rank was asked: all of them stop at the same step or none does."""
+        if trainer.world_size == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._pending = False
@@ -121,7 +137,7 @@ class ImageGrids(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_step:
+        if step and self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_step:
             self._drawn_step = step
             self._draw(trainer, pl_module, "train", batch, outputs["y_hat"])
 
@@ -174,4 +190,4 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {name.removeprefix("train/"): value for name, value in metrics.items()}
+        return {name.removeprefix("train/").removeprefix("loss_"): value for name, value in metrics.items()}

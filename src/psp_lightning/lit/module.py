@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from psp_lightning.checkpoints.io import load_strict
 from psp_lightning.lit import random_state
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
@@ -76,6 +77,7 @@ class LitPSP(pl.LightningModule):
         self.strict_loading = True
         self._val_sums: dict[str, Tensor] = {}
         self._val_count = 0
+        self._row: dict[str, Tensor] = {}
         self._random_state: list[dict[str, Any]] | None = None
         self.train()  # Lightning keeps the modes that it finds
 
@@ -104,12 +106,15 @@ class LitPSP(pl.LightningModule):
         self._refuse_non_finite(total, values, batch)
         named = self._log_names(total, values)
         self.log_dict({f"train/{k}": v for k, v in named.items()}, prog_bar=True, logger=False)
-        accumulate = self.trainer.accumulate_grad_batches
-        step = self.global_step + 1  # the step that this batch completes
-        if (batch_idx + 1) % accumulate == 0 and step % self.log_every == 0:
-            rates = {"train/lr": self.optimizers().param_groups[0]["lr"]}  # type: ignore[union-attr]
-            self._write({**{f"train/{k}": float(v) for k, v in named.items()}, **rates}, step)
+        self._row = named
         return {"loss": total, "y_hat": y_hat.detach()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the step that is about to be made; before any checkpoint of it, so that a resumed log has it."""
+        step = self.global_step + 1
+        if step % self.log_every == 0:
+            row = {f"train/{name}": float(value) for name, value in self._row.items()}
+            self._write({**row, "train/lr": optimizer.param_groups[0]["lr"]}, step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         total, values, y_hat = self.evaluate(batch, "const")
@@ -138,9 +143,9 @@ class LitPSP(pl.LightningModule):
         self.log_dict({k: torch.tensor(v, dtype=kind, device=self.device) for k, v in results.items()}, logger=False)
         self._write(results, self.global_step)
 
-    @staticmethod
-    def _log_names(total: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": total.detach(), **values}
+    def _log_names(self, total: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        terms = self.losses.terms
+        return {"loss": total.detach(), **{f"loss_{k}" if k in terms else k: v for k, v in values.items()}}
 
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
@@ -184,7 +189,7 @@ class LitPSP(pl.LightningModule):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Strict for everything that `state_dict` holds."""
         state = {key.removeprefix("net."): value for key, value in state_dict.items()}
-        return self.net.load_state_dict(state, strict=strict, assign=assign)
+        return load_strict(self.net, state, what="this run's network")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["psp"] = self.net.describe()

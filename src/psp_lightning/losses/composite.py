@@ -45,6 +45,8 @@ class CompositeLoss(nn.Module):
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight < 0:
                 raise UserError(f"loss.{name}.weight must be a finite number >= 0, not {weight!r}.")
+        if not any(weights.values()):
+            raise UserError(f"Every selected loss has weight 0 ({', '.join(terms)}): nothing would be trained.")
         self.terms = nn.ModuleDict(terms)
         self.weights = {name: float(weights[name]) for name in terms}
 

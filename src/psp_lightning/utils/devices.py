@@ -1,32 +1,54 @@
-"""How many processes a device setting means."""
+"""What a device setting means on this machine."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, suggest
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
-def count_devices(accelerator: str, devices: Any) -> int:
-    """How many processes `trainer.accelerator` and `trainer.devices` ask for.
+def resolve_devices(accelerator: str, devices: Any) -> tuple[str, int | list[int]]:
+    """Accelerator and devices as a Trainer takes them: a number, or the ids of CUDA devices.
+
+    Args:
+        accelerator: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
+        devices: a number, `auto` or -1 (all), or ids as a list or as text with commas.
 
     Raises:
-        UserError: when `devices` is not a number, a list of ids, `auto` or -1, or asks for none.
+        UserError: an accelerator that is unknown or not on this machine; devices that are neither, or too many.
     """
     import torch
 
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        available = torch.cuda.device_count()
-    else:
-        available = 1
+    if accelerator not in ACCELERATORS:
+        raise UserError(
+            f"accelerator={accelerator} is unknown.{suggest(accelerator, ACCELERATORS)} "
+            f"Choose from: {', '.join(ACCELERATORS)}"
+        )
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"accelerator={accelerator}: PyTorch finds no CUDA device here. Use cpu (trainer=cpu) or auto.")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError("accelerator=mps: PyTorch finds no Apple GPU here. Use cpu (trainer=cpu) or auto.")
+    cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    available = torch.cuda.device_count() if cuda else 1
     if devices in ("auto", -1, "-1"):
-        return available
+        return accelerator, available
     try:
         if isinstance(devices, str):
             devices = [int(part) for part in devices.split(",")] if "," in devices else int(devices)
-        count = devices if isinstance(devices, int) else len(devices)
+        chosen = devices if isinstance(devices, int) else [int(device) for device in devices]
+        count = chosen if isinstance(chosen, int) else len(chosen)
     except (TypeError, ValueError):
         count = 0
     if count < 1:
         raise UserError(f"devices={devices!r}: give a number of at least 1, a list of device ids, or auto.")
-    return count
+    if cuda and (count > available or (isinstance(chosen, list) and max(chosen) >= available)):
+        raise UserError(f"devices={devices!r}: this machine has {available} CUDA device(s).")
+    return accelerator, chosen if cuda else count
+
+
+def count_devices(accelerator: str, devices: Any) -> int:
+    """How many processes the settings ask for; errors as of `resolve_devices`."""
+    chosen = resolve_devices(accelerator, devices)[1]
+    return chosen if isinstance(chosen, int) else len(chosen)

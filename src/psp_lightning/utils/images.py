@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -41,6 +42,9 @@ def save_atomic(image: Image.Image, path: str | os.PathLike[str], **options: obj
             image.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):  # it may have been moved already
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
         raise
