@@ -160,13 +160,13 @@ def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
     Raises:
         UserError: the file is missing or of another network.
 
-    Source: pSp's training code; with other than three input channels its first convolution keeps its random weights.
+    Source: pSp's training code; with other than three input channels its first layer keeps its random weights.
     """
     state = read(find(name) if name == "ir_se50" else name)
     if encoder.in_channels != 3:
-        state = {key: value for key, value in state.items() if not key.startswith("input_layer.0.")}
+        state = {key: value for key, value in state.items() if not key.startswith("input_layer.")}
     own = [key for key in encoder.state_dict() if not key.startswith(("body.", "input_layer."))]
-    return load_strict(encoder, state, [*own, "input_layer.0.*"], ["output_layer.*"], what="backbone of the encoder")
+    return load_strict(encoder, state, [*own, "input_layer.*"], ["output_layer.*"], what="backbone of the encoder")
 
 
 def build_losses(cfg: DictConfig) -> CompositeLoss:
