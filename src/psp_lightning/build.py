@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import math
 import secrets
 import warnings
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from psp_lightning.build_checks import NUMBERS, check_monitored, check_numbers
 from psp_lightning.checkpoints.io import LoadReport, load_psp, load_strict, read
 from psp_lightning.checkpoints.pretrained import find
 from psp_lightning.lit.callbacks import AverageBatchNorm, ImageGrids, LastCheckpoint, ProgressBar
@@ -32,7 +32,7 @@ from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import resolve_devices
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,6 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         log.info("%s", load_strict(net, load_psp(cfg.init_from).state_dict(), what=f"init_from={cfg.init_from}"))
     if cfg.model.compile:
         net.encoder.compile()  # in place: the keys of the state dict stay clean
-        net.generator.compile()
     return net
 
 
@@ -294,64 +293,6 @@ def _open_wandb(logger: Any) -> None:
         _ = logger.experiment
     except Error as error:
         raise UserError(f"wandb: {error} Log in with `wandb login`, or set logger.wandb.offline=true.") from None
-
-
-def check_numbers(cfg: DictConfig, table: dict[str, tuple[type, float, float]]) -> None:
-    """Refuse numbers that make no sense, before anything is built.
-
-    Args:
-        cfg: the composed configuration; null and keys that are not there are left to their defaults.
-        table: key to (int or float, smallest, largest).
-
-    Raises:
-        UserError: naming the key, its value and the range.
-    """
-    for key, (kind, low, high) in table.items():
-        value = OmegaConf.select(cfg, key)
-        if value is None:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or (kind is int and value != int(value)) or not low <= value <= high:
-            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise UserError(f"{key}={value} must be a {'whole ' if kind is int else ''}number, {limits}.")
-
-
-NUMBERS: dict[str, tuple[type, float, float]] = {
-    "seed": (int, 0, 2**32 - 1),
-    "optimizer.lr": (float, 0, math.inf),
-    "trainer.max_steps": (int, 1, math.inf),
-    "trainer.val_every": (int, 1, math.inf),
-    "trainer.log_every_n_steps": (int, 1, math.inf),
-    "trainer.accumulate_grad_batches": (int, 1, math.inf),
-    "data.batch_size": (int, 1, math.inf),
-    "data.val_batch_size": (int, 1, math.inf),
-    "data.num_workers": (int, 0, 1024),
-    "data.limit": (int, 1, math.inf),
-    "data.val_share": (float, 0, 1),
-    "callbacks.last.every_n_steps": (int, 1, math.inf),
-    "callbacks.every.every_n_steps": (int, 1, math.inf),
-    "callbacks.images.every_n_steps": (int, 0, math.inf),
-    "callbacks.images.n_images": (int, 1, math.inf),
-    "model.warmup_steps": (int, 0, math.inf),
-    "model.latent_avg_samples": (int, 1, math.inf),
-}
-
-
-def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
-    """Refuse a monitored value that will never be logged; the first validation may be hours away.
-
-    Raises:
-        UserError: naming the key and the logged values.
-    """
-    terms = list(module.losses.terms)
-    logged = ["val/loss", *(f"val/loss_{name}" for name in terms), *(f"val/{name}" for name in module.val_metrics)]
-    best = cfg.callbacks.get("best")
-    for key, value in {"callbacks.best.monitor": best and best.monitor, "objective": cfg.objective}.items():
-        extra = any(str(value).startswith(f"val/{name}_") for name in terms)  # a term's own logs
-        if value is not None and value not in logged and not extra:
-            raise UserError(f"{key}={value} is not logged.{suggest(value, logged)} Logged: {', '.join(logged)}")
-    if best and best.mode not in ("min", "max"):
-        raise UserError(f"callbacks.best.mode={best.mode} is unknown: min or max.")
 
 
 def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Subset
 
-from psp_lightning.build import check_numbers, import_plugins, quiet
+from psp_lightning.build import import_plugins, quiet
+from psp_lightning.build_checks import check_numbers
 from psp_lightning.checkpoints.io import load_psp
 from psp_lightning.data.inputs import InputDataset, InputFile, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
