@@ -304,15 +304,19 @@ def test_full_disk_leaves_nothing_half_written(psp, small: Path, tmp_path: Path,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_resumable_state(number: int, shell, tiny: list[str], tmp_path: Path) -> None:
     tiny = [item for item in tiny if "steps" not in item and "val_every" not in item]
-    command = [sys.executable, "-m", "psp_lightning.cli.train", *tiny, "trainer.max_steps=100000", "run=r"]
+    tiny += ["callbacks.images.every_n_steps=2", "trainer.max_steps=100000", "run=r"]
+    command = [sys.executable, "-m", "psp_lightning.cli.train", *tiny]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "runs" / "inversion" / "r"
-    deadline = time.time() + 120
-    while not (run / "images" / "train_00000002.png").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    try:
+        deadline = time.time() + 120
+        while not (run / "images" / "train_00000002.png").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, out
     assert "resume=" in out and "Traceback" not in out, out
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]

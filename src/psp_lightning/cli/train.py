@@ -46,14 +46,16 @@ def train_job(cfg: DictConfig) -> float | None:
         log.info("%s on %s, %d steps; run directory %s", cfg.task.name, cfg.data.name, trainer.max_steps, run)
         # recorded once everything is loaded: a resume that was refused leaves the record as it was
         trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: record(run, cfg)))  # type: ignore[attr-defined]
+    stopped = False
     try:
         trainer.fit(training.module, training.data, ckpt_path=resume)
-    except SystemExit:  # how Lightning ends after ctrl-C
-        raise KeyboardInterrupt from None
+    except SystemExit:  # how Lightning ends after SIGTERM, and after ctrl-C twice
+        stopped = True
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    if training.interrupted:
-        log.info("stopped at step %d; go on with: psp-train resume=%s", trainer.global_step, run)
+    if stopped or training.interrupted:
+        if last.exists():
+            log.info("stopped at step %d; go on with: psp-train resume=%s", trainer.global_step, run)
         raise KeyboardInterrupt
     value = trainer.callback_metrics.get(cfg.objective)
     if trainer.is_global_zero:
