@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from psp_lightning.data import transforms
@@ -74,3 +75,12 @@ def test_ffhq_crop(reference):
     crop = align_face(Image.fromarray(data.astronaut()), *reference["align.eye_left_right_mouth_left_right"], size=256)
     difference = np.abs(np.asarray(crop)[::4, ::4].astype(int) - reference["align.crop256_stride4"].astype(int))
     assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("factor", [3, 5, 13])
+def test_taps_of_other_factors_are_rounded_before_they_are_normalised(factor):
+    """The reference computes them in float64, because its factor is a numpy integer, and rounds to float32 first."""
+    x = np.abs((np.arange(4 * factor) - 2 * factor + 0.5) / factor)
+    cubic = np.where(x <= 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+    taps = torch.from_numpy(cubic).float()
+    assert torch.equal(transforms._bicubic_taps(factor), taps / taps.sum())
