@@ -97,6 +97,8 @@ def test_encoders_into_w(encoder: str, psp, tiny: list[str], tmp_path: Path) -> 
         (["callbacks.images.n_images=0"], "n_images"),
         (["resume=x", "-m"], "leave out -m"),
         (["oops"], "KEY=VALUE"),
+        (["data.flip=2"], "data.flip=2"),
+        (["task=superres", "task.datamodule.factors=[x]"], "task.datamodule.factors"),
     ],
 )
 def test_settings_that_make_no_sense(arguments: list[str], said: str, psp, tiny: list[str], tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class TaskDataModule(pl.LightningDataModule):
         self.target_size, self.seed, self.num_workers = target_size, seed, num_workers
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.flip = self.default_flip if flip is None or flip is True else float(flip)
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.flip={flip} must be a probability, from 0 to 1.")
         self._stores: dict[str, StoreLike] = {"train": train, "val": val}
         self._datasets: dict[str, TaskDataset] = {}
 
@@ -191,11 +193,12 @@ class SuperResDataModule(TaskDataModule):
         train: StoreLike,
         val: StoreLike,
         input_size: int = 256,
-        factors: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        factors: Sequence[int] | int = (1, 2, 4, 8, 16, 32),
         **options: Any,
     ) -> None:
-        if not factors:
-            raise UserError("superres needs at least one down-sampling factor, as factors=[1,2,4,8,16,32].")
+        factors = [factors] if isinstance(factors, int) else list(factors)
+        if not factors or not all(isinstance(factor, int) for factor in factors):
+            raise UserError("superres needs whole down-sampling factors, as task.datamodule.factors=[1,2,4,8,16,32].")
         super().__init__(train, val, spec=InputSpec("lowres", input_size, factors=tuple(factors)), **options)
 
 
