@@ -162,10 +162,12 @@ def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
     Source: pSp's training code; with other than three input channels its first layer keeps its random weights.
     """
     state = read(find(name) if name == "ir_se50" else name)
+    shared: tuple[str, ...] = ("body.", "input_layer.")
     if encoder.in_channels != 3:
+        shared = ("body.",)
         state = {key: value for key, value in state.items() if not key.startswith("input_layer.")}
-    own = [key for key in encoder.state_dict() if not key.startswith(("body.", "input_layer."))]
-    return load_strict(encoder, state, [*own, "input_layer.*"], ["output_layer.*"], what="backbone of the encoder")
+    own = [key for key in encoder.state_dict() if not key.startswith(shared)]
+    return load_strict(encoder, state, own, ["output_layer.*"], what="backbone of the encoder")
 
 
 def build_losses(cfg: DictConfig) -> CompositeLoss:

@@ -176,10 +176,13 @@ class ToyFacesStore(Store):
         seed: another seed, other faces.
         n: number of samples.
         identities: number of different people; None: each sample is another one.
+        limit: use the first so many samples only; None: all.
     """
 
-    def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:
-        self.faces = ToyFaces(size, seed, n, identities)
+    def __init__(
+        self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None, limit: int | None = None
+    ) -> None:
+        self.faces = ToyFaces(size, seed, n if limit is None else min(n, limit), identities)
         self.view = View("inversion")
 
     def prepare(self, view: View) -> None:
