@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.checkpoints import convert
-from psp_lightning.models.psp import PSP
+from psp_lightning.checkpoints.described import is_safetensors, read_described
+from psp_lightning.checkpoints.generators import split_average
+from psp_lightning.models.psp import PSP, build_described
+from psp_lightning.models.registry import GENERATORS
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
@@ -289,6 +292,13 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
         UserError: when `path` holds no generator.
     """
     path = resolve(path)
+    if is_safetensors(path):
+        description, tensors = read_described(path, "generator")
+        with _understanding(path):
+            generator = build_described(GENERATORS, "generator", description.get("generator"))
+            state, average = split_average(tensors)
+            load_strict(generator, state, what="the generator")
+        return generator.eval(), average
     content = read(path)
     with _understanding(path):
         if "psp" in content:

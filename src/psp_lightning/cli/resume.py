@@ -15,12 +15,15 @@ from psp_lightning.utils.errors import UserError
 LAST = Path("checkpoints") / "last.ckpt"
 
 
-def with_resume(arguments: list[str]) -> list[str]:
+def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
     """Rewrite a command line that has `resume=`.
 
     `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` goes on in RUN with the settings that it was started with; later
     settings on the command line win. `resume=auto` takes the newest run of the task, or the one named by `run=`, and
     starts a new run where there is none.
+
+    Args:
+        family: first part of the run directories; None: the task.
 
     Raises:
         UserError: no such run or checkpoint; together with `-m`.
@@ -35,7 +38,7 @@ def with_resume(arguments: list[str]) -> list[str]:
     if {"-m", "--multirun"} & set(flags):
         raise UserError("resume= goes on with one run; leave out -m.")
     if wanted == "auto":
-        checkpoint = _newest(settings)
+        checkpoint = _newest(settings, family or settings.get("task") or "inversion")
         if checkpoint is None:
             return [argument for argument in arguments if not argument.startswith("resume=")]
     else:
@@ -87,15 +90,15 @@ def _checkpoint(path: Path) -> Path:
     return candidate
 
 
-def _newest(settings: dict[str, str | None]) -> Path | None:
+def _newest(settings: dict[str, str | None], family: str) -> Path | None:
     runs = Path(settings.get("paths.runs") or os.environ.get("PSP_RUNS") or "runs")
     name = settings.get("run") or "*"
-    found = list((runs / (settings.get("task") or "inversion")).glob(f"{name}/{LAST}"))
+    found = list((runs / family).glob(f"{name}/{LAST}"))
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 # What makes a run the run that it is. Data, trainer and callbacks may change; the log says what did.
-FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "seed")
+FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:

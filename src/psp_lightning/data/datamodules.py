@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from psp_lightning.data.datasets import TaskDataset
+from psp_lightning.data.image_sets import ImageSet
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
 from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, ResumableDataLoader
 from psp_lightning.data.masks import draw_mask
@@ -267,6 +268,41 @@ class ToonifyDataModule(TaskDataModule):
 
     view = View("toonify", "image", "toon")
     default_flip = 0.5
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Batches of an `ImageSet` for training, with the order of `EpochSampler`.
+
+    Args:
+        images: the set.
+        batch_size: images per batch and device.
+        num_workers: processes that decode or draw; 0: the main one.
+        seed: of the order.
+
+    Raises:
+        UserError: fewer images than one batch of all devices.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.images, self.batch_size, self.num_workers, self.seed = images, batch_size, num_workers, seed
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        if len(self.images) < self.batch_size * world:
+            raise UserError(
+                f"{len(self.images)} images are fewer than one batch of {self.batch_size * world}: add images, or set "
+                f"data.batch_size={max(1, len(self.images) // world)} or less."
+            )
+        return ResumableDataLoader(
+            dataset=self.images,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.images), self.seed, True, rank, world, pad=True),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+        )
 
 
 DATAMODULES: dict[str, type[TaskDataModule]] = {

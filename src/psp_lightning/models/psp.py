@@ -162,8 +162,8 @@ class PSP(nn.Module):
         if source is not None and not isinstance(source, Mapping):
             raise UserError(f"The network's description has a source of type {type(source).__name__}, expected a dict.")
         return cls(
-            _build(ENCODERS, "encoder", description.get("encoder")),
-            _build(GENERATORS, "generator", description.get("generator")),
+            build_described(ENCODERS, "encoder", description.get("encoder")),
+            build_described(GENERATORS, "generator", description.get("generator")),
             start_from_latent_avg=bool(description.get("start_from_latent_avg", True)),
             source=source,
         )
@@ -180,7 +180,12 @@ class PSP(nn.Module):
         return load_psp(path, device)
 
 
-def _build(table: Mapping[str, type[nn.Module]], role: str, node: Any) -> nn.Module:
+def build_described(table: Mapping[str, type[nn.Module]], role: str, node: Any) -> Any:
+    """The network of a description: its `class`, looked up in `table`, called with the other values.
+
+    Raises:
+        UserError: no such class, or values that do not fit it.
+    """
     if not isinstance(node, Mapping) or not isinstance(node.get("class"), str):
         raise UserError(f"The network's description lacks its {role}.")
     name = node["class"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.models.equalised import EqualisedLinear
+from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.registry import register_generator
 from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
 from psp_lightning.utils.errors import UserError
@@ -99,7 +100,8 @@ class StyledConv(nn.Module):
         x = self.conv(x, w)
         if noise is None:
             noise = x.new_empty(x.shape[0], 1, *x.shape[2:]).normal_()
-        return fused_leaky_relu(x + self.noise.weight * noise, self.activate.bias)
+        x = x + (self.noise.weight * noise).to(x.dtype)
+        return fused_leaky_relu(x, self.activate.bias.to(x.dtype))
 
 
 class ToRGB(nn.Module):
@@ -112,7 +114,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, image_channels, 1, 1))
 
     def forward(self, x: Tensor, w: Tensor, image: Tensor | None = None) -> Tensor:
-        rgb = self.conv(x, w) + self.bias
+        rgb = (self.conv(x, w) + self.bias).to(self.bias.dtype)  # the image adds up in full precision
         if image is None or self.upsample is None:
             return rgb
         return rgb + upfirdn2d(image, self.upsample.kernel, up=2, padding=(2, 1))
@@ -127,17 +129,19 @@ class ConstantInput(nn.Module):
 
 
 @register_generator
-class Generator(nn.Module):
+class Generator(HalfPrecision):
     """StyleGAN2: z -> w -> image.
 
     Args:
         output_size: side of the image, a power of two from 8.
         style_dim: length of w.
         n_mapping: layers of the mapping network.
-        channel_multiplier: a layer at resolution r has `min(max_channels, 16384 * channel_multiplier // r)` channels.
+        channel_multiplier: a layer at resolution r has `min(max_channels, channel_base * channel_multiplier // r)`
+            channels.
         max_channels: see `channel_multiplier`.
         image_channels: 3 for RGB.
         z_dim: length of z; None means `style_dim`.
+        channel_base: see `channel_multiplier`; the published networks have 16384.
 
     Raises:
         UserError: for a size that is no power of two, or a count below one.
@@ -152,6 +156,7 @@ class Generator(nn.Module):
         max_channels: int = 512,
         image_channels: int = 3,
         z_dim: int | None = None,
+        channel_base: int = 16384,
     ) -> None:
         super().__init__()
         if output_size < 8 or output_size & (output_size - 1):
@@ -165,6 +170,7 @@ class Generator(nn.Module):
             "max_channels": max_channels,
             "image_channels": image_channels,
             "z_dim": z_dim,
+            "channel_base": channel_base,
         }
         for name, value in self.config.items():
             if value < 1:
@@ -178,7 +184,7 @@ class Generator(nn.Module):
         self.style = nn.Sequential(PixelNorm(), *layers)
 
         def channels(resolution: int) -> int:
-            return max(1, min(max_channels, 16384 * channel_multiplier // resolution))
+            return max(1, min(max_channels, channel_base * channel_multiplier // resolution))
 
         width = channels(4)
         self.input = ConstantInput(width)
@@ -191,10 +197,11 @@ class Generator(nn.Module):
             self.convs.append(StyledConv(width, width, style_dim))
             self.to_rgbs.append(ToRGB(width, image_channels, style_dim))
         self.noises = nn.Module()
-        for i, side in enumerate(self._noise_sides()):
+        for i, side in enumerate(self.noise_sides()):
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, side, side))
 
-    def _noise_sides(self) -> list[int]:
+    def noise_sides(self) -> list[int]:
+        """Sides of the noise maps: 4, 8, 8, 16, 16, ..."""
         return [2 ** ((i + 5) // 2) for i in range(self.n_noises)]
 
     @classmethod
@@ -240,7 +247,7 @@ class Generator(nn.Module):
             if noise == "const":
                 return [getattr(self.noises, f"noise_{i}") for i in range(self.n_noises)]
             raise UserError(f"noise={noise!r}: choose 'const', 'random' or a list of {self.n_noises} tensors.")
-        sides = self._noise_sides()
+        sides = self.noise_sides()
         if len(noise) != len(sides):
             raise UserError(f"noise: this generator takes {len(sides)} noise maps, got {len(noise)}.")
         for i, (given, side) in enumerate(zip(noise, sides, strict=True)):
@@ -276,9 +283,12 @@ class Generator(nn.Module):
         image = self.to_rgb1(x, styles[1])  # (B, 3, 4, 4)
         for i, to_rgb in enumerate(self.to_rgbs):
             first = 2 * i + 1  # a ToRGB shares its style with the next block's first convolution
-            x = self.convs[2 * i](x, styles[first], maps[first])  # (B, C, 2H, 2W)
-            x = self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1])  # (B, C, 2H, 2W)
-            image = to_rgb(x, styles[first + 2], image)  # (B, 3, 2H, 2W)
+            resolution = 8 << i
+            with self.precision(resolution, x.device):
+                x = self.cast(x, resolution)
+                x = self.clamp(self.convs[2 * i](x, styles[first], maps[first]), resolution)  # (B, C, 2H, 2W)
+                x = self.clamp(self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1]), resolution)
+                image = to_rgb(x, styles[first + 2], image)  # (B, 3, 2H, 2W)
         return image
 
     def forward(self, z: Tensor, psi: float = 1.0, latent: Tensor | None = None, noise: Noise = "const") -> Tensor:

@@ -1,0 +1,215 @@
+"""Augmentation of what a discriminator sees: differentiable, invertible on average, applied with probability p.
+
+Source: Karras et al., StyleGAN2-ADA (arXiv:2006.06676), section 2 and appendix B: pixel blitting, geometric and colour
+transformations ("bgc") in the order and with the strengths of the paper's listing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# symlet with six vanishing moments, low-pass decomposition filter; the tests check its defining equations
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+
+
+class Source(Protocol):
+    """Where the random numbers come from: `normal(n, *shape)`, `uniform(n, *shape)`."""
+
+    def normal(self, n: int, *shape: int) -> Tensor: ...
+    def uniform(self, n: int, *shape: int) -> Tensor: ...
+
+
+def augment(images: Tensor, p: float, draws: Source) -> Tensor:
+    """Each transformation with probability `p` to each image, independently.
+
+    Args:
+        images: (B, C, H, W) float, about [-1, 1]; colours are changed where C is 3, brightness and contrast elsewhere.
+        p: from 0 (the images come back as they are) to 1.
+        draws: random numbers on the images' device.
+
+    Returns:
+        Same shape. Differentiable twice with respect to the images.
+    """
+    if p <= 0:
+        return images
+    matrix = _geometry(images.shape[0], images.shape[-1], p, draws).to(images.device)
+    images = warp(images, matrix)
+    return _recolour(images, _colours(images.shape[0], p, draws).to(images.device))
+
+
+def warp(images: Tensor, matrix: Tensor) -> Tensor:
+    """Resamples images by an affine map, with reflected borders and a wavelet low-pass against aliasing.
+
+    Args:
+        images: (B, C, H, H).
+        matrix: (B, 3, 3), from output to input positions, in units of half the image's side, centre at zero.
+
+    Source: StyleGAN2-ADA (arXiv:2006.06676), appendix B.2: two-fold up-sampling with the SYM6 filter, bilinear lookup,
+    down-sampling with the same filter.
+    """
+    side = images.shape[-1]
+    taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device)
+    taps = taps / taps.sum()
+    margin = len(SYM6)
+    padded = F.pad(images, (margin,) * 4, mode="reflect" if side > margin else "replicate")
+    fine = _filter(padded, taps * 2, up=2)  # (B, C, 2H + 4 margin, ...)
+    inner = 2 * side + 2 * margin
+    start = (fine.shape[-1] - inner) // 2
+    fine = fine[..., start : start + inner, start : start + inner]  # the centre stays the centre
+    # the output is made with a margin of its own, which the down-sampling filter consumes
+    scale = inner / (2 * side)
+    steps = (torch.arange(inner, dtype=images.dtype, device=images.device) * 2 + 1) / inner - 1
+    y, x = torch.meshgrid(steps * scale, steps * scale, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], -1).to(matrix.dtype)  # (2H, 2H, 3)
+    grid = (points @ matrix[:, :2].transpose(1, 2)[:, None]) / scale  # (B, 2H, 2H, 2)
+    coarse = _Lookup.apply(fine, grid.to(images.dtype))
+    return _filter(coarse, taps.flip(0), down=2, side=side)
+
+
+def _filter(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, side: int = 0) -> Tensor:
+    """Separable filter after inserting zeros, or before dropping pixels; even length, centred between pixels."""
+    c, n = x.shape[1], len(taps)
+    if up == 2:
+        for axis in (2, 3):
+            shape = [c, 1, 1, 1]
+            shape[axis] = n
+            stride = (2, 1) if axis == 2 else (1, 2)
+            x = F.conv_transpose2d(x, taps.view(shape[2:]).expand(shape), stride=stride, groups=c)
+        return x
+    for axis in (2, 3):
+        shape = [c, 1, 1, 1]
+        shape[axis] = n
+        stride = (2, 1) if axis == 2 else (1, 2)
+        x = F.conv2d(x, taps.view(shape[2:]).expand(shape), stride=stride, groups=c)
+    start = (x.shape[-1] - side) // 2
+    return x[..., start : start + side, start : start + side]
+
+
+class _Lookup(torch.autograd.Function):
+    """Bilinear `grid_sample` with reflected borders, linear in its input; PyTorch's own has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.shape = x.shape
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grid,) = ctx.saved_tensors
+        return _LookupAdjoint.apply(grads[0], grid, ctx.shape), None
+
+
+class _LookupAdjoint(torch.autograd.Function):
+    """The transpose of `_Lookup`; its own transpose is `_Lookup` again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        empty = grad.new_empty(1).expand(shape)  # only its shape is used
+        bilinear, reflection = 0, 2
+        return torch.ops.aten.grid_sampler_2d_backward(
+            grad.contiguous(), empty, grid, bilinear, reflection, False, [True, False]
+        )[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grid,) = ctx.saved_tensors
+        return _Lookup.apply(grads[0], grid), None, None
+
+
+def _when(n: int, p: float, draws: Source, value: Tensor, neutral: float) -> Tensor:
+    """`value` (n,) with probability `p`, else `neutral`."""
+    return torch.where(draws.uniform(n) < p, value, torch.full_like(value, neutral))
+
+
+def _geometry(n: int, side: int, p: float, draws: Source) -> Tensor:
+    """(n, 3, 3): output to input positions. Each new step of the listing is applied to the input of the former one."""
+    pi, ln2 = math.pi, math.log(2)
+    steps = []
+    mirror = _when(n, p, draws, draws.uniform(n).mul(2).floor(), 0)
+    steps.append(_scaling(1 - 2 * mirror, torch.ones_like(mirror)))
+    turn = _when(n, p, draws, draws.uniform(n).mul(4).floor(), 0)
+    steps.append(_rotation(turn * pi / 2))
+    shift = draws.uniform(n, 2) * 0.25 - 0.125
+    applied = _when(n, p, draws, torch.ones_like(mirror), 0)[:, None]
+    steps.append(_translation((shift * applied * side).round() / side * 2))  # whole pixels; units of half a side
+    size = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
+    steps.append(_scaling(1 / size, 1 / size))
+    rotated = 1 - math.sqrt(1 - p)  # two rotations, together with probability p
+    steps.append(_rotation(_when(n, rotated, draws, draws.uniform(n) * 2 * pi - pi, 0)))
+    stretch = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
+    steps.append(_scaling(1 / stretch, stretch))
+    steps.append(_rotation(_when(n, rotated, draws, draws.uniform(n) * 2 * pi - pi, 0)))
+    shift = draws.normal(n, 2) * 0.125
+    steps.append(_translation(shift * _when(n, p, draws, torch.ones_like(mirror), 0)[:, None] * 2))
+    matrix = torch.eye(3, device=mirror.device).expand(n, 3, 3)
+    for step in steps:
+        matrix = matrix @ step
+    return matrix
+
+
+def _colours(n: int, p: float, draws: Source) -> Tensor:
+    """(n, 4, 4): affine maps of RGB."""
+    pi, ln2 = math.pi, math.log(2)
+    axis = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
+    brightness = _when(n, p, draws, draws.normal(n) * 0.2, 0)
+    axis = axis.to(brightness.device)
+    grey = torch.outer(axis, axis)  # projection onto the luma axis
+    eye = torch.eye(4, device=axis.device)
+    matrix = eye.repeat(n, 1, 1)
+    matrix[:, :3, 3] = brightness[:, None]
+    contrast = _when(n, p, draws, (draws.normal(n) * 0.5 * ln2).exp(), 1)
+    matrix = _diagonal(contrast) @ matrix
+    flip = _when(n, p, draws, draws.uniform(n).mul(2).floor(), 0)[:, None, None]
+    matrix = (eye - 2 * grey * flip) @ matrix
+    hue = _when(n, p, draws, draws.uniform(n) * 2 * pi - pi, 0)[:, None, None]
+    u = 1 / math.sqrt(3)
+    cross = torch.zeros(4, 4, device=axis.device)
+    cross[:3, :3] = torch.tensor([[0, -u, u], [u, 0, -u], [-u, u, 0]])
+    spatial = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], device=axis.device))
+    # Rodrigues' formula about the luma axis; the last row stays (0, 0, 0, 1)
+    rotation = grey + hue.cos() * (spatial - grey) + hue.sin() * cross + (eye - spatial)
+    matrix = rotation @ matrix
+    saturation = _when(n, p, draws, (draws.normal(n) * ln2).exp(), 1)[:, None, None]
+    return (grey + (eye - grey) * saturation + (eye - spatial) * (1 - saturation)) @ matrix
+
+
+def _recolour(images: Tensor, matrix: Tensor) -> Tensor:
+    c = images.shape[1]
+    if c == 3:
+        flat = matrix[:, :3, :3].to(images.dtype) @ images.flatten(2) + matrix[:, :3, 3:].to(images.dtype)
+        return flat.view_as(images)
+    mean = matrix[:, :3].mean(1).to(images.dtype)  # (B, 4): what the map does to a grey value, on average
+    return images * mean[:, :3].sum(1).view(-1, 1, 1, 1) + mean[:, 3].view(-1, 1, 1, 1)
+
+
+def _diagonal(scale: Tensor) -> Tensor:
+    return torch.diag_embed(torch.stack([scale, scale, scale, torch.ones_like(scale)], -1))
+
+
+def _scaling(x: Tensor, y: Tensor) -> Tensor:
+    return torch.diag_embed(torch.stack([x, y, torch.ones_like(x)], -1))
+
+
+def _translation(shift: Tensor) -> Tensor:
+    matrix = torch.eye(3, device=shift.device).repeat(len(shift), 1, 1)
+    matrix[:, :2, 2] = shift
+    return matrix
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    matrix = torch.eye(3, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = angle.cos()
+    matrix[:, 1, 0] = angle.sin()
+    matrix[:, 0, 1] = -angle.sin()
+    return matrix

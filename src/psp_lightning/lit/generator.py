@@ -1,0 +1,315 @@
+"""LitGenerator: training a StyleGAN2 generator against a discriminator."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.data.augment import augment
+from psp_lightning.lit.draws import Draws
+from psp_lightning.losses import adversarial
+from psp_lightning.models.discriminator import Discriminator
+from psp_lightning.models.frozen import freeze
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.errors import UserError
+
+FAKE, PATH, REAL, PENALTY = range(4)  # purposes of the random numbers of a step
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Numbers of the training; defaults are the published ones.
+
+    Attributes:
+        r1_gamma: weight of R1; None: `0.0002 * size^2 / batch` with the batch of all devices, the heuristic of
+            StyleGAN2-ADA.
+        r1_every, path_every: steps between two regularisations (0: never).
+        path_weight, path_decay, path_shrink: weight of the path-length penalty, decay of the mean length, and how many
+            times smaller its batch is.
+        mixing: probability that an image gets a second style from a random layer on.
+        ema_images: half-life of the averaged weights, in images; None: 10000 / 32 for each image of a batch.
+        ema_ramp: the half-life is at most this share of the images shown so far; 0: no ramp.
+        augment: `none`, `fixed` or `ada`.
+        augment_p: probability of each transformation (`fixed`), or the first one (`ada`).
+        ada_target: share of real images with a positive score, minus the share with a negative one, that `ada` holds.
+        ada_images: images over which p can move from 0 to 1.
+        ada_every: steps between two changes of p.
+    """
+
+    r1_gamma: float | None = None
+    r1_every: int = 16
+    path_weight: float = 2.0
+    path_every: int = 4
+    path_decay: float = 0.01
+    path_shrink: int = 2
+    mixing: float = 0.9
+    ema_images: float | None = None
+    ema_ramp: float = 0.05
+    augment: str = "ada"
+    augment_p: float = 0.0
+    ada_target: float = 0.6
+    ada_images: float = 500_000
+    ada_every: int = 4
+
+    def __post_init__(self) -> None:
+        if self.augment not in ("none", "fixed", "ada"):
+            raise UserError(f"model.augment={self.augment} is unknown: none, fixed or ada.")
+
+
+class LitGenerator(pl.LightningModule):
+    """Trains `generator` and `discriminator` by turns; one global step is one turn of both.
+
+    Logged every `log_every` steps: `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
+    `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`.
+
+    All random numbers depend on (seed, step) alone, see `Draws`: n devices agree with one, a resumed run with one that
+    was not interrupted. Gradients are averaged over devices here, not by DistributedDataParallel, which does not know
+    double backward through part of a network.
+
+    Args:
+        generator, discriminator: networks of the same size.
+        lr, betas: of Adam, before the correction for lazy regularisation.
+        recipe: all other numbers.
+        seed: of the random numbers.
+        log_every: steps between two rows of the log.
+
+    Source: Karras et al., StyleGAN2 (arXiv:1912.04958), appendix B; StyleGAN2-ADA (arXiv:2006.06676), section 3.
+    """
+
+    path_mean: Tensor
+    augment_p: Tensor
+    sign_sum: Tensor
+    sign_count: Tensor
+    images_shown: Tensor
+
+    def __init__(
+        self,
+        generator: Generator,
+        discriminator: Discriminator,
+        *,
+        lr: float = 0.0025,
+        betas: tuple[float, float] = (0.0, 0.99),
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        log_every: int = 10,
+    ) -> None:
+        super().__init__()
+        if generator.output_size != discriminator.input_size:
+            raise UserError(
+                f"The generator makes {generator.output_size} px images, the discriminator takes "
+                f"{discriminator.input_size} px."
+            )
+        self.automatic_optimization = False
+        self.strict_loading = True
+        self.generator, self.discriminator = generator, discriminator
+        self.average = freeze(copy.deepcopy(generator))
+        self.recipe = recipe or Recipe()
+        self.lr, self.betas, self.seed, self.log_every = lr, betas, seed, log_every
+        for name in ("path_mean", "sign_sum", "sign_count"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("augment_p", torch.tensor(0.0 if self.recipe.augment == "none" else self.recipe.augment_p))
+        self.register_buffer("images_shown", torch.zeros(()))
+        self._step, self._p, self._sign = 0, 0.0, 0.0
+        self._row: dict[str, Tensor] = {}
+        self._clock = (0.0, 0.0)
+        self.train()
+
+    # --- parts of a step
+
+    def draws(self, purpose: int) -> Draws:
+        """The random numbers of this step for one purpose."""
+        trainer = self._trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return Draws(self.seed, self._step, purpose, rank, world, self.device)
+
+    def styles(self, n: int, draws: Draws) -> Tensor:
+        """(n, n_styles, style_dim): mapped latents, some of them mixed.
+
+        Source: StyleGAN (arXiv:1812.04948), section 3.1.
+        """
+        g = self.generator
+        w = g.mapping(draws.normal(n, g.z_dim))  # (n, style_dim)
+        w_plus = w[:, None].expand(-1, g.n_styles, -1)
+        if self.recipe.mixing <= 0:
+            return w_plus
+        other = g.mapping(draws.normal(n, g.z_dim))[:, None]
+        first = (draws.uniform(n) * (g.n_styles - 1)).floor() + 1  # 1 to n_styles - 1
+        first = torch.where(draws.uniform(n) < self.recipe.mixing, first, torch.full_like(first, g.n_styles))
+        layer = torch.arange(g.n_styles, device=first.device)
+        return torch.where((layer >= first[:, None])[..., None], other, w_plus)
+
+    def render(self, w_plus: Tensor, draws: Draws) -> Tensor:
+        """Images with fresh noise, (B, C, S, S)."""
+        noise = [draws.normal(len(w_plus), 1, side, side) for side in self.generator.noise_sides()]
+        return self.generator.synthesis(w_plus, noise)
+
+    def scores(self, images: Tensor, draws: Draws) -> Tensor:
+        """What the discriminator says to augmented images, (B,)."""
+        return self.discriminator(augment(images, self._p, draws))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        recipe, real = self.recipe, batch["image"].to(memory_format=torch.channels_last)
+        n, world = len(real), self.trainer.world_size
+        self._step = self.trainer.global_step
+        self._p = float(self.augment_p)
+        counted, optimizer_d = self.optimizers()  # type: ignore[misc, attr-defined]
+        optimizer_g = counted.optimizer
+        row: dict[str, Tensor] = {}
+
+        self._train_only(self.generator)
+        draws = self.draws(FAKE)
+        fake = self.render(self.styles(n, draws), draws)
+        fake_scores = self.scores(fake, draws)
+        row["loss_g"] = adversarial.generator_loss(fake_scores)
+        # Lightning counts the steps of its wrapper: of this one alone, so that one turn of both is one global step
+        self._descend(counted, self.generator, row["loss_g"])
+        if self._due(recipe.path_every):
+            row |= self._path_step(max(1, n // recipe.path_shrink), optimizer_g)
+
+        self._train_only(self.discriminator)
+        draws = self.draws(REAL)
+        with torch.no_grad():
+            fake = self.render(self.styles(n, draws), draws)
+        fake_scores = self.scores(fake, draws)
+        real_scores = self.scores(real, draws)
+        row["loss_d"] = adversarial.discriminator_loss(real_scores, fake_scores)
+        self._descend(optimizer_d.optimizer, self.discriminator, row["loss_d"])
+        if self._due(recipe.r1_every):
+            images = real.detach().requires_grad_()
+            row["r1"] = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
+            size = self.generator.output_size
+            gamma = 0.0002 * size**2 / (n * world) if recipe.r1_gamma is None else recipe.r1_gamma
+            self._descend(optimizer_d.optimizer, self.discriminator, row["r1"] * (gamma / 2 * recipe.r1_every))
+
+        self._refuse_non_finite(row, batch)
+        self.images_shown += n * world
+        self._update_average(n * world)
+        self._adapt(real_scores.detach(), n * world)
+        row |= {"score_real": real_scores.mean(), "score_fake": fake_scores.mean()}
+        self._row |= {key: value.detach() for key, value in row.items()}  # penalties keep their last value
+        self.log_dict({f"train/{k}": v for k, v in self._row.items()}, prog_bar=True, logger=False)
+
+    def _path_step(self, n: int, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        recipe, draws = self.recipe, self.draws(PATH)
+        w_plus = self.styles(n, draws).contiguous()
+        images = self.render(w_plus, draws)
+        lengths = adversarial.path_lengths(images, w_plus, draws.normal(n, *images.shape[1:]))
+        mean = self._mean_over_ranks(lengths.detach().mean())
+        self.path_mean.lerp_(mean, recipe.path_decay)
+        penalty = (lengths - self.path_mean).square().mean()
+        self._descend(optimizer, self.generator, penalty * (recipe.path_weight * recipe.path_every))
+        return {"path_length": mean, "path_penalty": penalty}
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self._step % every == 0
+
+    def _train_only(self, network: nn.Module) -> None:
+        self.generator.requires_grad_(network is self.generator)
+        self.discriminator.requires_grad_(network is self.discriminator)
+
+    def _descend(self, optimizer: Any, network: nn.Module, loss: Tensor) -> None:
+        """One step of `optimizer` down `loss`, with the gradients' mean over ranks."""
+        parameters = list(network.parameters())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.trainer.world_size > 1:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            torch.distributed.all_reduce(flat)
+            flat /= self.trainer.world_size
+            for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                if p.grad is not None:
+                    p.grad.copy_(mean.view_as(p))
+        optimizer.step()
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+            value /= self.trainer.world_size
+        return value
+
+    @torch.no_grad()
+    def _update_average(self, batch: int) -> None:
+        """Exponential moving average of the generator's weights.
+
+        Source: StyleGAN2-ADA (arXiv:2006.06676), appendix: half-life in images, at most a share of those shown.
+        """
+        recipe = self.recipe
+        half_life = batch * 10_000 / 32 if recipe.ema_images is None else recipe.ema_images
+        if recipe.ema_ramp > 0:
+            half_life = min(half_life, float(self.images_shown) * recipe.ema_ramp)
+        keep = 0.5 ** (batch / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - keep)
+        for mine, new in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            mine.copy_(new)
+
+    def _adapt(self, real_scores: Tensor, batch: int) -> None:
+        """Adaptive augmentation: more when the discriminator knows its training images by heart.
+
+        Source: StyleGAN2-ADA (arXiv:2006.06676), section 3, the heuristic r_t.
+        """
+        recipe = self.recipe
+        self.sign_sum += self._mean_over_ranks(real_scores.sign().mean())
+        self.sign_count += 1
+        if (self._step + 1) % recipe.ada_every:
+            return
+        sign = self.sign_sum / self.sign_count
+        self._sign = float(sign)
+        if recipe.augment == "ada":
+            change = (sign - recipe.ada_target).sign() * (batch * recipe.ada_every / recipe.ada_images)
+            self.augment_p.add_(change).clamp_(0, 1)
+        self.sign_sum.zero_()
+        self.sign_count.zero_()
+
+    # --- log
+
+    def on_train_start(self) -> None:
+        self._clock = (time.monotonic(), float(self.images_shown))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self._step + 1
+        if step % self.log_every:
+            return
+        now, shown = time.monotonic(), float(self.images_shown)
+        rate = (shown - self._clock[1]) / (now - self._clock[0])
+        self._clock = (now, shown)
+        self.log("train/images_per_second", rate, prog_bar=True, logger=False)
+        row = {f"train/{key}": float(value) for key, value in self._row.items()}
+        row |= {"train/augment_p": self._p, "train/ada_sign": self._sign, "train/images": shown}
+        for logger in self.loggers:
+            logger.log_metrics({**row, "train/images_per_second": rate}, step=step)
+
+    def _refuse_non_finite(self, row: dict[str, Tensor], batch: dict[str, Any]) -> None:
+        if torch.isfinite(torch.stack([value.detach().float() for value in row.values()])).all():
+            return
+        name = next(key for key, value in row.items() if not torch.isfinite(value))
+        raise UserError(
+            f"'{name}' became {float(row[name])} at step {self._step + 1}. Files of the batch: "
+            f"{', '.join(map(str, batch['path'][:4]))}, ... The last checkpoint is intact: check these files, lower "
+            "optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN takes its weights."
+        )
+
+    # --- optimizers, checkpoints
+
+    def configure_optimizers(self) -> Any:
+        result = []
+        for network, every in ((self.generator, self.recipe.path_every), (self.discriminator, self.recipe.r1_every)):
+            # a step of regularisation comes on top of every k-th: the corrections of StyleGAN2, appendix B
+            ratio = every / (every + 1) if every else 1.0
+            betas = tuple(beta**ratio for beta in self.betas)
+            result.append(torch.optim.Adam(network.parameters(), lr=self.lr * ratio, betas=betas, eps=1e-8))  # type: ignore[arg-type]
+        return result
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Strict for everything."""
+        return super().load_state_dict(state_dict, strict=True, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["generator"] = dict(self.generator.config)

@@ -1,0 +1,48 @@
+"""The objective of a generator against its discriminator.
+
+Source: Karras et al., StyleGAN2 (arXiv:1912.04958): non-saturating logistic loss, R1 (Mescheder et al.,
+arXiv:1801.04406, equation 9) and path-length regularisation (section 3.2, equation 4).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def generator_loss(fake_scores: Tensor) -> Tensor:
+    """Mean of -log(sigmoid(score)) over the scores (B,) of generated images."""
+    return F.softplus(-fake_scores).mean()
+
+
+def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """Mean of -log(1 - sigmoid(fake)) plus mean of -log(sigmoid(real)); scores (B,)."""
+    return F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean()
+
+
+def r1_penalty(real_scores: Tensor, images: Tensor) -> Tensor:
+    """Mean squared norm of the scores' gradient with respect to the real images (B, C, H, W), which require it.
+
+    R1 is half of it, times gamma. Differentiable with respect to the discriminator's weights.
+    """
+    (grad,) = torch.autograd.grad(real_scores.sum(), images, create_graph=True)
+    return grad.square().sum((1, 2, 3)).mean()
+
+
+def path_lengths(images: Tensor, w_plus: Tensor, noise: Tensor) -> Tensor:
+    """Norm of `J_w^T y`: how far the image moves, in random directions, when the style moves.
+
+    Args:
+        images: (B, C, H, W), made from `w_plus`.
+        w_plus: (B, n_styles, style_dim), requires a gradient.
+        noise: standard normal, shape of `images`.
+
+    Returns:
+        (B,): the norm over style_dim of the root mean square over styles, differentiable.
+    """
+    noise = noise / math.sqrt(images.shape[2] * images.shape[3])
+    (grad,) = torch.autograd.grad((images * noise).sum(), w_plus, create_graph=True)
+    return grad.square().sum(2).mean(1).sqrt()

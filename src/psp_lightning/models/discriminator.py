@@ -1,0 +1,156 @@
+"""StyleGAN2 discriminator: the residual network that a generator is trained against.
+
+Source: Karras et al., StyleGAN2 (arXiv:1912.04958), figure 7 (residual nets) and appendix B; minibatch standard
+deviation from Karras et al., Progressive GAN (arXiv:1710.10196), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psp_lightning.models.equalised import EqualisedLinear
+from psp_lightning.models.half import HalfPrecision
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, upfirdn2d
+from psp_lightning.utils.errors import UserError
+
+
+class EqualisedConv(nn.Module):
+    """Convolution with an equalised learning rate, "same" padding, optionally with two-fold down-sampling.
+
+    Args:
+        size: of the kernel, odd.
+        down: low-pass filter and halve the resolution.
+        activation: add a bias and follow with a leaky ReLU.
+    """
+
+    kernel: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, size: int, down: bool = False, activation: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if activation else None
+        self.scale = 1 / math.sqrt(in_channels * size * size)
+        self.down = down
+        if down:
+            self.register_buffer("kernel", fir_kernel(), persistent=False)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W), or half of H and W; the result is multiplied by `gain`."""
+        weight, size = self.weight * self.scale, self.weight.shape[-1]
+        if self.down and size == 1:  # the filter commutes with a 1x1 convolution, which then has a quarter of the work
+            x = F.conv2d(upfirdn2d(x, self.kernel, down=2, padding=(1, 1)), weight)
+        elif self.down:
+            x = upfirdn2d(x, self.kernel, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
+            x = F.conv2d(x, weight, stride=2)
+        else:
+            x = F.conv2d(x, weight, padding=size // 2)
+        if self.bias is None:
+            return x * gain
+        return fused_leaky_relu(x, self.bias.to(x.dtype), scale=math.sqrt(2) * gain)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a filtered shortcut, from one resolution to the half of it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualisedConv(in_channels, in_channels, 3)
+        self.conv2 = EqualisedConv(in_channels, out_channels, 3, down=True)
+        self.skip = EqualisedConv(in_channels, out_channels, 1, down=True, activation=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = math.sqrt(0.5)  # the sum of both keeps the variance
+        return self.conv2(self.conv1(x), half) + self.skip(x, half)
+
+
+def minibatch_std(x: Tensor, group: int) -> Tensor:
+    """Appends one channel: the features' standard deviation over a group of images, averaged to one number a group.
+
+    Args:
+        x: (B, C, H, W).
+        group: images in a group; image i belongs to group `i % (B / group)`. The largest divisor of B that is not above
+            `group` is taken.
+
+    Returns:
+        (B, C + 1, H, W).
+
+    Source: Progressive GAN (arXiv:1710.10196), section 3; groups as in StyleGAN2 (arXiv:1912.04958), appendix B.
+    """
+    b, _, h, w = x.shape
+    group = next(n for n in range(min(group, b), 0, -1) if b % n == 0)
+    parts = x.float().unflatten(0, (group, b // group))  # (G, M, C, H, W)
+    deviation = (parts.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (M,)
+    return torch.cat([x, deviation.to(x.dtype).repeat(group)[:, None, None, None].expand(b, 1, h, w)], 1)
+
+
+class Discriminator(HalfPrecision):
+    """StyleGAN2's residual discriminator: image to one score, higher is more real.
+
+    Args:
+        input_size: side of the image, a power of two from 8.
+        channel_base, max_channels: a layer at resolution r has `min(max_channels, channel_base // r)` channels.
+        image_channels: 3 for RGB.
+        group: images over which the minibatch standard deviation is taken.
+
+    Raises:
+        UserError: for a size that is no power of two, or a count below one.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        channel_base: int = 32768,
+        max_channels: int = 512,
+        image_channels: int = 3,
+        group: int = 4,
+    ) -> None:
+        super().__init__()
+        if input_size < 8 or input_size & (input_size - 1):
+            raise UserError(f"Discriminator input_size={input_size}: it must be a power of two, 8 or more.")
+        self.config: dict[str, Any] = {
+            "input_size": input_size,
+            "channel_base": channel_base,
+            "max_channels": max_channels,
+            "image_channels": image_channels,
+            "group": group,
+        }
+        for name, value in self.config.items():
+            if value < 1:
+                raise UserError(f"Discriminator {name}={value}: it must be 1 or more.")
+        self.input_size, self.group = input_size, group
+
+        def channels(resolution: int) -> int:
+            return max(1, min(max_channels, channel_base // resolution))
+
+        self.from_rgb = EqualisedConv(image_channels, channels(input_size), 1)
+        self.resolutions = [input_size >> i for i in range(input_size.bit_length() - 3)]  # input_size, ..., 8
+        self.blocks = nn.ModuleList(ResidualBlock(channels(r), channels(r // 2)) for r in self.resolutions)
+        deep = channels(4)
+        self.conv = EqualisedConv(deep + 1, deep, 3)
+        self.hidden = EqualisedLinear(deep * 16, deep, activation=True)
+        self.score = EqualisedLinear(deep, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, image_channels, input_size, input_size) in [-1, 1] to scores (B,).
+
+        Raises:
+            UserError: when the image has another shape.
+        """
+        if image.shape[2:] != (self.input_size, self.input_size):
+            raise UserError(f"This discriminator takes {self.input_size} px images, got {tuple(image.shape)}.")
+        x = image
+        for resolution, block in zip(self.resolutions, self.blocks, strict=True):
+            with self.precision(resolution, image.device):
+                if resolution == self.input_size:
+                    x = self.from_rgb(self.cast(x, resolution))  # (B, C, S, S)
+                x = self.clamp(block(self.cast(x, resolution)), resolution)  # (B, C, r/2, r/2)
+        x = minibatch_std(x.float(), self.group)  # (B, C + 1, 4, 4)
+        x = self.conv(x).flatten(1)  # (B, C * 16)
+        return self.score(self.hidden(x)).squeeze(1)

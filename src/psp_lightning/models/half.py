@@ -1,0 +1,47 @@
+"""Half precision in the high-resolution blocks of a network, where nearly all of its time and memory goes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+FLOAT16_LIMIT = 256.0  # published bound of the activations, far inside float16's range
+
+
+class HalfPrecision(nn.Module):
+    """Base of networks whose blocks from a resolution on may run in bfloat16 or float16.
+
+    Source: StyleGAN2-ADA (arXiv:2006.06676), appendix D: mixed precision in the four highest resolutions, activations
+    clamped to 256.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half_from: int | None = None
+        self.half_dtype = torch.bfloat16
+
+    def use_half(self, resolution: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Run blocks at `resolution` and above in `dtype`; None: everything in the weights' own precision."""
+        self.half_from, self.half_dtype = resolution, dtype
+
+    def is_half(self, resolution: int) -> bool:
+        """Whether the block at `resolution` runs in half precision."""
+        return self.half_from is not None and resolution >= self.half_from
+
+    def precision(self, resolution: int, device: torch.device) -> AbstractContextManager[None]:
+        """Context for the block at `resolution`."""
+        if not self.is_half(resolution):
+            return torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type))
+        return torch.autocast(device.type, dtype=self.half_dtype)
+
+    def cast(self, x: Tensor, resolution: int) -> Tensor:
+        """`x` in the precision of the block."""
+        return x.to(self.half_dtype) if self.is_half(resolution) else x.float() if self.half_from is not None else x
+
+    def clamp(self, x: Tensor, resolution: int) -> Tensor:
+        """Bounds activations of float16 blocks."""
+        if self.is_half(resolution) and self.half_dtype == torch.float16:
+            return x.clamp(-FLOAT16_LIMIT, FLOAT16_LIMIT)
+        return x
