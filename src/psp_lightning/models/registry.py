@@ -10,6 +10,7 @@ ClassT = TypeVar("ClassT", bound=type[nn.Module])
 
 ENCODERS: dict[str, type[nn.Module]] = {}
 GENERATORS: dict[str, type[nn.Module]] = {}
+EMBEDDINGS: dict[str, type[nn.Module]] = {}
 
 
 def _register(table: dict[str, type[nn.Module]], cls: ClassT) -> ClassT:
@@ -32,3 +33,12 @@ def register_encoder(cls: ClassT) -> ClassT:
 def register_generator(cls: ClassT) -> ClassT:
     """Class decorator: makes a generator loadable by its class name. Its interface is that of `Generator`."""
     return _register(GENERATORS, cls)
+
+
+def register_embedding(cls: ClassT) -> ClassT:
+    """Class decorator: makes an embedding loadable by its class name.
+
+    An embedding has `.config` as encoders have, `features(image)` (list of feature maps), and maps images
+    (B, 3, H, W) in [-1, 1] to unit vectors (B, D).
+    """
+    return _register(EMBEDDINGS, cls)
