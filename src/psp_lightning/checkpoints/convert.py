@@ -60,29 +60,38 @@ def infer_generator(state: State) -> dict[str, Any]:
     """Constructor arguments of `Generator` from the shapes of its state dict (published layout).
 
     Raises:
-        UserError: when the channels follow no `min(max_channels, 16384 * channel_multiplier // r)`.
+        UserError: when the channels follow no `min(max_channels, channel_base * channel_multiplier // r)`.
     """
     n_blocks = len([k for k in state if re.fullmatch(r"to_rgbs\.\d+\.bias", k)])
-    widths = {4: state["conv1.conv.weight"].shape[1]}
+    widths = {4: int(state["conv1.conv.weight"].shape[1])}
     for i in range(n_blocks):
-        widths[8 << i] = state[f"convs.{2 * i}.conv.weight"].shape[1]
-    largest = max(widths.values())
-    # where every layer has the largest width several multipliers fit; 2 is the published one
-    for multiplier in (2, 1, *range(3, 65)):
-        if all(width == min(largest, 16384 * multiplier // r) for r, width in widths.items()):
-            break
-    else:
-        table = ", ".join(f"{r}: {width}" for r, width in widths.items())
-        raise UserError(f"The generator's channels ({table}) follow no channel multiplier that this library knows.")
+        widths[8 << i] = int(state[f"convs.{2 * i}.conv.weight"].shape[1])
+    base, multiplier = _channel_rule(widths)
     return {
         "output_size": 4 << n_blocks,
         "style_dim": int(state["style.1.weight"].shape[0]),
         "n_mapping": len([k for k in state if re.fullmatch(r"style\.\d+\.weight", k)]),
         "channel_multiplier": multiplier,
-        "max_channels": int(largest),
+        "max_channels": max(widths.values()),
         "image_channels": int(state["to_rgb1.bias"].shape[1]),
         "z_dim": int(state["style.1.weight"].shape[1]),
+        "channel_base": base,
     }
+
+
+def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int]:
+    """`channel_base` and `channel_multiplier` that give these channels by resolution."""
+    largest = max(widths.values())
+    # where every layer has the largest width several multipliers fit; 2 is the published one
+    for multiplier in (2, 1, *range(3, 65)):
+        if all(width == min(largest, 16384 * multiplier // r) for r, width in widths.items()):
+            return 16384, multiplier
+    # other bases: each layer narrower than the largest allows a range of them, the others ask for enough
+    low = max(width * r if width > 1 else 1 for r, width in widths.items())
+    if all(width == max(1, min(largest, low // r)) for r, width in widths.items()):
+        return low, 1
+    table = ", ".join(f"{r}: {width}" for r, width in widths.items())
+    raise UserError(f"The generator's channels ({table}) follow no rule that this library knows.")
 
 
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:

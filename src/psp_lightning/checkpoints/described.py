@@ -7,7 +7,9 @@ The header's metadata holds one entry, `psp_lightning`, a JSON object with `kind
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,13 +24,32 @@ from torch import Tensor
 from psp_lightning.utils.errors import UserError
 
 KEY, FORMAT = "psp_lightning", 1
+HEADER_LIMIT = 4 << 20  # bytes; the header of a network with a thousand tensors has a tenth of a megabyte
+STATISTICS = (".running_mean", ".running_var")  # tiny, and of a wide range: never stored in half precision
+
+
+def _header_size(path: Path) -> int | None:
+    """Length of a safetensors header, None where the file does not begin like one.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    size = int.from_bytes(head[:8], "little")
+    return size if len(head) == 9 and head[8:] == b"{" and size < 1 << 27 else None
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether the file begins like one: eight bytes of length, then a JSON object."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
+    """Whether the file begins like one: eight bytes of length, then a JSON object.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    return _header_size(Path(path)) is not None
 
 
 def save_described(
@@ -41,54 +62,106 @@ def save_described(
         kind: what the file is.
         tensors: by name.
         description: plain values (JSON).
-        dtype: of the stored floating-point tensors; None: as they are.
+        dtype: of the stored floating-point tensors, running statistics of normalisation excepted; None: as they are.
 
     Raises:
+        UserError: a value that `dtype` cannot hold.
+        ValueError, TypeError: the description holds NaN or other values than JSON's.
         OSError: when the disk is full or the folder cannot be written.
     """
     path = Path(path)
+    metadata = {KEY: json.dumps({**description, "kind": kind, "format": FORMAT}, sort_keys=True, allow_nan=False)}
+    stored = {name: _stored(name, t.detach().cpu(), dtype) for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {
-        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous().clone()
-        for name, t in tensors.items()
-    }
-    metadata = {KEY: json.dumps({"kind": kind, "format": FORMAT, **description}, sort_keys=True)}
     handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         save_file(stored, name, metadata=metadata)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         if isinstance(error, SafetensorError):
-            raise OSError(28, f"cannot be written ({error})", os.fspath(path)) from error
+            reason = "cannot be written, the disk is probably full"
+            raise OSError(errno.ENOSPC, reason, os.fspath(path)) from error
         raise
 
 
-def read_described(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor as it is stored: contiguous, with memory of its own."""
+    if dtype is None or not tensor.is_floating_point() or name.endswith(STATISTICS):
+        return tensor.contiguous().clone()
+    rounded = tensor.to(dtype, copy=True).contiguous()
+    if rounded.isfinite().sum() < tensor.isfinite().sum():
+        raise UserError(
+            f"{name} holds values up to {tensor.abs().max():.3g}, more than {dtype} can: store it as it is."
+        )
+    return rounded
+
+
+def read_described(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors (floating-point ones as float32, on the CPU) of a file.
 
     Args:
-        kind: what the file must be; None: anything.
+        kinds: what the file may be; none given: anything.
 
     Raises:
-        UserError: a damaged file, one without our description, or one of another kind.
+        UserError: a damaged file, one without our description, one of another kind, weights that are not finite.
     """
+    path = Path(path)
+    size = _header_size(path)
+    if size is None or size > HEADER_LIMIT:
+        reason = "it does not begin like one" if size is None else f"a header of {size} bytes"
+        raise UserError(f"{path} is damaged or no safetensors file ({reason}).")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                names = ", ".join(list(file.keys())[:5])
-                raise UserError(f"{path} is a safetensors file without psp_lightning's description; it holds {names}.")
-            description = json.loads(metadata[KEY])
-            if not isinstance(description, dict) or description.get("format") != FORMAT:
-                raise UserError(f"{path} is of another format than this version reads ({FORMAT}).")
-            if kind is not None and description.get("kind") != kind:
-                raise UserError(f"{path} holds a {description.get('kind')}, not a {kind}.")
+            description = _description(path, file, kinds)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+            # copies: what safetensors gives is a view of the file
+            tensors = {
+                k: t.to(torch.float32, copy=True) if t.is_floating_point() else t.clone() for k, t in tensors.items()
+            }
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no safetensors file ({reason[:200]}).") from None
-    return description, {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not bool(tensor.isfinite().all()):
+            what = "complex numbers" if tensor.is_complex() else "values that are not finite"
+            raise UserError(f"{path} holds {what} in {_short(name)}: its weights cannot be used.")
+    return description, tensors
+
+
+def _description(path: Path, file: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
+    metadata = file.metadata() or {}
+    if KEY not in metadata:
+        names = ", ".join(_short(name) for name in list(file.keys())[:5]) or "nothing"
+        raise UserError(f"{path} is a safetensors file without psp_lightning's description; it holds {names}.")
+    description = json.loads(metadata[KEY], parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{path} is of another format than this version reads ({FORMAT}).")
+    if kinds and description.get("kind") not in kinds:
+        raise UserError(f"{path} is of kind {_short(description.get('kind'))}, not {' or '.join(map(repr, kinds))}.")
+    return description
+
+
+def _short(value: Any) -> str:
+    """A file's own words in a message: on one line, of bounded length, without control characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"its description holds {text}")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text[:20])
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError("its description holds a number of more than 20 digits")
+    return int(text)

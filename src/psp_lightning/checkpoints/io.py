@@ -5,73 +5,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import fnmatch
 import os
 import pickle
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from psp_lightning.checkpoints import convert
-from psp_lightning.checkpoints.described import is_safetensors, read_described
-from psp_lightning.checkpoints.generators import split_average
-from psp_lightning.models.psp import PSP, build_described
-from psp_lightning.models.registry import GENERATORS
+from psp_lightning.checkpoints import convert, pretrained
+from psp_lightning.checkpoints.described import is_safetensors
+from psp_lightning.checkpoints.loading import LoadReport as LoadReport
+from psp_lightning.checkpoints.loading import build_and_load, first, load_strict, understanding
+from psp_lightning.checkpoints.loading import resolve as resolve
+from psp_lightning.checkpoints.networks import read_generator, read_psp
+from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, suggest
 
-RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
 NET = "net."  # prefix of the PSP in a training module's state dict
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_strict` did."""
-
-    what: str
-    loaded: int
-    missing: tuple[str, ...] = field(default=())
-    unexpected: tuple[str, ...] = field(default=())
-
-    def __str__(self) -> str:
-        text = f"{self.what}: {self.loaded} tensors loaded"
-        if self.missing:
-            text += f", {len(self.missing)} left as they were ({_first(self.missing)})"
-        if self.unexpected:
-            text += f", {len(self.unexpected)} not used ({_first(self.unexpected)})"
-        return text
-
-
-def _first(names: Iterable[str], n: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file at `path`: the file itself, or a run folder's best, else last, checkpoint.
-
-    Raises:
-        UserError: when there is nothing, or a folder without a checkpoint.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        for name in RUN_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path} is a folder without a checkpoint: looked for {', '.join(RUN_FILES[:2])}.")
-    if not path.exists():
-        raise UserError(f"Checkpoint {path} does not exist.")
-    if not path.is_file():
-        raise UserError(f"Checkpoint {path} is not a regular file.")
-    return path
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,7 +85,7 @@ def _sniff(path: Path) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        raise UserError(f"{path} is a safetensors file; a checkpoint written by torch.save is needed.")
+        raise UserError(f"{path} is a safetensors file, but a checkpoint written by torch.save is needed here.")
     if head.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -141,84 +98,41 @@ def _sniff(path: Path) -> None:
             raise UserError(f"{path} is a TorchScript program, not a checkpoint of weights; it was not run.")
 
 
-def load_strict(
-    module: nn.Module,
-    state: Mapping[str, Any],
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
-    what: str = "",
-) -> LoadReport:
-    """Loads `state` into `module`; every difference that is not allowed by name is an error.
-
-    Args:
-        module: changed only when everything fits.
-        state: key to tensor.
-        allow_missing: shell patterns of keys that `state` may lack; they keep their values.
-        allow_unexpected: shell patterns of keys that `module` may lack; they are ignored.
-        what: name for messages; default: the module's class.
-
-    Raises:
-        UserError: listing the first missing, unexpected and mismatched keys.
-    """
-    what = what or type(module).__name__
-    own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    wrong = [
-        f"{key} ({_shape(state[key])} instead of {_shape(tensor)})"
-        for key, tensor in own.items()
-        if key in state and _shape(state[key]) != _shape(tensor)
-    ]
-    bad_missing = [key for key in missing if not _matches(key, allow_missing)]
-    bad_unexpected = [key for key in unexpected if not _matches(key, allow_unexpected)]
-    problems = [
-        f"{len(keys)} {label}: {_first(keys)}"
-        for label, keys in (("missing", bad_missing), ("unexpected", bad_unexpected), ("of another shape", wrong))
-        if keys
-    ]
-    if problems:
-        raise UserError(f"The weights do not fit {what} ({len(own)} tensors). " + "; ".join(problems) + ".")
-    module.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
-    return LoadReport(what, len(own) - len(missing), tuple(missing), tuple(unexpected))
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
-
-@contextlib.contextmanager
-def _understanding(path: Path):  # type: ignore[no-untyped-def]
-    """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
-    try:
-        with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced
-            yield
-    except UserError as error:
-        raise UserError(f"Checkpoint {path}: {error}") from None
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(
-            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {error})."
-        ) from error
-
-
 def load_psp(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:
     """A trained pSp network in eval mode.
 
     Args:
-        path: a run folder (best checkpoint, else the last), a checkpoint of ours, or a released pSp `.pt`.
+        path: a run folder (best checkpoint, else the last), a checkpoint of ours, a safetensors file of `save_psp`, a
+            released pSp `.pt`, or the name of shipped weights, as `toyfaces/inversion`.
         device: where the network goes.
 
     Raises:
         UserError: when `path` holds something else; the message says what.
     """
     path = resolve(path)
+    if is_safetensors(path):
+        return read_psp(path).eval().to(device)
     content = read(path)
-    with _understanding(path):
+    with understanding(path):
         net = _ours(content) if "psp" in content else _released(content)
     return net.eval().to(device)
+
+
+def load_pretrained(name: str, device: str | torch.device = "cpu") -> PSP:
+    """A shipped pSp network in eval mode.
+
+    Args:
+        name: as `toyfaces/inversion`; no path.
+        device: where the network goes.
+
+    Raises:
+        UserError: an unknown name, with the known ones; shipped weights of something else.
+    """
+    known = [entry.name for entry in pretrained.shipped().values() if entry.kind == "psp"]
+    if name not in known:
+        options = ", ".join(known) or "none"
+        raise UserError(f"No pSp network of this package is called {name!r}.{suggest(name, known)} Known: {options}.")
+    return read_psp(pretrained.find(name)).eval().to(device)
 
 
 def _tensors(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
@@ -229,9 +143,8 @@ def _tensors(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, A
 
 
 def _ours(content: Mapping[str, Any]) -> PSP:
-    net = PSP.from_description(content["psp"])
-    load_strict(net, convert.select(_tensors(content), NET), what="PSP")
-    return net
+    state = convert.select(_tensors(content), NET)
+    return build_and_load(lambda: PSP.from_description(content["psp"]), state, "PSP")
 
 
 def _options(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +187,7 @@ def _released(content: Mapping[str, Any]) -> PSP:
 def _what_else(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     if "g_ema" in content or convert.is_generator_state(state):
         return "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
-    keys = _first(str(key) for key in state) or "none"
+    keys = first(str(key) for key in state) or "none"
     return f"It has no encoder.* and decoder.* tensors; its keys are: {keys}."
 
 
@@ -282,7 +195,8 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
     """A StyleGAN2 generator and its average latent, if the file has one.
 
     Args:
-        path: a converted generator (`g_ema`, published PyTorch layout), or any checkpoint that `load_psp` reads.
+        path: a safetensors file of `save_generator`, a converted generator (`g_ema`, published PyTorch layout), any
+            checkpoint that `load_psp` reads, or the name of shipped weights, as `toyfaces/generator`.
 
     Returns:
         The generator in eval mode on the CPU, size and widths read off the tensors, and latent_avg (style_dim,) or
@@ -293,14 +207,10 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
     """
     path = resolve(path)
     if is_safetensors(path):
-        description, tensors = read_described(path, "generator")
-        with _understanding(path):
-            generator = build_described(GENERATORS, "generator", description.get("generator"))
-            state, average = split_average(tensors)
-            load_strict(generator, state, what="the generator")
+        generator, average = read_generator(path)
         return generator.eval(), average
     content = read(path)
-    with _understanding(path):
+    with understanding(path):
         if "psp" in content:
             state = convert.select(_tensors(content), NET)
             generator_state, average = convert.select(state, "generator."), state.get("latent_avg")
@@ -309,7 +219,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
             decoder = convert.select(state, "decoder.")
             generator_state, average = decoder or convert.select(state, ""), content.get("latent_avg")
         if not convert.is_generator_state(generator_state):
-            raise UserError(f"this holds no StyleGAN2 generator; its keys are: {_first(map(str, state)) or 'none'}.")
+            raise UserError(f"this holds no StyleGAN2 generator; its keys are: {first(map(str, state)) or 'none'}.")
         generator = Generator(**convert.infer_generator(generator_state))
         # noise maps are missing in early converted files
         load_strict(generator, generator_state, allow_missing=["noises.*"], what="the generator")

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from psp_lightning.checkpoints.generators import save_generator
+from psp_lightning.checkpoints.networks import save_generator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.images import save_atomic, to_pil
 

@@ -147,8 +147,12 @@ class PSP(nn.Module):
         }
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any]) -> PSP:
+    def from_description(cls, description: Mapping[str, Any], generator: nn.Module | None = None) -> PSP:
         """The network that `describe` described, with fresh weights and a zero average.
+
+        Args:
+            description: plain values.
+            generator: takes the place of the described one, which is then not looked at.
 
         Classes are looked up in the registries; a name that is not registered is an error, nothing is imported.
 
@@ -163,14 +167,15 @@ class PSP(nn.Module):
             raise UserError(f"The network's description has a source of type {type(source).__name__}, expected a dict.")
         return cls(
             build_described(ENCODERS, "encoder", description.get("encoder")),
-            build_described(GENERATORS, "generator", description.get("generator")),
+            generator or build_described(GENERATORS, "generator", description.get("generator")),
             start_from_latent_avg=bool(description.get("start_from_latent_avg", True)),
             source=source,
         )
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:
-        """A trained network in eval mode from a run's folder, a checkpoint of ours or a released pSp file.
+        """A trained network in eval mode: from a run's folder, a checkpoint of ours (.ckpt or .safetensors), a released
+        pSp file, or, where there is no such path, the name of shipped weights (see `from_pretrained`).
 
         Raises:
             UserError: when there is none at `path`; the message says what is there. No code from the file runs.
@@ -178,6 +183,23 @@ class PSP(nn.Module):
         from psp_lightning.checkpoints.io import load_psp  # checkpoints builds on models, so only here
 
         return load_psp(path, device)
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> PSP:
+        """A trained network of this package, in eval mode; nothing is downloaded.
+
+        Args:
+            name: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or `toyfaces/superres`: networks for
+                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.checkpoints.pretrained.shipped()` has the
+                records of all files: how each was made, licence, SHA-256.
+            device: where the network goes.
+
+        Raises:
+            UserError: no such network, with the names that there are; a file that was changed.
+        """
+        from psp_lightning.checkpoints.io import load_pretrained
+
+        return load_pretrained(name, device)
 
 
 def build_described(table: Mapping[str, type[nn.Module]], role: str, node: Any) -> Any:
@@ -194,7 +216,21 @@ def build_described(table: Mapping[str, type[nn.Module]], role: str, node: Any) 
             f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. An own class must be "
             f"decorated with register_{role} and imported before its checkpoint is loaded."
         )
+    _check_numbers(table[name], role, node)
     try:
         return table[name](**{k: v for k, v in node.items() if k != "class"})
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"The network's description does not fit its {role} {name}: {error}") from error
+
+
+LARGEST = 1 << 24  # of any number in a description of the library's own networks
+
+
+def _check_numbers(cls: type[nn.Module], role: str, node: Mapping[str, Any]) -> None:
+    """Refuse counts that would keep a constructor busy for ever; own classes may use numbers as they like."""
+    if not cls.__module__.startswith("psp_lightning."):
+        return
+    for key, value in node.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not abs(number) <= LARGEST:
+                raise UserError(f"The network's description does not fit its {role}: {key}={str(number)[:20]}.")

@@ -1,0 +1,201 @@
+"""What every reader of weights shares: where a checkpoint is, networks that fit their tensors, strict loading."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+from psp_lightning.checkpoints import pretrained
+from psp_lightning.utils.errors import UserError
+
+RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
+NetT = TypeVar("NetT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_strict` did."""
+
+    what: str
+    loaded: int
+    missing: tuple[str, ...] = field(default=())
+    unexpected: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        text = f"{self.what}: {self.loaded} tensors loaded"
+        if self.missing:
+            text += f", {len(self.missing)} left as they were ({first(self.missing)})"
+        if self.unexpected:
+            text += f", {len(self.unexpected)} not used ({first(self.unexpected)})"
+        return text
+
+
+def first(names: Iterable[str], n: int = 5) -> str:
+    """The first names, for a message."""
+    names = list(names)
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file at `path`.
+
+    Args:
+        path: the file itself, a run folder (its best checkpoint, else the last), or, where there is no such file or
+            folder, the name of shipped weights, as `toyfaces/inversion`.
+
+    Raises:
+        UserError: when there is nothing, or a folder without a checkpoint.
+    """
+    name, path = os.fspath(path), Path(path).expanduser()
+    if path.is_dir():
+        for file in RUN_FILES:
+            if (path / file).is_file():
+                return path / file
+        hidden = f" It hides the shipped weights {name}." if name in pretrained.shipped() else ""
+        raise UserError(f"{path} is a folder without a checkpoint: looked for {', '.join(RUN_FILES[:2])}.{hidden}")
+    if not path.exists():
+        if pretrained.is_shipped_name(name):
+            return pretrained.find(name)
+        raise UserError(f"Checkpoint {path} does not exist.")
+    if not path.is_file():
+        raise UserError(f"Checkpoint {path} is not a regular file.")
+    return path
+
+
+def load_strict(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    what: str = "",
+) -> LoadReport:
+    """Loads `state` into `module`; every difference that is not allowed by name is an error.
+
+    Args:
+        module: changed only when everything fits.
+        state: key to tensor.
+        allow_missing: shell patterns of keys that `state` may lack; they keep their values.
+        allow_unexpected: shell patterns of keys that `module` may lack; they are ignored.
+        what: name for messages; default: the module's class.
+
+    Raises:
+        UserError: listing the first missing, unexpected and mismatched keys.
+    """
+    report = compare(module, state, allow_missing, allow_unexpected, what)
+    module.load_state_dict({key: state[key] for key in module.state_dict() if key in state}, strict=False)
+    return report
+
+
+def compare(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    what: str = "",
+) -> LoadReport:
+    """What `load_strict` would do, with its errors; changes nothing."""
+    what = what or type(module).__name__
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    wrong = [
+        f"{key} ({_shape(state[key])} instead of {_shape(tensor)})"
+        for key, tensor in own.items()
+        if key in state and _shape(state[key]) != _shape(tensor)
+    ]
+    bad_missing = [key for key in missing if not _matches(key, allow_missing)]
+    bad_unexpected = [key for key in unexpected if not _matches(key, allow_unexpected)]
+    problems = [
+        f"{len(keys)} {label}: {first(keys)}"
+        for label, keys in (("missing", bad_missing), ("unexpected", bad_unexpected), ("of another shape", wrong))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"The weights do not fit {what} ({len(own)} tensors). " + "; ".join(problems) + ".")
+    return LoadReport(what, len(own) - len(missing), tuple(missing), tuple(unexpected))
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+@contextlib.contextmanager
+def understanding(path: Path) -> Iterator[None]:
+    """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced
+            yield
+    except UserError as error:
+        raise UserError(f"Checkpoint {path}: {error}") from None
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        raise UserError(
+            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {error})."
+        ) from error
+
+
+def build_and_load(
+    make: Callable[[], NetT], state: Mapping[str, Any], what: str, allow_missing: Iterable[str] = ()
+) -> NetT:
+    """A network that a file describes, with the file's tensors.
+
+    The file's tensors, which are there, bound what its description, which is only text, may ask for: the network is
+    built without memory first and compared.
+
+    Args:
+        make: builds the network.
+        state, what, allow_missing: see `load_strict`.
+
+    Raises:
+        UserError: the tensors do not fit the described network.
+    """
+    allow_missing = tuple(allow_missing)
+    with _at_most(modules=20 * len(state) + 10_000, tensors=2 * len(state) + 2_000):
+        try:
+            with torch.device("meta"):
+                sketch = make()
+        except UserError as error:
+            if "meta" not in str(error):  # an own class may compute while it is built
+                raise
+        else:
+            compare(sketch, state, allow_missing, what=what)
+        net = make()
+    load_strict(net, state, allow_missing, what=what)
+    return net
+
+
+@contextlib.contextmanager
+def _at_most(modules: int, tensors: int) -> Iterator[None]:
+    """Stops the construction of networks with more parts than that."""
+    count = {"modules": modules, "tensors": tensors}
+
+    def used(kind: str) -> Callable[..., None]:
+        def hook(*args: Any) -> None:
+            count[kind] -= 1
+            if count[kind] < 0:
+                raise UserError("its description asks for a network far larger than its tensors.")
+
+        return hook
+
+    handles = [
+        registration.register_module_module_registration_hook(used("modules")),
+        registration.register_module_parameter_registration_hook(used("tensors")),
+        registration.register_module_buffer_registration_hook(used("tensors")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
