@@ -43,6 +43,8 @@ def _run(cfg: DictConfig) -> None:
         if wanted > len(plan.todo):  # a rank without an input has nothing to do
             wanted = cfg.devices = len(plan.todo)
         records += launch(partial(predict_job, plan), cfg, wanted)
+    # what was skipped may be another checkpoint's work
+    records = [{**r, "checkpoint": str(cfg.ckpt)} if r["status"] == "ok" else r for r in records]
     save_manifest(plan.manifest, records)
     if cfg.sheet:
         save_sheet(plan.manifest.with_name("sheet.png"), records)

@@ -223,7 +223,7 @@ def build_described(table: Mapping[str, type[nn.Module]], role: str, node: Any) 
         raise UserError(f"The network's description does not fit its {role} {name}: {error}") from error
 
 
-LARGEST = 1 << 24  # of any number in a description of the library's own networks
+LARGEST = 1 << 20  # of any number in a description of the library's own networks
 
 
 def _check_numbers(cls: type[nn.Module], role: str, node: Mapping[str, Any]) -> None:
