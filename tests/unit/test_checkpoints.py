@@ -164,6 +164,9 @@ def test_encoder_is_inferred_from_shapes(depth, mode):
         dict(output_size=64, style_dim=128, n_mapping=4, max_channels=64, z_dim=100),
         dict(output_size=128, image_channels=1),
         dict(output_size=1024, channel_multiplier=4, style_dim=64),
+        dict(output_size=64, max_channels=96, channel_base=1536),
+        dict(output_size=128, max_channels=100, channel_base=1000, channel_multiplier=1),
+        dict(output_size=64, max_channels=20, channel_base=24, channel_multiplier=1),
     ],
 )
 def test_generator_is_inferred_from_shapes(config):
@@ -172,6 +175,20 @@ def test_generator_is_inferred_from_shapes(config):
         again = Generator(**convert.infer_generator(net.state_dict()))
     shapes = {k: v.shape for k, v in net.state_dict().items()}
     assert shapes == {k: v.shape for k, v in again.state_dict().items()}
+
+
+@pytest.mark.parametrize("size, multiplier", [(256, 1), (256, 2), (512, 1), (1024, 1), (1024, 2)])
+def test_published_channels_are_recognised(size, multiplier):
+    with torch.device("meta"):
+        net = Generator(size, channel_multiplier=multiplier)
+    assert convert.infer_generator(net.state_dict()) == net.config
+
+
+def test_channels_without_a_rule_are_an_error():
+    with torch.device("meta"):
+        state = Generator(32, max_channels=64).state_dict()
+    with pytest.raises(UserError, match="4: 64, 8: 64, 16: 80, 32: 64. follow no rule"):
+        convert.infer_generator({**state, "convs.2.conv.weight": torch.zeros(1, 80, 80, 3, 3)})
 
 
 @torch.no_grad()

@@ -85,6 +85,8 @@ def test_generator(tmp_path):
     assert again.config == net.config and torch.equal(average, net.latent_average(100_000, 0))
     z = torch.randn(2, 10)
     assert torch.equal(again(z), net(z))
+    save_generator(tmp_path / "run" / "generator.safetensors", net)
+    assert torch.equal(load_generator(tmp_path / "run")[0](z), net(z)), "a run folder of psp-train-generator"
     with pytest.raises(UserError, match=r"g\.safetensors is of kind 'generator', not 'psp'"):
         load_psp(tmp_path / "g.safetensors")
 

@@ -195,8 +195,9 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
     """A StyleGAN2 generator and its average latent, if the file has one.
 
     Args:
-        path: a safetensors file of `save_generator`, a converted generator (`g_ema`, published PyTorch layout), any
-            checkpoint that `load_psp` reads, or the name of shipped weights, as `toyfaces/generator`.
+        path: a safetensors file of `save_generator`, or the run folder in which psp-train-generator wrote one; a
+            converted generator (`g_ema`, published PyTorch layout); any checkpoint that `load_psp` reads; the name of
+            shipped weights, as `toyfaces/generator`.
 
     Returns:
         The generator in eval mode on the CPU, size and widths read off the tensors, and latent_avg (style_dim,) or
@@ -205,7 +206,8 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
     Raises:
         UserError: when `path` holds no generator.
     """
-    path = resolve(path)
+    trained = Path(path).expanduser() / "generator.safetensors"
+    path = trained if trained.is_file() else resolve(path)
     if is_safetensors(path):
         generator, average = read_generator(path)
         return generator.eval(), average

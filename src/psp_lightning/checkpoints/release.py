@@ -63,7 +63,9 @@ def release(
     for file, generator in wanted.items():
         name, digest = generator["file"], generator.get("sha256")
         if records.get(name, {}).get("sha256") != digest:
-            raise UserError(f"{file} was made for another {name} than the one in {folder}: write it again.")
+            raise UserError(
+                f"{file} was made for another {name} than the one in {folder}: write it again, or delete it."
+            )
     total = sum(entry["bytes"] for entry in records.values())
     if total > LIMIT:
         raise UserError(f"The files of {folder} have {total} bytes, more than the {LIMIT} that the package may ship.")

@@ -165,9 +165,12 @@ class PSP(nn.Module):
         source = description.get("source")
         if source is not None and not isinstance(source, Mapping):
             raise UserError(f"The network's description has a source of type {type(source).__name__}, expected a dict.")
+        encoder = build_described(ENCODERS, "encoder", description.get("encoder"))
+        if generator is None:
+            generator = build_described(GENERATORS, "generator", description.get("generator"))
         return cls(
-            build_described(ENCODERS, "encoder", description.get("encoder")),
-            generator or build_described(GENERATORS, "generator", description.get("generator")),
+            encoder,
+            generator,
             start_from_latent_avg=bool(description.get("start_from_latent_avg", True)),
             source=source,
         )
