@@ -31,6 +31,7 @@ EXCEPTIONS = {
     ("losses", "models.frozen"),
     ("losses", "checkpoints.pretrained"),
     ("losses", "checkpoints.io"),
+    ("losses", "checkpoints.networks"),
 }
 LAZY_EXCEPTIONS = {("models/psp.py", "checkpoints.io")}  # inside a function only
 

@@ -198,7 +198,7 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
     metrics: dict[str, Any] = {"mse": MSE(), "psnr": PSNR()}
     if "id" in losses.terms:
         metrics["id_similarity"] = IdSimilarity(losses.terms["id"].similarity)  # type: ignore[arg-type]
-    return LitPSP(
+    module = LitPSP(
         build_net(cfg, source, data.spec.channels),
         losses,
         instantiate(cfg.optimizer, "optimizer"),
@@ -206,9 +206,12 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
         noise=cfg.model.noise,
         batch_norm=cfg.model.batch_norm,
         warmup_steps=cfg.model.warmup_steps,
+        decay_steps=cfg.model.decay_steps,
+        total_steps=cfg.trainer.max_steps,
         log_every=cfg.trainer.log_every_n_steps,
         source_is_target=getattr(data, "source_is_target", False),
     )
+    return module.to(memory_format=torch.channels_last)  # in which convolutions run faster
 
 
 def build_trainer(cfg: DictConfig, spec: Any, resume_step: int | None) -> pl.Trainer:

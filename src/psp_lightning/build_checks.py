@@ -26,6 +26,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "callbacks.images.every_n_steps": (int, 0, math.inf),
     "callbacks.images.n_images": (int, 1, math.inf),
     "model.warmup_steps": (int, 0, math.inf),
+    "model.decay_steps": (int, 0, math.inf),
     "model.latent_avg_samples": (int, 1, math.inf),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,6 +40,8 @@ class LitPSP(pl.LightningModule):
         batch_norm: `sync` and `local` train the BatchNorm layers (which of the two is the Trainer's affair), `frozen`
             keeps them at their running statistics.
         warmup_steps: optimizer steps over which the learning rate rises linearly.
+        decay_steps: last steps of the run over which it falls to zero, along half a cosine.
+        total_steps: length of the run; needed with `decay_steps`.
         log_every: optimizer steps between two training rows of the log.
         source_is_target: the task's source and target are the same image, so that a loss looks at it once.
 
@@ -55,6 +59,8 @@ class LitPSP(pl.LightningModule):
         noise: str = "random",
         batch_norm: str = "sync",
         warmup_steps: int = 0,
+        decay_steps: int = 0,
+        total_steps: int = 0,
         log_every: int = 10,
         source_is_target: bool = False,
     ) -> None:
@@ -72,7 +78,7 @@ class LitPSP(pl.LightningModule):
         self.noise: Noise = "random" if noise == "random" else "const"
         self.log_every = log_every
         self.batch_norm = batch_norm
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.decay_steps, self.total_steps = warmup_steps, decay_steps, total_steps
         self.source_is_target = source_is_target
         self.strict_loading = True
         self._val_sums: dict[str, Tensor] = {}
@@ -166,9 +172,12 @@ class LitPSP(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self.net.encoder.parameters() if p.requires_grad])
-        if self.warmup_steps == 0:
+        if self.warmup_steps == self.decay_steps == 0:
             return optimizer
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Warmup(self.warmup_steps))
+        # a partial has no state: a run that goes on with more steps falls at its new end
+        settings = {"warmup": self.warmup_steps, "decay": self.decay_steps, "total": self.total_steps}
+        factor = functools.partial(rate_factor, **settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train(self, mode: bool = True) -> LitPSP:
@@ -206,14 +215,11 @@ class LitPSP(pl.LightningModule):
         self._random_state = None
 
 
-class _Warmup:
-    """Factor of the learning rate at a step; a class, so that schedules pickle under spawn."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __call__(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.steps)
+def rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
+    """Factor of the learning rate: up linearly over `warmup` steps, down along half a cosine over the last `decay`."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    left = max(0.0, min(1.0, (total - step) / decay)) if decay else 1.0
+    return rise * (0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def gather(value: Any) -> list[Any]:

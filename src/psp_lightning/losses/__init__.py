@@ -7,6 +7,7 @@ from psp_lightning.losses.identity import IDLoss
 from psp_lightning.losses.l2 import L2Loss
 from psp_lightning.losses.lpips import LPIPSLoss
 from psp_lightning.losses.moco import MocoLoss
+from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.losses.w_norm import WNormLoss
 
@@ -21,6 +22,7 @@ __all__ = [
     "LossInputs",
     "LossTerm",
     "MocoLoss",
+    "PerceptualLoss",
     "SimilarityLoss",
     "TermOutput",
     "WNormLoss",

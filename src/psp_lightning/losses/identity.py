@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from psp_lightning.checkpoints import pretrained
 from psp_lightning.checkpoints.io import load_strict, read
+from psp_lightning.checkpoints.networks import load_embedding
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.frozen import freeze
@@ -33,7 +34,8 @@ def load_face_network(backbone: str, weights: str | os.PathLike[str] | None) -> 
     """
     if backbone not in RECORD:
         raise UserError(
-            f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}."
+            f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}, and files "
+            "of embeddings, as toyfaces/identity."
         )
     network = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
     path = pretrained.find(RECORD[backbone], Path(weights) if weights is not None else None)
@@ -60,8 +62,9 @@ class IDLoss(SimilarityLoss):
     Logs `id_similarity` and, for an RGB source, `id_improvement`.
 
     Args:
-        backbone: `ir_se50` or `facenet`.
-        weights: the network's file; None looks in the weights folder.
+        backbone: `ir_se50` or `facenet`, on the face crop; or the file or name of an embedding of this library, as
+            `toyfaces/identity`, on the whole image.
+        weights: the network's file; None looks in the weights folder. Not with an embedding.
 
     Raises:
         UserError: see `load_face_network`.
@@ -72,10 +75,15 @@ class IDLoss(SimilarityLoss):
 
     def __init__(self, backbone: str = "ir_se50", weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        self.network = load_face_network(backbone, weights)
-        self.input_size = INPUT_SIZE[backbone]
+        self.input_size: int | None = INPUT_SIZE.get(backbone)
+        if "/" in backbone or backbone.endswith(".safetensors"):
+            self.network = freeze(load_embedding(backbone))
+        else:
+            self.network = load_face_network(backbone, weights)
 
     def embed(self, image: Tensor) -> Tensor:
+        if self.input_size is None:
+            return self.network(image)
         face = face_crop(image)  # (B, 3, 188, 188) of 256 px
         size = (self.input_size, self.input_size)
         if min(face.shape[-2:]) >= self.input_size:

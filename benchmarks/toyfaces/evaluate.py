@@ -1,0 +1,242 @@
+"""Measures the toy domain: `python -m benchmarks.toyfaces.evaluate [--only PART ...]`.
+
+Parts: samples (grids), frechet, projection, checkpoints (the shipped encoders on 1,000 held-out faces), mixing,
+ablation (`--ablation RUN` is the folder of `psp-train -m 'experiment=glob(toyfaces_ablation_*)'`). Results are merged
+into benchmarks/results/toyfaces.json, pictures go to docs/, and the tables are printed as markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.toyfaces.faces import HELD_OUT, Faces, draw
+from benchmarks.toyfaces.parser import kinds, load_parser, mean_iou
+from psp_lightning import PSP
+from psp_lightning.checkpoints.io import load_generator
+from psp_lightning.checkpoints.networks import load_embedding
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.transforms import load_source
+from psp_lightning.lit.samples import sample_images, tile
+from psp_lightning.losses.l2 import mse_per_image
+from psp_lightning.losses.perceptual import PerceptualLoss
+from psp_lightning.metrics.frechet import FrechetDistance
+from psp_lightning.models.projection import project
+from psp_lightning.utils.images import save_atomic, to_pil
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "toyfaces.json"
+TASKS = ("inversion", "sketch2face", "seg2face", "superres")
+
+
+class Scores:
+    """MSE, PSNR, perceptual distance and identity similarity of pairs of images."""
+
+    def __init__(self) -> None:
+        self.perceptual = PerceptualLoss("toyfaces/identity")
+        self.identity = load_embedding("toyfaces/identity").eval()
+
+    @torch.no_grad()
+    def __call__(self, output: Tensor, target: Tensor) -> dict[str, float]:
+        output = output.clamp(-1, 1)
+        mse = mse_per_image(output, target)
+        psnr = 10 * torch.log10(4 / mse.clamp_min(1e-10))
+        similarity = (self.identity(output) * self.identity(target)).sum(1)
+        return {
+            "mse": float(mse.mean()),
+            "psnr": float(psnr.mean()),
+            "psnr_median": float(psnr.median()),
+            "perceptual": float(self.perceptual.distance(output, target).mean()),
+            "id_similarity": float(similarity.mean()),
+            "images": len(output),
+        }
+
+
+def samples() -> dict[str, Any]:
+    """8 x 8 grids with truncation 0.7 and 1.0."""
+    generator, _ = load_generator("toyfaces/generator")
+    for psi in (0.7, 1.0):
+        grid = tile(sample_images(generator, 64, psi), 8)
+        save_atomic(to_pil(grid), ROOT / "docs" / f"toyfaces_samples_{psi}.png", optimize=True)
+    return {}
+
+
+def frechet(n: int = 10_000) -> dict[str, Any]:
+    """Generated against drawn, and two disjoint drawn sets."""
+    generator, _ = load_generator("toyfaces/generator")
+    embedding = load_embedding("toyfaces/identity").eval()
+    generated, drawn = (FrechetDistance(embedding.statistics) for _ in range(2))
+    for start in range(0, n, 500):
+        real = draw(HELD_OUT, 500, start).images
+        generated.update(real, real=True)
+        drawn.update(real, real=True)
+        drawn.update(draw(HELD_OUT + 1, 500, start).images, real=False)
+        with torch.no_grad():
+            z = torch.randn(500, generator.z_dim, generator=torch.Generator().manual_seed(start))
+            generated.update(torch.cat([generator(part, noise="random") for part in z.split(50)]), real=False)
+    return {"images": n, "generated": float(generated.compute()), "drawn": float(drawn.compute())}
+
+
+def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
+    """W+ codes of held-out faces by optimisation: the ceiling of any encoder."""
+    generator, average = load_generator("toyfaces/generator")
+    assert average is not None
+    perceptual, scores = PerceptualLoss("toyfaces/identity"), Scores()
+    targets = draw(HELD_OUT, n).images
+
+    def distance(y_hat: Tensor, y: Tensor) -> Tensor:
+        return mse_per_image(y_hat, y) + 0.8 * perceptual.distance(y_hat, y)
+
+    start = time.perf_counter()
+    w_plus = project(generator, targets, average, distance, steps)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        output = generator.synthesis(w_plus)
+    pairs = torch.stack([targets[:16], output[:16]], 1).flatten(0, 1)
+    save_atomic(to_pil(tile(pairs, 8)), ROOT / "docs" / "toyfaces_projection.png", optimize=True)
+    return {**scores(output, targets), "steps": steps, "ms_per_image": 1000 * seconds / n}
+
+
+def sources(net: PSP, faces: Faces, task: str) -> Tensor:
+    """What the task's encoder gets, from drawn faces."""
+    if task == "inversion":
+        return faces.images
+    if task == "sketch2face":
+        return faces.sketches
+    spec = InputSpec.from_dict(net.source)
+    if task == "seg2face":
+        from PIL import Image
+
+        return torch.stack([load_source(Image.fromarray(labels), spec) for labels in faces.labels])
+    import numpy as np
+
+    lows = [
+        load_source(to_pil(image), spec, rng=np.random.default_rng([HELD_OUT, i]))
+        for i, image in enumerate(faces.images)
+    ]
+    return torch.stack(lows)
+
+
+@torch.no_grad()
+def measure(net: PSP, task: str, faces: Faces, scores: Scores) -> tuple[dict[str, Any], Tensor]:
+    """Scores and outputs of a network; time is one image at a time, median of 50."""
+    source = sources(net, faces, task)
+    output = torch.cat([net(part) for part in source.split(50)])
+    times = []
+    for i in range(60):
+        start = time.perf_counter()
+        net(source[i % len(source)][None])
+        times.append(time.perf_counter() - start)
+    parameters = sum(p.numel() for p in net.encoder.parameters())
+    ms = 1000 * sorted(times[10:])[25]
+    return {**scores(output, faces.images), "ms_per_image": ms, "encoder_parameters": parameters}, output
+
+
+def checkpoints(n: int = 1000) -> dict[str, Any]:
+    """Each shipped encoder on held-out faces."""
+    faces, scores, rows = draw(HELD_OUT, n), Scores(), {}
+    for task in TASKS:
+        net = PSP.from_pretrained(f"toyfaces/{task}")
+        rows[task], output = measure(net, task, faces, scores)
+        source = sources(net, faces, task)[:8]
+        shown = faces.images[:8] if source.shape[1] > 3 else (source if task != "sketch2face" else source * 2 - 1)
+        if task == "seg2face":
+            from psp_lightning.data.labels import colourise
+
+            colours = [torch.from_numpy(colourise(labels)).permute(2, 0, 1) / 127.5 - 1 for labels in faces.labels[:8]]
+            shown = torch.stack(colours)
+        rows_of_images = torch.cat([shown.expand(-1, 3, -1, -1), output[:8], faces.images[:8]])
+        save_atomic(to_pil(tile(rows_of_images, 8)), ROOT / "docs" / f"toyfaces_{task}.png", optimize=True)
+    return rows
+
+
+@torch.no_grad()
+def mixing(n: int = 32, outputs: int = 8, first: int = 6) -> dict[str, Any]:
+    """Sketches with random styles at the layers from `first` on: do they keep the label map, and do they differ?"""
+    net = PSP.from_pretrained("toyfaces/sketch2face")
+    faces = draw(HELD_OUT, n)
+    parser = load_parser(ROOT / "runs" / "toyfaces_parser.pt")
+    truth = kinds(faces.labels)
+    random = torch.Generator().manual_seed(0)
+    w_plus, layers = net.encode(faces.sketches), range(first, net.n_styles)
+    mixed = []
+    for _ in range(outputs):
+        style = net.generator.mapping(torch.randn(n, net.generator.z_dim, generator=random))
+        mixed.append(net.decode(net.mix_styles(w_plus, style, layers)).clamp(-1, 1))
+    stack = torch.stack(mixed)  # (outputs, n, 3, S, S)
+    label_maps = parser(stack.flatten(0, 1)).argmax(1)
+    plain = parser(net.decode(w_plus).clamp(-1, 1)).argmax(1)
+    drawn = parser(faces.images).argmax(1)
+    pairs = [(stack[i] - stack[j]).abs().mean() for i in range(outputs) for j in range(i)]
+    rows = torch.cat(
+        [torch.cat([faces.sketches[i : i + 1].expand(-1, 3, -1, -1) * 2 - 1, stack[:7, i]]) for i in range(6)]
+    )
+    save_atomic(to_pil(tile(rows, 8)), ROOT / "docs" / "toyfaces_mixing.png", optimize=True)
+    return {
+        "sketches": n,
+        "outputs": outputs,
+        "styles_replaced": [layers.start, layers.stop - 1],
+        "iou_mixed_with_label_map": mean_iou(label_maps, truth.repeat(outputs, 1, 1)),
+        "iou_mixed_with_unmixed": mean_iou(label_maps, plain.repeat(outputs, 1, 1)),
+        "iou_unmixed_with_label_map": mean_iou(plain, truth),
+        "iou_parser_on_drawings": mean_iou(drawn, truth),
+        "mean_absolute_difference": float(torch.stack(pairs).mean()),
+    }
+
+
+def ablation(folder: Path, n: int = 1000) -> dict[str, Any]:
+    """The runs of the ablation sweep on held-out faces."""
+    import yaml
+
+    faces, scores, rows = draw(HELD_OUT, n), Scores(), {}
+    for run in sorted(path for path in folder.iterdir() if (path / "config.yaml").is_file()):
+        overrides = yaml.safe_load((run / "overrides.yaml").read_text())
+        name = next(o.split("=")[1] for o in overrides if o.startswith("experiment=")).removeprefix(
+            "toyfaces_ablation_"
+        )
+        rows[name], _ = measure(PSP.from_checkpoint(run / "checkpoints" / "last.ckpt"), "inversion", faces, scores)
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """The measured rows as markdown."""
+    lines = ["| | MSE | PSNR, dB | perceptual | id similarity | ms an image |", "|---|---|---|---|---|---|"]
+    rows = {**results.get("ablation", {}), **results.get("checkpoints", {})}
+    if "projection" in results:
+        rows["projection"] = results["projection"]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['mse']:.4f} | {row['psnr']:.2f} | {row['perceptual']:.3f} | {row['id_similarity']:.3f} "
+            f"| {row['ms_per_image']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parts = {f.__name__: f for f in (samples, frechet, projection, checkpoints, mixing)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*parts, "ablation"], help="default: all parts")
+    parser.add_argument("--ablation", type=Path, help="folder of the ablation sweep")
+    options = parser.parse_args()
+    chosen = options.only or [*parts, *(["ablation"] if options.ablation else [])]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in chosen:
+        print(name, flush=True)
+        results[name] = ablation(options.ablation) if name == "ablation" else parts[name]()
+        print(json.dumps(results[name], indent=1), flush=True)
+        results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

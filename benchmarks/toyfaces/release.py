@@ -1,0 +1,58 @@
+"""Puts trained networks into the package, as float16: `python -m benchmarks.toyfaces.release --generator FILE ...`.
+
+First generator and identity network, then the encoders that were trained with them. docs/toyfaces.md has all commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from psp_lightning.checkpoints.io import load_generator, load_psp
+from psp_lightning.checkpoints.networks import load_embedding, save_embedding, save_generator, save_psp
+from psp_lightning.checkpoints.release import release
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "src" / "psp_lightning" / "weights" / "toyfaces"
+TASKS = ("inversion", "sketch2face", "seg2face", "superres")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", type=Path, help="generator.safetensors of psp-train-generator")
+    parser.add_argument("--steps", type=int, help="steps of its training, for the record")
+    parser.add_argument("--identity", type=Path, help="file of benchmarks.toyfaces.train_identity")
+    for task in TASKS:
+        parser.add_argument(f"--{task}", type=Path, help="run directory of psp-train")
+    options = parser.parse_args()
+    half, origin = torch.float16, {"licence": "MIT", "data": "toyfaces"}
+    if options.generator:
+        made_by = f"psp-train-generator domain=toyfaces trainer.max_steps={options.steps}"
+        generator, _ = load_generator(options.generator)
+        # as it will be read: the average latent and the encoders belong to the rounded weights
+        generator.load_state_dict({k: v.to(half).float() for k, v in generator.state_dict().items()})
+        save_generator(FOLDER / "generator.safetensors", generator, {**origin, "made_by": made_by}, half)
+    if options.identity:
+        made_by = "python -m benchmarks.toyfaces.train_identity --out FILE"
+        save_embedding(
+            FOLDER / "identity.safetensors", load_embedding(options.identity), {**origin, "made_by": made_by}, half
+        )
+    if options.generator or options.identity:  # encoders refer to the generator by its record
+        stale = [FOLDER / f"{task}.safetensors" for task in TASKS]
+        for file in stale:
+            file.unlink(missing_ok=True)
+        release(FOLDER)
+    for task in TASKS:
+        if run := getattr(options, task):
+            net = load_psp(run / "checkpoints" / "last.ckpt")
+            made_by = f"psp-train experiment=toyfaces_{task}"
+            save_psp(FOLDER / f"{task}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
+    for name, entry in release(FOLDER).items():
+        print(f"{entry['bytes']:>10}  {entry['sha256'][:16]}  {name}")
+    print(FOLDER)
+
+
+if __name__ == "__main__":
+    main()
