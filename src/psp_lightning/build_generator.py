@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from psp_lightning.lit.strategy import UnwrappedDDP
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.devices import resolve_devices
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, suggest
 
 INF = float("inf")
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -59,7 +60,17 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "model.augment_p": (float, 0, 1),
     "model.ada_target": (float, -1, 1),
     "model.ada_images": (float, 1, INF),
+    "model.ada_every": (int, 1, INF),
+    "model.path_decay": (float, 0, 1),
     "model.half_blocks": (int, 1, 16),
+}
+SHAPE = ("output_size", "style_dim", "z_dim", "n_mapping")
+REFUSED = {
+    "precision": ": model.half=bfloat16 runs the highest resolutions in half precision",
+    "accumulate_grad_batches": ": lower data.batch_size and set optimizer.lr and model.r1_gamma for it",
+    "gradient_clip_val": "",
+    "max_epochs": ": trainer.max_steps says how long",
+    "val_every": ": it has no validation",
 }
 HALF = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,7 +94,7 @@ def build_networks(cfg: DictConfig, size: int) -> tuple[Generator, Discriminator
     """Generator and discriminator for images of `size`.
 
     Raises:
-        UserError: `init_from` is a generator of another shape.
+        UserError: settings that no network can have.
     """
     net = cfg.network
     base = net.channel_base or (16384 if size < 512 else 32768)
@@ -97,15 +108,75 @@ def build_networks(cfg: DictConfig, size: int) -> tuple[Generator, Discriminator
         channel_base=base,
     )
     discriminator = Discriminator(size, base, net.max_channels, group=net.minibatch_group)
-    if cfg.init_from is not None:
-        start, _ = load_generator(cfg.init_from)
-        load_strict(generator, start.state_dict(), what=f"the generator of network={cfg.init_from}")
     if cfg.model.half not in HALF:
-        raise UserError(f"model.half={cfg.model.half} is unknown: {', '.join(HALF)}.")
+        raise UserError(f"model.half={cfg.model.half} is unknown. Choose from: {', '.join(HALF)}")
     if (dtype := HALF[cfg.model.half]) is not None:
         for network in (generator, discriminator):
             network.use_half(max(8, size >> (cfg.model.half_blocks - 1)), dtype)
     return generator, discriminator
+
+
+def _checkpoint_of(path: str) -> dict[str, Any] | None:
+    """The content of a checkpoint that psp-train-generator wrote, or None: another kind of file."""
+    place = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
+    if place.suffix != ".ckpt" or not place.is_file():
+        return None
+    content = read(place)
+    return content if _is_of_a_generator(content) else None
+
+
+def _is_of_a_generator(content: Mapping[str, Any]) -> bool:
+    return "generator" in content and "psp" not in content
+
+
+def _start_from(module: LitGenerator, path: str) -> None:
+    """First weights: all networks of a run, or a generator for generator and average.
+
+    Raises:
+        UserError: the file holds networks of another shape, or none.
+    """
+    if (content := _checkpoint_of(path)) is not None:
+        try:
+            module.load_weights(content["state_dict"])
+        except UserError as error:
+            raise UserError(f"init_from={path}: {error}") from None
+        return
+    place = Path(path) / "generator.safetensors"
+    start, _ = load_generator(place if place.is_file() else path)
+    mine = module.generator
+    differing = [key for key in SHAPE if start.config.get(key) != mine.config.get(key)]
+    widths = {key: value.shape for key, value in start.state_dict().items()}
+    if differing or widths != {key: value.shape for key, value in mine.state_dict().items()}:
+        said = ", ".join(f"{key} {start.config[key]} instead of {mine.config[key]}" for key in differing)
+        raise UserError(
+            f"init_from={path} is a generator of another shape ({said or 'other channels'}); set domain.size and "
+            "network.* to its own."
+        )
+    load_strict(mine, start.state_dict(), what=f"the generator of init_from={path}")
+    module.average.load_state_dict(mine.state_dict())
+
+
+def _check_groups(cfg: DictConfig) -> None:
+    """Refuse options of psp-train's groups, which the search path makes available, where they make no sense here.
+
+    Raises:
+        UserError: naming the group and its options.
+    """
+    if "network" not in cfg or "images" not in (cfg.get("data") or {}):
+        raise UserError("domain and data of psp-train do not train a generator. Choose from: domain=folder, toyfaces")
+    if unknown := sorted(set(cfg.optimizer) - {"lr", "betas"}):
+        raise UserError(f"optimizer.{unknown[-1]}: a generator trains with Adam, which has optimizer.lr and .betas.")
+    betas = list(cfg.optimizer.betas)
+    if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas={betas} must be two numbers from 0 to below 1.")
+    for key in sorted(set(cfg.trainer) & REFUSED.keys()):
+        raise UserError(f"trainer.{key} is not for the training of a generator{REFUSED[key]}.")
+    known = {field.name for field in fields(Recipe)} | {"half", "half_blocks"}
+    for key in cfg.model:
+        if key not in known:
+            raise UserError(
+                f"there is no setting model.{key}.{suggest(str(key), sorted(known))} All: {', '.join(sorted(known))}"
+            )
 
 
 def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> GeneratorTraining:
@@ -119,7 +190,10 @@ def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Gen
         UserError: whatever in the configuration or the data a person can mend.
     """
     quiet()
+    _check_groups(cfg)
     check_numbers(cfg, NUMBERS)
+    if cfg.trainer.max_steps is None:
+        raise UserError("trainer.max_steps must be given: the number of steps.")
     import_plugins(cfg.plugins)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     images = instantiate(cfg.data.images, "data.images")
@@ -134,13 +208,20 @@ def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Gen
     module = LitGenerator(
         generator,
         discriminator,
-        lr=cfg.optimizer.lr or (0.002 if size >= 1024 else 0.0025),
+        lr=(0.002 if size >= 1024 else 0.0025) if cfg.optimizer.lr is None else cfg.optimizer.lr,
         betas=tuple(cfg.optimizer.betas),
         recipe=recipe,
         seed=cfg.seed,
         log_every=cfg.trainer.log_every_n_steps,
     )
-    step = None if resume is None else int(read(resume).get("global_step", 0))
+    step = None
+    if resume is not None:
+        content = read(resume)
+        if not _is_of_a_generator(content):
+            raise UserError(f"{resume} is no checkpoint of psp-train-generator.")
+        step = int(content.get("global_step", 0))
+    elif cfg.init_from is not None:
+        _start_from(module, str(cfg.init_from))
     return GeneratorTraining(_trainer(cfg, step), module, data, step or 0)
 
 

@@ -124,10 +124,11 @@ def _unknown_option(group: str, name: str, options: list[str] | None = None) -> 
 def _shipped(group: str) -> list[str]:
     from psp_lightning._conf import config_root
 
-    folder = os.path.join(config_root(), group)
-    if not os.path.isdir(folder):
-        return []
-    return sorted(name.removesuffix(".yaml") for name in os.listdir(folder) if name.endswith(".yaml"))
+    folders = [os.path.join(config_root(), group)]
+    if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
+        folders.append(os.path.join(config_root(), "generator_training", group))
+    names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
+    return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 
 
 def unselected_loss(name: str) -> str:
@@ -150,9 +151,12 @@ def _closest_key(key: str) -> str:
     from psp_lightning._conf import config_root
 
     GlobalHydra.instance().clear()
-    name = "predict" if "predict" in os.path.basename(sys.argv[0]) else "train"
+    command, folder = os.path.basename(sys.argv[0]).replace("-", "_"), config_root()
+    name = "predict" if "predict" in command else "train"
+    if "train_generator" in command:
+        name, folder = "train_generator", os.path.join(folder, "generator_training")
     try:
-        with initialize_config_dir(config_root(), version_base="1.3"):
+        with initialize_config_dir(folder, version_base="1.3"):
             groups = [item for item in sys.argv[1:] if "=" in item and _shipped(item.partition("=")[0])]
             cfg = OmegaConf.to_container(compose(name, overrides=groups), resolve=False)
     except Exception:  # the suggestion is a courtesy: without it the message still names the key

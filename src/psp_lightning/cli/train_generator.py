@@ -25,6 +25,7 @@ OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 def train_generator_job(cfg: DictConfig) -> None:
     """One run in this process, or as one of its ranks."""
     from pytorch_lightning.callbacks import LambdaCallback
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from psp_lightning.build_generator import build_generator_training
 
@@ -53,6 +54,8 @@ def train_generator_job(cfg: DictConfig) -> None:
         trainer.fit(module, training.data, ckpt_path=resume)
     except SystemExit:  # how Lightning ends after SIGTERM, and after ctrl-C twice
         stopped = True
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
     if stopped or training.interrupted:
         if last.exists():
             log.info("stopped at step %d; go on with: psp-train-generator resume=%s", trainer.global_step, run)
@@ -68,6 +71,8 @@ def train_generator_job(cfg: DictConfig) -> None:
 )
 @user_errors
 def _run(cfg: DictConfig) -> Any:
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
     return launch(train_generator_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
 
 

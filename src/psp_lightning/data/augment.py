@@ -47,61 +47,64 @@ def augment(images: Tensor, p: float, draws: Source) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Resamples images by an affine map, with reflected borders and a wavelet low-pass against aliasing.
+    """Resamples images by an affine map, with mirrored borders and a wavelet low-pass against aliasing.
+
+    The filters are each other's transpose, so that the identity gives the image back (but for a few pixels at the
+    border), and positions are counted from the filter's centre of mass, so that nothing is shifted.
 
     Args:
-        images: (B, C, H, H).
+        images: (B, C, S, S), S at least 8.
         matrix: (B, 3, 3), from output to input positions, in units of half the image's side, centre at zero.
 
     Source: StyleGAN2-ADA (arXiv:2006.06676), appendix B.2: two-fold up-sampling with the SYM6 filter, bilinear lookup,
     down-sampling with the same filter.
     """
-    side = images.shape[-1]
+    side, matrix = images.shape[-1], matrix.to(images.dtype)
     taps = torch.tensor(SYM6, dtype=images.dtype, device=images.device)
     taps = taps / taps.sum()
-    margin = len(SYM6)
-    padded = F.pad(images, (margin,) * 4, mode="reflect" if side > margin else "replicate")
-    fine = _filter(padded, taps * 2, up=2)  # (B, C, 2H + 4 margin, ...)
-    inner = 2 * side + 2 * margin
-    start = (fine.shape[-1] - inner) // 2
-    fine = fine[..., start : start + inner, start : start + inner]  # the centre stays the centre
-    # the output is made with a margin of its own, which the down-sampling filter consumes
-    scale = inner / (2 * side)
-    steps = (torch.arange(inner, dtype=images.dtype, device=images.device) * 2 + 1) / inner - 1
-    y, x = torch.meshgrid(steps * scale, steps * scale, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1).to(matrix.dtype)  # (2H, 2H, 3)
-    grid = (points @ matrix[:, :2].transpose(1, 2)[:, None]) / scale  # (B, 2H, 2H, 2)
-    coarse = _Lookup.apply(fine, grid.to(images.dtype))
-    return _filter(coarse, taps.flip(0), down=2, side=side)
+    centre = sum(i * tap for i, tap in enumerate(SYM6)) / sum(SYM6)  # 5.1: pixel i lies at 2i + centre on the fine grid
+    margin = 4  # pixels that the filter needs beyond the border
+    fine = _up(F.pad(images, (margin,) * 4, mode="reflect"), taps)  # (B, C, 2S + 18, 2S + 18)
+    steps = torch.arange(2 * side + len(SYM6) - 2, dtype=images.dtype, device=images.device)
+    steps = ((steps - centre) + 1) / side - 1  # what the down-sampling filter will read: the image and its surroundings
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], -1)  # (2S + 10, 2S + 10, 3)
+    pixels = ((points @ matrix[:, :2].transpose(1, 2)[:, None] + 1) * side - 1) / 2  # (B, 2S + 10, 2S + 10, 2)
+    last = side - 1
+    pixels = last - (pixels.remainder(2 * last) - last).abs()  # mirrored at the outermost pixels, as often as it takes
+    grid = (2 * (2 * (pixels + margin) + centre) + 1) / fine.shape[-1] - 1
+    return _down(_Lookup.apply(fine, grid), taps)
 
 
-def _filter(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, side: int = 0) -> Tensor:
-    """Separable filter after inserting zeros, or before dropping pixels; even length, centred between pixels."""
-    c, n = x.shape[1], len(taps)
-    if up == 2:
-        for axis in (2, 3):
-            shape = [c, 1, 1, 1]
-            shape[axis] = n
-            stride = (2, 1) if axis == 2 else (1, 2)
-            x = F.conv_transpose2d(x, taps.view(shape[2:]).expand(shape), stride=stride, groups=c)
-        return x
-    for axis in (2, 3):
-        shape = [c, 1, 1, 1]
-        shape[axis] = n
-        stride = (2, 1) if axis == 2 else (1, 2)
-        x = F.conv2d(x, taps.view(shape[2:]).expand(shape), stride=stride, groups=c)
-    start = (x.shape[-1] - side) // 2
-    return x[..., start : start + side, start : start + side]
+def _kernels(taps: Tensor, channels: int) -> list[tuple[Tensor, tuple[int, int]]]:
+    """Depthwise kernels and strides, rows and then columns."""
+    n = len(taps)
+    tall, wide = taps.view(1, 1, n, 1), taps.view(1, 1, 1, n)
+    return [(tall.expand(channels, 1, n, 1), (2, 1)), (wide.expand(channels, 1, 1, n), (1, 2))]
+
+
+def _up(x: Tensor, taps: Tensor) -> Tensor:
+    """(B, C, n, n) to (B, C, 2n + 10, 2n + 10): zeros between the pixels, filtered, same mean."""
+    for weight, stride in _kernels(taps * 2, x.shape[1]):
+        x = F.conv_transpose2d(x, weight, stride=stride, groups=x.shape[1])
+    return x
+
+
+def _down(x: Tensor, taps: Tensor) -> Tensor:
+    """(B, C, 2n + 10, 2n + 10) to (B, C, n, n): the transpose of `_up`, same mean."""
+    for weight, stride in _kernels(taps, x.shape[1]):
+        x = F.conv2d(x, weight, stride=stride, groups=x.shape[1])
+    return x
 
 
 class _Lookup(torch.autograd.Function):
-    """Bilinear `grid_sample` with reflected borders, linear in its input; PyTorch's own has no second derivative."""
+    """Bilinear `grid_sample`, linear in its input; PyTorch's own has no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
         ctx.save_for_backward(grid)
         ctx.shape = x.shape
-        return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -116,9 +119,9 @@ class _LookupAdjoint(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
         empty = grad.new_empty(1).expand(shape)  # only its shape is used
-        bilinear, reflection = 0, 2
+        bilinear, border = 0, 1
         return torch.ops.aten.grid_sampler_2d_backward(
-            grad.contiguous(), empty, grid, bilinear, reflection, False, [True, False]
+            grad.contiguous(), empty, grid, bilinear, border, False, [True, False]
         )[0]
 
     @staticmethod

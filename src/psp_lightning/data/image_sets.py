@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import list_images
@@ -18,6 +20,20 @@ from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.images import from_uint8
 
 FITS = ("squash", "pad", "crop")
+
+
+def is_power_of_two(size: int) -> bool:
+    """Whether networks can have images of this size: 8, 16, 32, ..."""
+    return size >= 8 and not size & (size - 1)
+
+
+def _check_size(size: int) -> None:
+    if not is_power_of_two(size):
+        raise UserError(f"domain.size={size} must be a power of two from 8, for example {_nearest_power(size)}.")
+
+
+def _nearest_power(size: int) -> int:
+    return 1 << max(3, round(math.log2(max(size, 1))))
 
 
 class ImageSet(Dataset[dict[str, Any]], ABC):
@@ -31,9 +47,7 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
     """
 
     def __init__(self, size: int, flip: bool = False, seed: int = 0, cache: bool = False) -> None:
-        if size < 8 or size & (size - 1):
-            near = 1 << max(3, round(np.log2(max(size, 1))))
-            raise UserError(f"domain.size={size} must be a power of two from 8, for example {near}.")
+        _check_size(size)
         self.size, self.flip, self.seed = size, flip, seed
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
@@ -72,10 +86,12 @@ class FolderImages(ImageSet):
             rest filled by the nearest edge), `crop` (scaled to cover, the centre is kept). None: they are an error.
         limit: use the first so many only.
 
-    Grey images become RGB; transparent pixels are put on white.
+    Pictures are turned upright by their EXIF entry; grey ones become RGB; transparent pixels are put on white; 16 bits
+    become 8. All headers are read when the set is made, so that a file that is no image is found before anything is
+    trained; a file whose pixels turn out to be damaged later is an error that names it.
 
     Raises:
-        UserError: no images; files of several sizes and no `fit`; a size that is no power of two.
+        UserError: no images; a file that is none; several sizes and no `fit`; a size that is no power of two.
     """
 
     def __init__(
@@ -92,28 +108,34 @@ class FolderImages(ImageSet):
             raise UserError(f"data.fit={fit} is unknown.{suggest(fit, FITS)} Choose from: {', '.join(FITS)}")
         self.files = list_images(root)[:limit]
         self.fit = fit
-        if fit is None:
-            size = self._common_size(size)
-        elif size is None:
+        if size is not None:
+            _check_size(size)
+        if fit is not None and size is None:
             raise UserError("data.fit needs the size to fit to: domain.size=64 (a power of two).")
+        sizes = [_header_size(path) for path in self.files]
+        if fit is None:
+            size = self._common_size(sizes, size)
+        assert size is not None
         super().__init__(size, **options)
 
-    def _common_size(self, size: int | None) -> int:
-        """The one size of all files, from their headers."""
-        for path in self.files:
-            try:
-                with Image.open(path) as image:
-                    width, height = image.size
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"{path} cannot be read as an image ({error}); remove it or replace it.") from None
-            size = width if size is None else size
-            if (width, height) != (size, size):
-                raise UserError(
-                    f"{path} has {width}x{height} pixels, {self.files[0]} and domain.size ask for {size}x{size}. Say "
-                    "how to fit: data.fit=squash, pad or crop, with domain.size=N, a power of two."
-                )
-        assert size is not None
-        return size
+    def _common_size(self, sizes: list[tuple[int, int]], wanted: int | None) -> int:
+        """The one size of all files."""
+        advice = "Say how to fit: data.fit=squash, pad or crop, with domain.size=N, a power of two."
+        first = sizes[0]
+        for path, size in zip(self.files, sizes, strict=True):
+            said = f"{path} has {size[0]}x{size[1]} pixels"
+            if size != first:
+                raise UserError(f"{said}, {self.files[0]} has {first[0]}x{first[1]}. {advice}")
+            if size[0] != size[1]:
+                raise UserError(f"{said}, which is no square. {advice}")
+            if wanted is not None and size[0] != wanted:
+                raise UserError(f"{said}, and domain.size={wanted}. {advice}")
+        if not is_power_of_two(first[0]):
+            raise UserError(
+                f"{self.files[0]} has {first[0]}x{first[1]} pixels; a network's size is a power of two from 8. "
+                f"Say how to fit: data.fit=squash, pad or crop, with domain.size={_nearest_power(first[0])}."
+            )
+        return first[0]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -122,7 +144,24 @@ class FolderImages(ImageSet):
         return str(self.files[index])
 
     def pixels(self, index: int) -> np.ndarray:
-        return np.asarray(fit_image(open_image(self.files[index]), self.size, self.fit or "squash"))
+        image = open_image(self.files[index])  # its errors name the file
+        try:
+            return np.array(fit_image(image, self.size, self.fit or "squash"))
+        except UserError as error:
+            raise UserError(f"{self.files[index]}: {error}") from None
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    """Width and height, as the picture is seen: EXIF may turn it."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            told = "exif" in image.info or image.format == "TIFF"  # of others `getexif` would decode the whole file
+            turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path} cannot be read as an image ({reason}); remove it or replace it.") from None
+    return (height, width) if turned else (width, height)
 
 
 def fit_image(image: Image.Image, size: int, fit: str) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from psp_lightning.losses import adversarial
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.frozen import freeze
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, suggest
 
 FAKE, PATH, REAL, PENALTY = range(4)  # purposes of the random numbers of a step
+AUGMENT = ("none", "fixed", "ada")
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,19 @@ class Recipe:
     ada_every: int = 4
 
     def __post_init__(self) -> None:
-        if self.augment not in ("none", "fixed", "ada"):
-            raise UserError(f"model.augment={self.augment} is unknown: none, fixed or ada.")
+        if self.augment not in AUGMENT:
+            near = suggest(str(self.augment), AUGMENT)
+            raise UserError(f"model.augment={self.augment} is unknown.{near} Choose from: {', '.join(AUGMENT)}")
+        if self.ada_every < 1 or self.path_shrink < 1 or self.ada_images <= 0:
+            raise UserError("model.ada_every, model.path_shrink and model.ada_images must be at least 1.")
 
 
 class LitGenerator(pl.LightningModule):
     """Trains `generator` and `discriminator` by turns; one global step is one turn of both.
 
     Logged every `log_every` steps: `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
-    `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`.
+    `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`;
+    of several devices the mean.
 
     All random numbers depend on (seed, step) alone, see `Draws`: n devices agree with one, a resumed run with one that
     was not interrupted. Gradients are averaged over devices here, not by DistributedDataParallel, which does not know
@@ -114,10 +120,10 @@ class LitGenerator(pl.LightningModule):
         for name in ("path_mean", "sign_sum", "sign_count"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("augment_p", torch.tensor(0.0 if self.recipe.augment == "none" else self.recipe.augment_p))
-        self.register_buffer("images_shown", torch.zeros(()))
+        self.register_buffer("images_shown", torch.zeros((), dtype=torch.int64))  # float32 ends at 16 million
         self._step, self._p, self._sign = 0, 0.0, 0.0
         self._row: dict[str, Tensor] = {}
-        self._clock = (0.0, 0.0)
+        self._clock = (0.0, 0)
         self.train()
 
     # --- parts of a step
@@ -271,20 +277,22 @@ class LitGenerator(pl.LightningModule):
     # --- log
 
     def on_train_start(self) -> None:
-        self._clock = (time.monotonic(), float(self.images_shown))
+        self._clock = (time.monotonic(), int(self.images_shown))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self._step + 1
         if step % self.log_every:
             return
-        now, shown = time.monotonic(), float(self.images_shown)
+        now, shown = time.monotonic(), int(self.images_shown)
         rate = (shown - self._clock[1]) / (now - self._clock[0])
         self._clock = (now, shown)
         self.log("train/images_per_second", rate, prog_bar=True, logger=False)
-        row = {f"train/{key}": float(value) for key, value in self._row.items()}
+        values = self._mean_over_ranks(torch.stack([value.float() for value in self._row.values()]))
+        row = dict(zip((f"train/{key}" for key in self._row), values.tolist(), strict=True))
         row |= {"train/augment_p": self._p, "train/ada_sign": self._sign, "train/images": shown}
         for logger in self.loggers:
             logger.log_metrics({**row, "train/images_per_second": rate}, step=step)
+            logger.save()  # on the disk at once, for whoever watches the run
 
     def _refuse_non_finite(self, row: dict[str, Tensor], batch: dict[str, Any]) -> None:
         if torch.isfinite(torch.stack([value.detach().float() for value in row.values()])).all():
@@ -308,8 +316,35 @@ class LitGenerator(pl.LightningModule):
         return result
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Strict for everything."""
-        return super().load_state_dict(state_dict, strict=True, assign=assign)
+        """Strict for everything.
+
+        Raises:
+            UserError: the weights are those of other networks.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=True, assign=assign)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()[1:3]]
+            raise UserError(
+                f"The checkpoint is of other networks than network.* and domain.size say: {lines}"
+            ) from None
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """The networks of a checkpoint's state dict, without its counters and statistics.
+
+        Raises:
+            UserError: they are other networks.
+        """
+        mine = self.state_dict()
+        networks = ("generator.", "discriminator.", "average.")
+        self.load_state_dict({**mine, **{k: v for k, v in state.items() if k.startswith(networks)}})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["generator"] = dict(self.generator.config)
+        # what the next row of the log repeats: penalties are not computed in every step
+        checkpoint["logged"] = {"row": {k: float(v) for k, v in self._row.items()}, "sign": self._sign}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        logged = checkpoint.get("logged", {"row": {}, "sign": 0.0})
+        self._row = {key: torch.tensor(value, device=self.device) for key, value in logged["row"].items()}
+        self._sign = logged["sign"]

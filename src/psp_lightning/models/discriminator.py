@@ -85,7 +85,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
     """
     b, _, h, w = x.shape
     group = next(n for n in range(min(group, b), 0, -1) if b % n == 0)
-    parts = x.float().unflatten(0, (group, b // group))  # (G, M, C, H, W)
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (group, b // group))  # (G, M, C, H, W)
     deviation = (parts.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # (M,)
     return torch.cat([x, deviation.to(x.dtype).repeat(group)[:, None, None, None].expand(b, 1, h, w)], 1)
 
@@ -143,14 +143,15 @@ class Discriminator(HalfPrecision):
         Raises:
             UserError: when the image has another shape.
         """
-        if image.shape[2:] != (self.input_size, self.input_size):
-            raise UserError(f"This discriminator takes {self.input_size} px images, got {tuple(image.shape)}.")
+        expected = (self.config["image_channels"], self.input_size, self.input_size)
+        if image.ndim != 4 or tuple(image.shape[1:]) != expected:
+            raise UserError(f"This discriminator takes images (B, {str(expected)[1:]}, got {tuple(image.shape)}.")
         x = image
         for resolution, block in zip(self.resolutions, self.blocks, strict=True):
             with self.precision(resolution, image.device):
                 if resolution == self.input_size:
                     x = self.from_rgb(self.cast(x, resolution))  # (B, C, S, S)
                 x = self.clamp(block(self.cast(x, resolution)), resolution)  # (B, C, r/2, r/2)
-        x = minibatch_std(x.float(), self.group)  # (B, C + 1, 4, 4)
+        x = minibatch_std(x.to(torch.promote_types(x.dtype, torch.float32)), self.group)  # (B, C + 1, 4, 4)
         x = self.conv(x).flatten(1)  # (B, C * 16)
         return self.score(self.hidden(x)).squeeze(1)

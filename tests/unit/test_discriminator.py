@@ -1,0 +1,160 @@
+"""Discriminator: shapes, minibatch standard deviation, the filtered shortcut, half precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from psp_lightning.models.discriminator import Discriminator, EqualisedConv, minibatch_std
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.ops import fir_kernel, upfirdn2d
+from psp_lightning.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128, 256])
+def test_shapes(size: int) -> None:
+    network = Discriminator(size, channel_base=64, max_channels=8)
+    x = torch.randn(2, 3, size, size, requires_grad=True)
+    scores = network(x)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+    (grad,) = torch.autograd.grad(scores.sum(), x)
+    assert grad.abs().amax((1, 2, 3)).gt(0).all(), "an image does not reach its score"
+    assert len(network.blocks) == size.bit_length() - 3
+
+
+def test_published_widths() -> None:
+    """StyleGAN2's table for 1024 px: 32 channels at 1024, 64 at 512, ..., 512 from 64 on."""
+    with torch.device("meta"):
+        network = Discriminator(1024)
+    widths = [block.conv1.weight.shape[0] for block in network.blocks]
+    assert widths == [32, 64, 128, 256, 512, 512, 512, 512]
+    assert network.conv.weight.shape == (512, 513, 3, 3)
+    assert sum(p.numel() for p in network.parameters()) == 29_012_513
+
+
+@pytest.mark.parametrize(("batch", "group"), [(8, 4), (4, 4), (2, 4), (6, 4), (5, 4), (1, 4), (6, 2)])
+def test_minibatch_std(batch: int, group: int) -> None:
+    x = torch.randn(batch, 3, 4, 4)
+    out = minibatch_std(x, group)
+    assert torch.equal(out[:, :3], x)
+    size = max(n for n in range(1, min(group, batch) + 1) if batch % n == 0)
+    groups = batch // size
+    for i in range(batch):
+        members = [x[j] for j in range(batch) if j % groups == i % groups]
+        assert len(members) == size
+        stacked = torch.stack(members)
+        expected = ((stacked - stacked.mean(0)).square().mean(0) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(out[i, 3], expected.expand(4, 4))
+
+
+def test_ranks_make_the_groups_of_one_process() -> None:
+    """Rank r has every second image: where the group divides its batch, the groups are the same."""
+    x = torch.randn(16, 2, 4, 4)
+    whole = minibatch_std(x, 4)
+    for rank in (0, 1):
+        torch.testing.assert_close(minibatch_std(x[rank::2], 4), whole[rank::2])
+
+
+def test_downsampling_shortcut_is_filter_and_strided_convolution() -> None:
+    layer = EqualisedConv(3, 5, 1, down=True, activation=False)
+    x = torch.randn(2, 3, 8, 8)
+    blurred = upfirdn2d(x, fir_kernel(), padding=(1, 1))
+    expected = F.conv2d(blurred, layer.weight / 3**0.5, stride=2)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_downsampling_keeps_a_constant_image_and_halves_it() -> None:
+    layer = EqualisedConv(1, 1, 1, down=True, activation=False)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+    out = layer(torch.full((1, 1, 16, 16), 0.5))
+    assert out.shape == (1, 1, 8, 8)
+    torch.testing.assert_close(out[..., 1:-1, 1:-1], torch.full((1, 1, 6, 6), 0.5))
+
+
+def test_activations_stay_of_order_one() -> None:
+    """What equalised learning rates and the factor of a residual sum are for; white noise loses to the low-pass."""
+    network = Discriminator(32, channel_base=2048, max_channels=64)
+    x = network.from_rgb(torch.randn(8, 3, 32, 32))
+    for block in network.blocks:
+        x = block(x)
+        assert 0.1 < x.square().mean() < 2, x.square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype: torch.dtype) -> None:
+    network = Discriminator(32, channel_base=256, max_channels=16)
+    x = torch.randn(4, 3, 32, 32)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        images = x.clone().requires_grad_()
+        scores = network(images)
+        (grad,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), network.blocks[0].conv1.weight)
+        return scores, grad, second
+
+    exact = run()
+    network.use_half(16, dtype)
+    half = run()
+    assert [t.dtype for t in half] == [torch.float32] * 3
+    # bfloat16 has 8 bits of mantissa, float16 11; two blocks of convolutions, passed again for each derivative, and
+    # leaky ReLUs whose side the rounding decides
+    bound = 0.15 if dtype == torch.bfloat16 else 0.03
+    for a, b, name in zip(half, exact, ("scores", "gradient", "second derivative"), strict=True):
+        error = ((a - b).norm() / b.norm()).item()
+        assert 0 < error < bound, f"{name}: {error:.4f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_the_generator_is_close(dtype: torch.dtype) -> None:
+    network = Generator(32, style_dim=16, n_mapping=2, channel_multiplier=1, channel_base=256, max_channels=16)
+    z = torch.randn(4, 16)
+    w_plus = network.mapping(z)[:, None].expand(-1, network.n_styles, -1).detach().contiguous().requires_grad_()
+    noise = torch.randn(4, 3, 32, 32) / 32
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        images = network.synthesis(w_plus)
+        (grad,) = torch.autograd.grad((images * noise).sum(), w_plus, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), network.convs[-1].conv.weight)
+        return images, grad, second
+
+    exact = run()
+    network.use_half(16, dtype)
+    half = run()
+    assert half[0].dtype == torch.float32
+    bound = 0.15 if dtype == torch.bfloat16 else 0.03  # as above
+    for a, b, name in zip(half, exact, ("images", "gradient", "second derivative"), strict=True):
+        error = ((a - b).norm() / b.norm()).item()
+        assert 0 < error < bound, f"{name}: {error:.4f}"
+
+
+def test_half_precision_changes_no_state_dict() -> None:
+    network = Discriminator(16, 64, 8)
+    before = {key: value.dtype for key, value in network.state_dict().items()}
+    network.use_half(8)
+    assert {key: value.dtype for key, value in network.state_dict().items()} == before
+    assert set(before.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("size", [0, 4, 12, 48, 100])
+def test_sizes_that_are_no_power_of_two(size: int) -> None:
+    with pytest.raises(UserError, match=f"input_size={size}.*power of two"):
+        Discriminator(size)
+
+
+@pytest.mark.parametrize("name", ["channel_base", "max_channels", "image_channels", "group"])
+def test_counts_below_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}=0"):
+        Discriminator(8, **{name: 0})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 16, 8), (2, 1, 16, 16), (3, 16, 16)])
+def test_images_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"takes images \(B, 3, 16, 16\)"):
+        Discriminator(16, 64, 8)(torch.zeros(shape))
