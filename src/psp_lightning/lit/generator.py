@@ -188,10 +188,11 @@ class LitGenerator(pl.LightningModule):
         self._descend(optimizer_d.optimizer, self.discriminator, row["loss_d"])
         if self._due(recipe.r1_every):
             images = real.detach().requires_grad_()
-            row["r1"] = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
+            penalty = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
+            row["r1"] = self._mean_over_ranks(penalty.detach())
             size = self.generator.output_size
             gamma = 0.0002 * size**2 / (n * world) if recipe.r1_gamma is None else recipe.r1_gamma
-            self._descend(optimizer_d.optimizer, self.discriminator, row["r1"] * (gamma / 2 * recipe.r1_every))
+            self._descend(optimizer_d.optimizer, self.discriminator, penalty * (gamma / 2 * recipe.r1_every))
 
         self._refuse_non_finite(row, batch)
         self.images_shown += n * world
@@ -210,7 +211,7 @@ class LitGenerator(pl.LightningModule):
         self.path_mean.lerp_(mean, recipe.path_decay)
         penalty = (lengths - self.path_mean).square().mean()
         self._descend(optimizer, self.generator, penalty * (recipe.path_weight * recipe.path_every))
-        return {"path_length": mean, "path_penalty": penalty}
+        return {"path_length": mean, "path_penalty": self._mean_over_ranks(penalty.detach())}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self._step % every == 0
