@@ -52,6 +52,8 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     shown = run(bin_folder / "psp-train", "--config-dir", "own", "experiment=mine", "--cfg", "job", cwd=tmp_path)
     assert "lr: 0.003" in shown and "name: superres" in shown
     run(bin_folder / "psp-train", "--config-dir", "own", "experiment=mine", *TINY, "run=r", cwd=tmp_path)
+    shown = run(bin_folder / "psp-train-generator", "trainer=cpu", "logger=none", "--cfg", "job", cwd=tmp_path)
+    assert "accelerator: cpu" in shown and "channel_base" in shown
     Image.new("RGB", (50, 50)).save(tmp_path / "x.png")
     run(bin_folder / "psp-predict", "ckpt=runs/superres/r", "input=x.png", "output=out", "num_workers=0", cwd=tmp_path)
     assert Image.open(tmp_path / "out" / "x.png").size == (64, 64)

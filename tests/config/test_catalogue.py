@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from pathlib import Path
 
 import hydra
@@ -41,6 +43,69 @@ def composed(*overrides: str):
 def test_option_composes(group: str, option: str) -> None:
     cfg = composed(f"{group}={option}")
     assert cfg.task.name and cfg.domain.name
+
+
+# --- psp-train-generator: its own groups, and those of psp-train that it shares
+
+MAKER = CONF / "generator_training"
+MAKER_OPTIONS = [(path.parent.name, path.stem) for path in sorted(MAKER.glob("*/*.yaml"))]
+SHARED = [
+    (group, path.stem) for group in ("trainer", "logger", "paths") for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+def composed_generator(*overrides: str):
+    importlib.import_module("psp_lightning.cli.train_generator")  # registers the resolver of the search path
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(MAKER), version_base="1.3"):
+        return compose("train_generator", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("group", "option"), sorted({*MAKER_OPTIONS, *SHARED}))
+def test_generator_option_composes(group: str, option: str) -> None:
+    cfg = composed_generator(f"{group}={option}")
+    assert cfg.task.name == "generator" and cfg.network.style_dim and cfg.trainer.max_steps
+    assert hydra.utils.get_class(cfg.data.images["_target_"])
+
+
+def test_generator_trainers_are_those_of_psp_train_with_own_defaults() -> None:
+    cfg = composed_generator("trainer=ddp_cpu")
+    assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy) == ("cpu", 2, "ddp")
+    assert "precision" not in cfg.trainer and "val_every" not in cfg.trainer
+    assert composed_generator("trainer=cpu", "trainer.devices=2").trainer.devices == 2
+    assert composed_generator("trainer=ddp").trainer.devices == "auto"
+    assert not composed_generator("logger=none").logger
+    assert set(composed_generator("logger=tensorboard").logger) == {"csv", "tensorboard"}
+
+
+def test_generator_settings_and_code_agree() -> None:
+    from psp_lightning.build_generator import NUMBERS
+    from psp_lightning.lit.generator import Recipe
+
+    cfg = composed_generator()
+    names = {field.name: field for field in dataclasses.fields(Recipe)}
+    for key, value in cfg.model.items():
+        if key not in ("half", "half_blocks"):
+            assert names[key].default == value, f"model.{key}"
+    absent = [key for key in NUMBERS if OmegaConf.select(cfg, key, default=absent_key) is absent_key]
+    assert set(absent) == {"model.ada_every", "model.path_decay"}, "checked numbers that no setting has"
+
+
+absent_key = object()
+
+
+def test_generator_runs_of_every_domain_compose_together() -> None:
+    for path in sorted((MAKER / "domain").glob("*.yaml")):
+        cfg = composed_generator(f"domain={path.stem}")
+        assert cfg.domain.name == cfg.data.name == path.stem
+        assert {"root", "size", "seed"} & set(cfg.data.images)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "domain").glob("ffhq*.yaml")))
+def test_domains_keep_their_backbone(name: str) -> None:
+    """A default that comes later must not set it back."""
+    assert composed(f"domain={name}").model.backbone == "ir_se50"
+    assert composed("domain=toyfaces").model.backbone is None
 
 
 def targets(node: object) -> list[str]:
