@@ -61,10 +61,14 @@ def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
 
 def run_block(block: Block, psp, tiny: list[str]) -> None:
     for name, *arguments in commands(block):
-        command = name.removeprefix("psp-")
+        command = name.removeprefix("psp-").replace("-", "_")
         assert name.startswith("psp-"), f"line {block.line}: {name} is not run by this test"
         if command == "train":
             arguments = shortened(arguments, tiny)
+        elif command == "train_generator":
+            steps = 4 if any(item.startswith("resume=") for item in arguments) else 2
+            arguments = [*arguments, "trainer=cpu", f"trainer.max_steps={steps}", "data.batch_size=4"]
+            arguments += ["data.num_workers=0", "trainer.enable_progress_bar=false"]
         elif command == "predict":
             arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
         done = psp(command, *arguments)
@@ -146,6 +150,38 @@ def test_toyfaces_page(psp, tiny: list[str], place: Path) -> None:
     assert Image.open(sheet).size == Image.open(DOCS / "toyfaces.png").size
     assert (DOCS / "toyfaces.png").stat().st_size < 300_000
     assert len(list((place / "faces" / "CelebA-HQ-img").iterdir())) == 20
+
+
+# --- docs/generator_training.md
+
+
+def test_generator_training_page(psp, tiny: list[str], place: Path) -> None:
+    page = DOCS / "generator_training.md"
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, f"generator_training.md:{block.line}", "exec"), {"__name__": "generator_page"})
+        elif block.skipped:
+            for name, *arguments in commands(block):
+                done = psp(name.removeprefix("psp-").replace("-", "_"), *arguments, "--cfg", "job")
+                assert done.code == 0, f"line {block.line}: {done.err}"
+        else:
+            run_block(block, psp, tiny)
+    assert (place / "runs/generator/faces/generator.safetensors").is_file()
+
+
+def test_generator_training_page_has_the_channels_that_are_built() -> None:
+    from psp_lightning.models.stylegan2 import Generator
+
+    text = (DOCS / "generator_training.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d+) \| ([\d, ]+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [int(size) for size, _, _ in table] == [32, 64, 128, 256, 512, 1024]
+    for size, told, batch in table:
+        base = 16384 if int(size) < 512 else 32768
+        with torch.device("meta"):
+            network = Generator(int(size), channel_multiplier=1, channel_base=base)
+        widths = [network.input.input.shape[1], *(conv.conv.weight.shape[0] for conv in network.convs[1::2])]
+        assert told == ", ".join(map(str, widths)), size
+        assert int(batch) == max(4, min(32, 4096 // int(size)))
 
 
 # --- README.md
