@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -231,6 +232,12 @@ def _trainer(cfg: DictConfig, resume_step: int | None) -> pl.Trainer:
     options["accelerator"], devices = resolve_devices(options["accelerator"], options["devices"])
     options["devices"] = devices
     world = (devices if isinstance(devices, int) else len(devices)) * options["num_nodes"]
+    local = len(devices) if isinstance(devices, list) else devices
+    if int(os.environ.get("LOCAL_WORLD_SIZE", local)) != local:
+        raise UserError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine and trainer.devices says "
+            f"{local}; they must be the same."
+        )
     if strategy not in ("auto", "ddp"):
         raise UserError(f"trainer.strategy={strategy}: a generator trains with auto or ddp.")
     try:

@@ -218,6 +218,14 @@ def test_what_the_log_repeats_survives_a_checkpoint() -> None:
     module.on_load_checkpoint({})  # of a version that did not keep it
 
 
+def test_weights_that_are_not_finite_replace_no_checkpoint() -> None:
+    module = build()
+    with torch.no_grad():
+        module.discriminator.score.bias.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"'discriminator\.score\.bias' are not finite after step 1; no checkpoint"):
+        module.on_save_checkpoint({})
+
+
 # --- samples
 
 

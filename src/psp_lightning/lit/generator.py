@@ -341,6 +341,14 @@ class LitGenerator(pl.LightningModule):
         self.load_state_dict({**mine, **{k: v for k, v in state.items() if k.startswith(networks)}})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises `UserError` when weights are not finite, before the former checkpoint is replaced."""
+        for name, parameter in self.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"The weights '{name}' are not finite after step {self._step + 1}; no checkpoint is written and "
+                    "the former one stays. Lower optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN takes "
+                    "its weights."
+                )
         checkpoint["generator"] = dict(self.generator.config)
         # what the next row of the log repeats: penalties are not computed in every step
         checkpoint["logged"] = {"row": {k: float(v) for k, v in self._row.items()}, "sign": self._sign}
