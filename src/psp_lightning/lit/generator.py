@@ -346,8 +346,8 @@ class LitGenerator(pl.LightningModule):
             if not torch.isfinite(parameter).all():
                 raise UserError(
                     f"The weights '{name}' are not finite after step {self._step + 1}; no checkpoint is written and "
-                    "the former one stays. Lower optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN takes "
-                    "its weights."
+                    "the former one stays. Lower optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN "
+                    "takes its weights."
                 )
         checkpoint["generator"] = dict(self.generator.config)
         # what the next row of the log repeats: penalties are not computed in every step
