@@ -184,11 +184,15 @@ def test_published_channels_are_recognised(size, multiplier):
     assert convert.infer_generator(net.state_dict()) == net.config
 
 
-def test_channels_without_a_rule_are_an_error():
+def test_channels_without_a_rule_are_listed():
+    channels = [64, 48, 80, 12]
     with torch.device("meta"):
-        state = Generator(32, max_channels=64).state_dict()
-    with pytest.raises(UserError, match="4: 64, 8: 64, 16: 80, 32: 64. follow no rule"):
-        convert.infer_generator({**state, "convs.2.conv.weight": torch.zeros(1, 80, 80, 3, 3)})
+        net = Generator(32, max_channels=80, channels=channels)
+        assert convert.infer_generator(net.state_dict()) == net.config
+    assert net.config["channels"] == channels and net.convs[2].conv.weight.shape[:2] == (80, 48)
+    for wrong in ([64, 48, 80], [64, 48, 80, 0]):
+        with pytest.raises(UserError, match="give 4 counts, one a resolution"):
+            Generator(32, channels=wrong)
 
 
 @torch.no_grad()

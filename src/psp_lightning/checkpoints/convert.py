@@ -59,14 +59,14 @@ def is_generator_state(state: Mapping[str, Any]) -> bool:
 def infer_generator(state: State) -> dict[str, Any]:
     """Constructor arguments of `Generator` from the shapes of its state dict (published layout).
 
-    Raises:
-        UserError: when the channels follow no `min(max_channels, channel_base * channel_multiplier // r)`.
+    Channels that follow no `min(max_channels, channel_base * channel_multiplier // r)` are listed (`channels`).
     """
     n_blocks = len([k for k in state if re.fullmatch(r"to_rgbs\.\d+\.bias", k)])
     widths = {4: int(state["conv1.conv.weight"].shape[1])}
     for i in range(n_blocks):
         widths[8 << i] = int(state[f"convs.{2 * i}.conv.weight"].shape[1])
-    base, multiplier = _channel_rule(widths)
+    rule = _channel_rule(widths)
+    base, multiplier = rule or (16384, 2)
     return {
         "output_size": 4 << n_blocks,
         "style_dim": int(state["style.1.weight"].shape[0]),
@@ -76,11 +76,12 @@ def infer_generator(state: State) -> dict[str, Any]:
         "image_channels": int(state["to_rgb1.bias"].shape[1]),
         "z_dim": int(state["style.1.weight"].shape[1]),
         "channel_base": base,
+        **({} if rule else {"channels": list(widths.values())}),
     }
 
 
-def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int]:
-    """`channel_base` and `channel_multiplier` that give these channels by resolution."""
+def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
+    """`channel_base` and `channel_multiplier` that give these channels by resolution, None where none do."""
     largest = max(widths.values())
     # where every layer has the largest width several multipliers fit; 2 is the published one
     for multiplier in (2, 1, *range(3, 65)):
@@ -90,8 +91,7 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int]:
     low = max(width * r if width > 1 else 1 for r, width in widths.items())
     if all(width == max(1, min(largest, low // r)) for r, width in widths.items()):
         return low, 1
-    table = ", ".join(f"{r}: {width}" for r, width in widths.items())
-    raise UserError(f"The generator's channels ({table}) follow no rule that this library knows.")
+    return None
 
 
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:

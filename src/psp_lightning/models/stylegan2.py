@@ -142,9 +142,10 @@ class Generator(HalfPrecision):
         image_channels: 3 for RGB.
         z_dim: length of z; None means `style_dim`.
         channel_base: see `channel_multiplier`; the published networks have 16384.
+        channels: of the layers at 4, 8, ..., output_size, for networks that follow no rule; it takes the rule's place.
 
     Raises:
-        UserError: for a size that is no power of two, or a count below one.
+        UserError: for a size that is no power of two, a count below one, or `channels` of another length.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Generator(HalfPrecision):
         image_channels: int = 3,
         z_dim: int | None = None,
         channel_base: int = 16384,
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if output_size < 8 or output_size & (output_size - 1):
@@ -177,22 +179,28 @@ class Generator(HalfPrecision):
                 raise UserError(f"Generator {name}={value}: it must be 1 or more.")
         self.output_size, self.style_dim, self.z_dim = output_size, style_dim, z_dim
         log_size = output_size.bit_length() - 1
+        if channels is not None:
+            self.config["channels"] = [int(width) for width in channels]
+            if len(channels) != log_size - 1 or min(channels) < 1:
+                raise UserError(f"Generator channels={list(channels)}: give {log_size - 1} counts, one a resolution.")
         self.n_styles = 2 * log_size - 2
         self.n_noises = 2 * log_size - 3
 
         layers = [EqualisedLinear(z_dim if i == 0 else style_dim, style_dim, 0, 0.01, True) for i in range(n_mapping)]
         self.style = nn.Sequential(PixelNorm(), *layers)
 
-        def channels(resolution: int) -> int:
-            return max(1, min(max_channels, channel_base * channel_multiplier // resolution))
+        def width_at(log_resolution: int) -> int:
+            if channels is not None:
+                return int(channels[log_resolution - 2])
+            return max(1, min(max_channels, channel_base * channel_multiplier // 2**log_resolution))
 
-        width = channels(4)
+        width = width_at(2)
         self.input = ConstantInput(width)
         self.conv1 = StyledConv(width, width, style_dim)
         self.to_rgb1 = ToRGB(width, image_channels, style_dim, up=False)
         self.convs, self.to_rgbs = nn.ModuleList(), nn.ModuleList()
         for log_resolution in range(3, log_size + 1):
-            wider, width = width, channels(2**log_resolution)
+            wider, width = width, width_at(log_resolution)
             self.convs.append(StyledConv(wider, width, style_dim, up=True))
             self.convs.append(StyledConv(width, width, style_dim))
             self.to_rgbs.append(ToRGB(width, image_channels, style_dim))
