@@ -31,7 +31,7 @@ from psp_lightning.lit.module import LitPSP
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.devices import resolve_devices
+from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,9 @@ def build_trainer(cfg: DictConfig, spec: Any, resume_step: int | None) -> pl.Tra
     strategy = options.pop("strategy")
     options["accelerator"], devices = resolve_devices(options["accelerator"], options["devices"])
     options["devices"] = devices
-    world = (devices if isinstance(devices, int) else len(devices)) * options["num_nodes"]
+    local = devices if isinstance(devices, int) else len(devices)
+    check_launched(local)
+    world = local * options["num_nodes"]
     cuda = torch.cuda.is_available() and options["accelerator"] in ("auto", "gpu", "cuda")
     if strategy in ("auto", "ddp"):
         # the encoder's buffers agree under SyncBatchNorm; sending them before each forward would hang a validation in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from psp_lightning.lit.samples import ExportGenerator, SampleGrids
 from psp_lightning.lit.strategy import UnwrappedDDP
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.devices import resolve_devices
+from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
 
 INF = float("inf")
@@ -233,11 +232,7 @@ def _trainer(cfg: DictConfig, resume_step: int | None) -> pl.Trainer:
     options["devices"] = devices
     world = (devices if isinstance(devices, int) else len(devices)) * options["num_nodes"]
     local = len(devices) if isinstance(devices, list) else devices
-    if int(os.environ.get("LOCAL_WORLD_SIZE", local)) != local:
-        raise UserError(
-            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine and trainer.devices says "
-            f"{local}; they must be the same."
-        )
+    check_launched(local)
     if strategy not in ("auto", "ddp"):
         raise UserError(f"trainer.strategy={strategy}: a generator trains with auto or ddp.")
     try:

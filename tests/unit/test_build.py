@@ -10,6 +10,7 @@ import torch
 from psp_lightning.build import load_backbone
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.utils.devices import check_launched
 from psp_lightning.utils.errors import UserError
 
 
@@ -31,3 +32,10 @@ def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({key: value for key, value in state.items() if not key.startswith("input_layer.")}, tmp_path / "id.pth")
     with pytest.raises(UserError, match="input_layer"):
         load_backbone(EncoderIntoW(512, 3, 32), str(tmp_path / "id.pth"))
+
+
+def test_torchrun_with_another_number_of_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_launched(2)
+    with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices says 1"):
+        check_launched(1)

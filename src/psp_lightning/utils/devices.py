@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from psp_lightning.utils.errors import UserError, suggest
@@ -52,3 +53,18 @@ def count_devices(accelerator: str, devices: Any) -> int:
     """How many processes the settings ask for; errors as of `resolve_devices`."""
     chosen = resolve_devices(accelerator, devices)[1]
     return chosen if isinstance(chosen, int) else len(chosen)
+
+
+def check_launched(local: int) -> None:
+    """Refuse processes that torchrun started in another number than `local`, the devices of the settings: each of them
+    would take itself for the whole run.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", local))
+    if started != local:
+        raise UserError(
+            f"torchrun started {started} processes on this machine and trainer.devices says {local}; they must be the "
+            "same."
+        )
