@@ -9,7 +9,7 @@ FACENET := facenet-pytorch==2.6.0
 
 help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
-	@echo "make demo     train a short inversion on drawn faces, predict, write a picture"
+	@echo "make demo     all four trained tasks on drawn faces, style mixing, a short training: one page, a few minutes"
 	@echo "make test     the whole test suite"
 	@echo "make lint     ruff and mypy"
 
@@ -23,12 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	rm -rf demo
-	$(BIN)/psp-train experiment=toyfaces_inversion paths.runs=demo/runs run=demo
-	$(BIN)/psp-data toyfaces out=demo/faces n=16 size=64 seed=7
-	$(BIN)/psp-predict ckpt=demo/runs/inversion/demo input=demo/faces/CelebA-HQ-img output=demo/predictions sheet=true
-	@echo "inputs beside outputs (the generator is untrained: colours and layout come through, no faces yet):"
-	@echo "$(CURDIR)/demo/predictions/sheet.png"
+	$(BIN)/psp-demo out=demo
 
 test: install
 	$(BIN)/python -m pytest --timeout 900

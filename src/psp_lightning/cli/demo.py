@@ -1,0 +1,363 @@
+"""psp-demo: all four trained tasks on fresh drawn faces, style mixing, a short training; one page with all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from psp_lightning.cli._main import guard
+from psp_lightning.utils.errors import UserError, suggest
+
+TASKS = ("inversion", "sketch2face", "seg2face", "superres")
+NUMBERS = {"steps": 300, "seed": 100}
+HELP = """psp-demo [out=demo] [steps=300] [seed=100]
+
+Shows on this machine, in a few minutes and without a download, what the package does:
+  1. draws 8 faces that no network has seen
+  2. predicts with the four trained networks: inversion, sketch2face, seg2face, superres
+  3. mixes styles: several faces for one sketch
+  4. trains an inversion from scratch for a few hundred steps
+and writes a page with all of it, OUT/index.html, and the same as one picture, OUT/demo.png.
+Each part prints the command that it runs. A second run replaces what the first one wrote, and nothing else.
+
+out     folder, made if missing
+steps   training steps
+seed    of the drawn faces; the trainings use others
+
+Networks of your own, each a run folder or a file as in psp-predict ckpt=...:
+inversion, sketch2face, seg2face, superres     default: toyfaces/inversion and so on, part of the package
+train   further settings of the training, as in psp-train: train='optimizer.lr=3e-4 data.batch_size=4'
+"""
+N, SIZE, FACTOR = 8, 64, 8  # drawn faces, their pixels, down-sampling of the super-resolution's input
+FINE = "[6,7,8,9]"  # the styles of 32 and 64 px, of the ten: colours, not shapes
+MIXED = 3  # sketches whose mixed outputs are shown
+RECORD = "files.json"
+# what the demo writes into its folder, and nothing else
+NAMES = ("index.html", "demo.png", "faces", *TASKS, "mixing", "runs", "trained", "sources")
+
+
+@dataclass
+class Settings:
+    """The command line of psp-demo."""
+
+    out: Path = Path("demo")
+    numbers: dict[str, int] = field(default_factory=lambda: dict(NUMBERS))
+    checkpoints: dict[str, str] = field(default_factory=lambda: {task: f"toyfaces/{task}" for task in TASKS})
+    train: list[str] = field(default_factory=list)
+
+
+def _parse(arguments: list[str]) -> Settings:
+    settings = Settings()
+    names = ["out", *NUMBERS, *TASKS, "train"]
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in names:
+            raise UserError(
+                f"'{argument}' is no setting.{suggest(key, names)} Settings: {', '.join(names)}, as out=demo."
+            )
+        if not value and key != "train":
+            raise UserError(f"{key}= has no value. psp-demo --help says what it takes.")
+        if key == "out":
+            settings.out = Path(value).expanduser()
+        elif key in TASKS:
+            settings.checkpoints[key] = value
+        elif key == "train":
+            try:
+                settings.train = shlex.split(value)
+            except ValueError:
+                raise UserError(f"train={value}: a quotation mark is not closed.") from None
+        else:
+            least = 0 if key == "seed" else 1
+            try:
+                settings.numbers[key] = int(value)
+            except ValueError:
+                raise UserError(f"{key}={value} is not a whole number.") from None
+            if settings.numbers[key] < least:
+                raise UserError(f"{key}={value} must be at least {least}.")
+    return settings
+
+
+def _clear(out: Path) -> None:
+    """Make the folder, without what an earlier demo wrote into it.
+
+    Raises:
+        UserError: it is a file, or holds under the demo's names what no demo wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file: give a folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / RECORD
+    if record.is_file():
+        try:
+            files = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))["psp-demo"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{record} is not the list of a demo's files: choose another out=.") from None
+        if files:
+            print(f"{out}: replacing the {len(files)} files of an earlier demo", flush=True)
+        root = out.resolve()
+        for name in files:
+            path, parts = out / name, Path(name).parts
+            inside = path.parent.resolve()
+            ours = bool(parts) and parts[0] in NAMES and ".." not in parts
+            if ours and (inside == root or root in inside.parents) and (path.is_file() or path.is_symlink()):
+                path.unlink()
+        for name in NAMES:
+            for folder, _, _ in os.walk(out / name, topdown=False):
+                if not os.path.islink(folder) and not os.listdir(folder):
+                    os.rmdir(folder)
+    if taken := [out / name for name in NAMES if os.path.lexists(out / name)]:
+        raise UserError(
+            f"{taken[0]} is in the way and not known to be of an earlier demo: move it away, or choose another out=."
+        )
+
+
+def _record(out: Path) -> None:
+    """Write down which files the demo has written, so that the next one may replace them."""
+    found = [out / name for name in NAMES if (out / name).is_file()]
+    found += [Path(folder, name) for top in NAMES for folder, _, names in os.walk(out / top) for name in names]
+    part = out / f"{RECORD}.part"
+    lines = {"psp-demo": sorted(path.relative_to(out).as_posix() for path in found)}
+    part.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    os.replace(part, out / RECORD)
+
+
+def _call(command: str, *arguments: str) -> str:
+    """Run another command of this package in this process, and print it; returns it as one types it.
+
+    One process, because importing PyTorch six times takes longer than the predictions.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    from psp_lightning.cli import data, predict, train
+
+    main: Callable[[], None] = {"data": data.main, "predict": predict.main, "train": train.main}[command]
+    line = shlex.join([f"psp-{command}", *arguments])
+    print(f"$ {line}", flush=True)
+    GlobalHydra.instance().clear()
+    before, sys.argv = sys.argv, [f"psp-{command}", *arguments]
+    try:
+        main()  # ends the program on a mistake, as the command does
+    finally:
+        sys.argv = before
+        sys.stdout.flush()
+    return line
+
+
+TITLES = {
+    "inversion": "Inversion: a face becomes a latent code, and the code a face",
+    "sketch2face": "sketch2face: a line sketch becomes a face",
+    "seg2face": "seg2face: a label map becomes a face",
+    "superres": f"superres: {SIZE // FACTOR} x {SIZE // FACTOR} pixels become a face",
+}
+TEXTS = {
+    "inversion": "Top: a drawn face. Bottom: what the generator draws from the code that the encoder found for it.",
+    "sketch2face": "Top: the sketch, all that the network sees. Middle: its output; the sketch says nothing of "
+    "colours, so they are the network's guess. Bottom: the face that the sketch was drawn from.",
+    "seg2face": "Top: the label map, a colour for each class. Middle: the output. Bottom: the face that the map was "
+    "drawn from.",
+    "superres": f"Top: the face at {SIZE // FACTOR} x {SIZE // FACTOR} pixels, enlarged. Middle: the output. Bottom: "
+    "the face before it was made small.",
+}
+INPUTS = {
+    "inversion": "CelebA-HQ-img",
+    "sketch2face": "sketch",
+    "seg2face": "CelebAMask-HQ-mask",
+    "superres": "CelebA-HQ-img",
+}
+
+
+def _demo(settings: Settings) -> Path:
+    """Run all parts; returns the page."""
+    start = time.monotonic()
+    out, steps = settings.out, settings.numbers["steps"]
+    try:
+        return _parts(settings, out, steps, start)
+    finally:
+        _record(out)
+
+
+def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
+    from psp_lightning.cli.demo_page import Curve, Part, Picture, SheetRow, write_page, write_sheet
+
+    total = 3 + len(TASKS) + 1
+
+    def say(number: int, text: str) -> None:
+        print(f"\n[{number}/{total}] {text}", flush=True)
+
+    say(1, f"{N} faces that no network has seen")
+    faces = out / "faces"
+    drawn = _call("data", "toyfaces", f"out={faces}", f"n={N}", f"size={SIZE}", f"seed={settings.numbers['seed']}")
+    originals = [faces / "CelebA-HQ-img" / f"{i}.jpg" for i in range(N)]
+    sketches = [faces / "sketch" / f"{i}.png" for i in range(N)]
+
+    def predict(ckpt: str, source: str, target: str, *more: str) -> str:
+        folders = f"input={faces / source}", f"output={out / target}"
+        return _call("predict", f"ckpt={ckpt}", *folders, *more, "num_workers=0")
+
+    parts, sheet = [], []
+    for number, task in enumerate(TASKS, 2):
+        say(number, TITLES[task])
+        more = [f"factor={FACTOR}"] if task == "superres" else []
+        more += ["side_by_side=true"] if task in ("seg2face", "superres") else []
+        commands = [predict(settings.checkpoints[task], INPUTS[task], task, *more)]
+        inputs = {"inversion": originals, "sketch2face": sketches}.get(task) or _sources(out, task)
+        outputs = [out / task / f"{i}.png" for i in range(N)]
+        cells = []
+        for i in range(N):
+            cell = [Picture(inputs[i], f"{task}, input {i}"), Picture(outputs[i], f"{task}, output {i}")]
+            if task != "inversion":
+                cell.append(Picture(originals[i], f"drawn face {i}"))
+            cells.append(cell)
+        if task == "inversion":
+            commands.insert(0, drawn)
+        parts.append(Part(TITLES[task], TEXTS[task], commands, [cells]))
+        sheet.append((TITLES[task], [SheetRow("input", inputs), SheetRow("output", outputs)]))
+
+    say(total - 2, "Style mixing: several faces for one sketch")
+    mixing = predict(
+        settings.checkpoints["sketch2face"], "sketch", "mixing", f"mix.latent_mask={FINE}", f"mix.n_outputs={N}"
+    )
+    mixed = [[out / "mixing" / f"{i}_{k}.png" for k in range(N)] for i in range(MIXED)]
+    rows = [
+        [[Picture(sketches[i], f"sketch {i}")], *([Picture(p, f"sketch {i}, style {k}")] for k, p in enumerate(line))]
+        for i, line in enumerate(mixed)
+    ]
+    text = (
+        "First in each row: the sketch. Then eight outputs for it: the coarse styles come from the sketch, the fine "
+        "ones (6 to 9 of 0 to 9) are random, the same in each column. Shapes stay, colours change."
+    )
+    parts.append(Part("Style mixing: several faces for one sketch", text, [mixing], rows))
+    sheet.append(
+        (
+            "Style mixing: one sketch, random fine styles",
+            [SheetRow(sketches[i], line) for i, line in enumerate(mixed)],
+        )
+    )
+
+    say(total - 1, f"A training from scratch: inversion, {steps} steps")
+    began = time.monotonic()
+    run = out / "runs" / "inversion" / "demo"
+    every = max(1, steps // 3)
+    trained = _call(
+        "train",
+        "experiment=toyfaces_inversion",
+        f"paths.runs={out / 'runs'}",
+        "run=demo",
+        "data.batch_size=8",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_every={every}",
+        f"trainer.log_every_n_steps={max(1, steps // 60)}",
+        f"model.warmup_steps={steps // 15}",
+        f"model.decay_steps={steps // 3}",
+        *settings.train,
+    )
+    seconds = time.monotonic() - began
+    again = predict(str(run), "CelebA-HQ-img", "trained")
+    curve = Curve.read(run / "csv" / "metrics.csv")
+    after = [out / "trained" / f"{i}.png" for i in range(N)]
+    shipped = [out / "inversion" / f"{i}.png" for i in range(N)]
+    grids = [(step, run / "images" / f"val_{step:08d}.png") for step, _ in curve.val]
+    text = (
+        f"The encoder starts from random weights and learns for {steps} steps ({_time(seconds)} here); the generator "
+        "stays as it is. Top: a drawn face. Middle: the output after this training. Bottom: the output of the network "
+        "of the first part, which was trained for longer."
+    )
+    pictures = [Picture(path, f"step {step}: input, target, output") for step, path in grids if path.is_file()]
+    cells = [
+        [
+            Picture(originals[i], f"drawn face {i}"),
+            Picture(after[i], f"after {steps} steps, output {i}"),
+            Picture(shipped[i], f"inversion, output {i}"),
+        ]
+        for i in range(N)
+    ]
+    title = f"A training from scratch: inversion, {steps} steps"
+    parts.append(Part(title, text, [trained, again], [cells], curve, pictures))
+    sheet.append((title, [SheetRow("input", originals), SheetRow(f"output after\n{steps} steps", after)]))
+
+    say(total, "The page")
+    write_sheet(out / "demo.png", sheet, curve, "The loss of this training")
+    page = out / "index.html"
+    intro = (
+        "pixel2style2pixel on drawn faces of 64 pixels: an encoder turns a picture, a sketch or a label map into "
+        "codes of a StyleGAN2, which draws the result. The faces below were drawn for this page; no training saw "
+        "them. Above each row of pictures is the command that made them."
+    )
+    from psp_lightning import __version__
+
+    footer = f"Made by psp-demo of psp_lightning {__version__} in {_time(time.monotonic() - start)}."
+    links = {"everything as one picture": "demo.png", **_documents(out)}
+    write_page(page, "psp_lightning: a demonstration", intro, parts, links, footer)
+    print(f"done in {_time(time.monotonic() - start)}; the same as one picture: {(out / 'demo.png').resolve()}")
+    return page
+
+
+def _sources(out: Path, task: str) -> list[Path]:
+    """The inputs as the network sees them: the left squares of what `side_by_side` wrote."""
+    from PIL import Image
+
+    from psp_lightning.utils.images import save_atomic
+
+    paths = []
+    for i in range(N):
+        paths.append(out / "sources" / f"{task}_{i}.png")
+        with Image.open(out / task / "side_by_side" / f"{i}.png") as image:
+            save_atomic(image.crop((0, 0, image.height, image.height)), paths[-1])
+    return paths
+
+
+def _documents(out: Path) -> dict[str, str]:
+    """Links to the documents of a source tree; an installed package has none."""
+    from psp_lightning._conf import config_root
+
+    root = Path(config_root()).parent
+    names = {
+        "README": "README.md",
+        "the drawn faces and the trained networks": "docs/toyfaces.md",
+        "how it is built": "docs/architecture.md",
+        "your own losses, encoders, tasks": "docs/extending.md",
+    }
+    try:
+        return {
+            text: Path(os.path.relpath(root / name, out)).as_posix()
+            for text, name in names.items()
+            if (root / "src").is_dir() and (root / name).is_file()
+        }
+    except ValueError:  # another drive
+        return {}
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def main() -> None:
+    """Entry point of `psp-demo`."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        sys.exit(0)
+
+    def run() -> None:
+        settings = _parse(arguments)
+        print("psp-demo: loading", flush=True)
+        from psp_lightning.checkpoints.loading import resolve
+
+        for checkpoint in settings.checkpoints.values():
+            resolve(checkpoint)  # what is missing is said before anything is written
+        _clear(settings.out)
+        page = _demo(settings)
+        print(page.resolve())
+
+    guard(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""psp-demo: one command, one page; what it writes, what it replaces, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from PIL import Image
+
+SOURCES = {
+    "inversion": (3, {"kind": "rgb", "size": 64}),
+    "sketch2face": (1, {"kind": "sketch", "size": 64}),
+    "seg2face": (19, {"kind": "labels", "size": 64, "n_classes": 19}),
+    "superres": (3, {"kind": "lowres", "size": 64, "factors": [8]}),
+}
+VOID = {"meta", "img", "br", "hr", "link"}
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The settings of psp-demo that name an untrained network for each task."""
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.psp import PSP
+    from psp_lightning.models.stylegan2 import Generator
+
+    folder = tmp_path_factory.mktemp("networks")
+    settings = []
+    for task, (channels, source) in SOURCES.items():
+        torch.manual_seed(0)
+        generator = Generator.seeded(0, output_size=64, style_dim=64, n_mapping=4, channel_base=1536, max_channels=16)
+        encoder = GradualStyleEncoder(generator.n_styles, 64, channels, 64, blocks=(1, 1, 1, 1), width=8)
+        net = PSP(encoder, generator, generator.latent_average(64), source=source)
+        content = {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}
+        torch.save(content, folder / f"{task}.ckpt")
+        settings.append(f"{task}={folder / task}.ckpt")
+    return settings
+
+
+SMALL = (
+    "train=trainer=cpu generator=seeded generator.max_channels=16 encoder.width=8 loss=[l2] data.val.n=4 "
+    "data.batch_size=2 trainer.enable_progress_bar=false"
+)
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects pictures, links and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            assert values.get("alt"), f"{values.get('src')} has no alternative text"
+            self.pictures.append(unquote(values["src"] or ""))
+        if tag == "a":
+            self.links.append(unquote(values["href"] or ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """`<line/>`: opens and closes."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}, line {self.getpos()[0]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check(out: Path, printed: str) -> Page:
+    """The page that the last printed line names is whole, and so is everything that it shows."""
+    last = Path(printed.strip().splitlines()[-1])
+    assert last == (out / "index.html").resolve() and last.is_file(), f"the last line is no path of the page: {last}"
+    page = Page(last.read_text(encoding="utf-8"))
+    assert len(page.pictures) > 100
+    for name in {*page.pictures, "demo.png"}:
+        with Image.open(out / name) as image:
+            assert any(low != high for low, high in image.convert("RGB").getextrema()), f"{name} is blank"
+    for target in page.links:
+        assert (out / target).exists(), f"the page links to {target}"
+    return page
+
+
+@pytest.mark.slow
+def test_demo_twice(psp, networks: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "my demo"  # a name that a shell and Hydra would take apart
+    done = psp("demo", f"out={out}", "steps=4", *networks, SMALL)
+    assert done.code == 0, done.err
+    page = check(out, done.out)
+    for task in SOURCES:
+        assert re.search(rf"^psp-predict .*{task}\.ckpt", page.text, re.MULTILINE), f"no command for {task}"
+    commands = [line[2:] for line in done.out.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 8 and not [line for line in commands if line not in page.text], "page and terminal differ"
+    assert "<polyline" in (out / "index.html").read_text() and "validation loss" in page.text
+    assert len(list((out / "mixing").glob("0_*.png"))) == 8
+    with Image.open(out / "demo.png") as sheet:
+        assert 600 < sheet.width < 1000 and (out / "demo.png").stat().st_size < 700_000
+
+    # again: the first demo's files are replaced, what is not of it stays
+    (out / "notes.txt").write_text("mine")
+    before = (out / "faces" / "CelebA-HQ-img" / "0.jpg").read_bytes()
+    done = psp("demo", f"out={out}", "steps=2", "seed=101", *networks, SMALL)
+    assert done.code == 0, done.err
+    assert "replacing" in done.out
+    page = check(out, done.out)
+    assert "2 steps" in page.text and "4 steps" not in page.text
+    assert (out / "faces" / "CelebA-HQ-img" / "0.jpg").read_bytes() != before, "another seed, other faces"
+    assert (out / "notes.txt").read_text() == "mine"
+
+    # a file of the user's among them is never deleted: the demo says so
+    mine = out / "inversion" / "mine.png"
+    mine.write_bytes(b"picture")
+    done = psp("demo", f"out={out}", "steps=2", *networks, SMALL)
+    assert done.code == 1 and str(out / "inversion") in done.err and mine.read_bytes() == b"picture", done.err
+
+
+def test_a_failed_part_can_be_repeated(psp, networks: list[str], tmp_path: Path) -> None:
+    """What was written before the failure is on record, and does not stop the next demo from starting."""
+    out = tmp_path / "demo"
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"no checkpoint")
+    wrong = [*networks[1:], f"inversion={broken}"]
+    for _ in range(2):
+        done = psp("demo", f"out={out}", "steps=2", *wrong, SMALL)
+        assert done.code == 1 and "broken.ckpt" in done.err, done.err
+        assert (out / "faces" / "sketch" / "0.png").is_file() and not (out / "index.html").exists()
+        assert "in the way" not in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ot=demo"], ["'ot=demo'", "Did you mean 'out'?"]),
+        (["demo"], ["'demo' is no setting", "out=demo"]),
+        (["steps=many"], ["steps=many", "whole number"]),
+        (["steps=0"], ["steps=0", "at least 1"]),
+        (["seed=-1"], ["seed=-1", "at least 0"]),
+        (["out="], ["out=", "no value"]),
+        (["train='a"], ["train='a", "quotation mark"]),
+        (["superres=nowhere.ckpt"], ["nowhere.ckpt"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(psp, networks: list[str], tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    done = psp("demo", *networks, *arguments)
+    assert done.code == 1 and len(done.err.strip().splitlines()) == 1, done.err
+    assert done.err.startswith("error: ") and all(word in done.err for word in words), done.err
+    assert not any(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_out_that_cannot_be_used(psp, networks: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = psp("demo", f"out={file}", *networks)
+    assert done.code == 1 and done.err == f"error: out={file} is a file: give a folder.\n"
+    done = psp("demo", f"out={file / 'below'}", *networks)
+    assert done.code == 1 and len(done.err.splitlines()) == 1 and str(file) in done.err, done.err
+    taken = tmp_path / "taken"
+    (taken / "faces").mkdir(parents=True)
+    (taken / "faces" / "mine.txt").write_text("mine")
+    done = psp("demo", f"out={taken}", *networks)
+    assert done.code == 1 and str(taken / "faces") in done.err and len(done.err.splitlines()) == 1, done.err
+    assert [path.name for path in taken.rglob("*")] == ["faces", "mine.txt"]
+
+
+def test_the_record_deletes_nothing_elsewhere(tmp_path: Path) -> None:
+    """A record that was tampered with, or a folder that was replaced by a link, leads nowhere else."""
+    from psp_lightning.cli.demo import RECORD, _clear
+
+    out, other = tmp_path / "demo", tmp_path / "other"
+    (other / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/a.txt"):
+        (other / name).write_text("mine")
+    (out / "runs").mkdir(parents=True)
+    (out / "mine.txt").write_text("mine")
+    (out / "faces").mkdir()
+    (out / "faces" / "0.jpg").write_text("of the demo")
+    (out / "runs" / "link").symlink_to(other, target_is_directory=True)
+    names = [
+        "../other/a.txt",
+        "runs/../mine.txt",
+        "runs",
+        "runs/link/a.txt",
+        "runs/../../other/a.txt",
+        "mine.txt",
+        str(other / "a.txt"),
+        "",
+        ".",
+    ]
+    (out / RECORD).write_text(json.dumps({"psp-demo": [*names, "faces/0.jpg"]}))
+    from psp_lightning.utils.errors import UserError
+
+    with pytest.raises(UserError, match="runs"):  # the link is not the demo's
+        _clear(out)
+    assert not (out / "faces").exists()
+    assert (other / "a.txt").exists() and (other / "sub" / "a.txt").exists() and (out / "mine.txt").exists()
+    (out / RECORD).write_text("[1")
+    with pytest.raises(UserError, match=RECORD):
+        _clear(out)
+
+
+def test_help(psp) -> None:
+    done = psp("demo", "--help")
+    assert done.code == 0
+    for word in ("out", "steps", "seed", "train", *SOURCES):
+        assert re.search(rf"\b{word}\b", done.out), f"the help does not explain {word}"
+
+
+@pytest.mark.parametrize("high", [1e-6, 0.03, 0.1, 0.99, 1, 3.7, 42, 1000])
+def test_round_ticks(high: float) -> None:
+    from psp_lightning.cli.demo_page import round_ticks
+
+    ticks = round_ticks(high)
+    assert ticks[0] == 0 and ticks[-1] >= high * (1 - 1e-6) and 2 <= len(ticks) <= 6, ticks
+    assert len(ticks) < 3 or ticks[-2] < high
