@@ -10,7 +10,6 @@ import pickle
 import re
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from psp_lightning.checkpoints.loading import LoadReport as LoadReport
 from psp_lightning.checkpoints.loading import build_and_load, first, load_strict, understanding
 from psp_lightning.checkpoints.loading import resolve as resolve
 from psp_lightning.checkpoints.networks import read_generator, read_psp
+from psp_lightning.checkpoints.screening import check_file, check_tensors
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError, suggest
@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: for anything that is not a readable checkpoint; the message says what it is instead.
     """
     path = resolve(path)
-    _sniff(path)
+    check_file(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # released files may keep their options in a Namespace; warnings on odd files come before our own error
@@ -64,38 +64,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged ({reason[:200]}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")
+    check_tensors(content, path)
     return content
-
-
-def _sniff(path: Path) -> None:
-    """Names the common kinds of wrong files better than an unpickler's message can."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
-    if not head:
-        raise UserError(f"Checkpoint {path} is empty. Download or copy it again.")
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError(
-            f"{path} is an HTML page, not a checkpoint: the download gave a web page (a login, a quota or a "
-            "confirmation page). Download it again, for example with gdown or in a browser."
-        )
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`.")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        raise UserError(f"{path} is a safetensors file, but a checkpoint written by torch.save is needed here.")
-    if head.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError):
-            raise UserError(f"Checkpoint {path} is truncated or damaged. Download or copy it again.") from None
-        if not any(name.rsplit("/", 1)[-1] == "data.pkl" for name in names):
-            raise UserError(f"{path} is a zip archive, but not a PyTorch checkpoint (it has no data.pkl).")
-        if any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in names):
-            raise UserError(f"{path} is a TorchScript program, not a checkpoint of weights; it was not run.")
 
 
 def load_psp(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:

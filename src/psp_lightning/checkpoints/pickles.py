@@ -16,6 +16,7 @@ import functools
 import io
 import os
 import pickle
+import pickletools
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch import Tensor
 from psp_lightning.utils.errors import UserError
 
 MAX_INSTRUCTIONS = 3_000_000  # a StyleGAN2 pickle of 1024 px has a tenth of a million
+MAX_DEPTH = 100  # of tuples in tuples; hashing one goes into depth on the C stack
 TORCH_MAGIC, TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's format before zip archives
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of such a file
 
@@ -136,6 +138,55 @@ def _explain(name: str) -> str:
             "state_dict() with torch.save."
         )
     return f"it asks for {name}, which is neither a plain value, a tensor nor a network of NVIDIA's StyleGAN2."
+
+
+def check_instructions(stream: Any, pickles: int = 1) -> None:
+    """Go through pickles that `torch.load(weights_only=True)` is to read, without carrying anything out.
+
+    That reader runs no code, but it can be told to fill the memory (`bytearray(n)`) or to overflow the stack (the hash
+    of a deep tuple).
+
+    Args:
+        stream: binary file or mmap at the first pickle.
+        pickles: how many there are, one after the other.
+
+    Raises:
+        Refused: a name or a depth that no checkpoint has, or too many instructions.
+        ValueError: not a pickle.
+    """
+    left = MAX_INSTRUCTIONS
+    for _ in range(pickles):
+        stack: list[int | None] = []  # depth of tuples in each value; None: a mark
+        memo: dict[Any, int] = {}
+        for opcode, argument, _ in pickletools.genops(stream):
+            left -= 1
+            if left < 0:
+                raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
+            if opcode.name in ("GLOBAL", "INST") and str(argument).endswith(" bytearray"):
+                raise Refused("builtins.bytearray")
+            _follow(opcode, argument, stack, memo)
+
+
+def _follow(opcode: Any, argument: Any, stack: list[int | None], memo: dict[Any, int]) -> None:
+    """What an instruction does to the depths on the stack."""
+    name = opcode.name
+    if name == "MARK":
+        stack.append(None)
+    elif "PUT" in name and stack:
+        memo[argument] = stack[-1] or 0
+    elif "GET" in name:
+        stack.append(memo.get(argument, 0))
+    else:
+        taken: list[int] = []
+        if pickletools.markobject in opcode.stack_before:
+            while stack and (top := stack.pop()) is not None:
+                taken.append(top)
+        before = [part for part in opcode.stack_before if part not in (pickletools.markobject, pickletools.stackslice)]
+        taken += [stack.pop() or 0 for _ in before if stack]
+        depth = 1 + max(taken, default=0) if name.startswith("TUPLE") else 0
+        if depth > MAX_DEPTH:
+            raise Refused(f"tuples nested more than {MAX_DEPTH} times")
+        stack.extend([depth] * len(opcode.stack_after))
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
