@@ -16,12 +16,20 @@ from psp_lightning.utils.errors import UserError
 
 State = dict[str, Tensor]
 
-# pSp's encoder_type (commit 5cfff38) -> class name in our registry
+# encoder_type of pSp (commit 5cfff38) and e4e (99ea505) -> class name in our registry
 ENCODER_NAMES: dict[str, str] = {
     "GradualStyleEncoder": "GradualStyleEncoder",
     "BackboneEncoderUsingLastLayerIntoW": "EncoderIntoW",
     "BackboneEncoderUsingLastLayerIntoWPlus": "EncoderIntoWPlus",
+    "Encoder4Editing": "Encoder4Editing",
+    "SingleStyleCodeEncoder": "EncoderIntoW",
 }
+
+# encoder_type of ReStyle (commit 5e80276): they look at the source and the last output, several times
+ITERATIVE = (
+    "BackboneEncoder", "ResNetBackboneEncoder", "ProgressiveBackboneEncoder", "ResNetProgressiveBackboneEncoder",
+    "ResNetGradualStyleEncoder",
+)  # fmt: skip
 
 # pSp's dataset_type -> kind of source
 SOURCE_KINDS: dict[str, str] = {
@@ -94,6 +102,13 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
     return None
 
 
+def is_iterative(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> bool:
+    """Whether an encoder is one of ReStyle's, which refine their codes in several passes."""
+    if "n_iters_per_batch" in opts or opts.get("encoder_type") in ITERATIVE or "conv1.weight" in encoder_state:
+        return True
+    return "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
+
+
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:
     """Description ("class" and constructor arguments) of an encoder from the shapes of its state dict.
 
@@ -127,7 +142,7 @@ def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, An
         "blocks": None if depth else list(blocks),
         "width": int(state["input_layer.0.weight"].shape[0]),
     }
-    if encoder_type == "GradualStyleEncoder":
+    if encoder_type in ("GradualStyleEncoder", "Encoder4Editing"):
         heads = [k for k in state if re.fullmatch(r"styles\.\d+\.linear\.weight", k)]
         halvings = [k for k in state if re.fullmatch(r"styles\.0\.convs\.\d+\.weight", k)]
         result |= {

@@ -20,7 +20,8 @@ from torch import Tensor
 from psp_lightning.checkpoints import convert, pretrained
 from psp_lightning.checkpoints.described import is_safetensors
 from psp_lightning.checkpoints.loading import LoadReport as LoadReport
-from psp_lightning.checkpoints.loading import build_and_load, first, load_strict, understanding
+from psp_lightning.checkpoints.loading import build_and_load, first, understanding
+from psp_lightning.checkpoints.loading import load_strict as load_strict
 from psp_lightning.checkpoints.loading import resolve as resolve
 from psp_lightning.checkpoints.networks import read_generator, read_psp
 from psp_lightning.checkpoints.screening import check_file, check_tensors
@@ -84,7 +85,7 @@ def load_psp(path: str | os.PathLike[str], device: str | torch.device = "cpu") -
         return read_psp(path).eval().to(device)
     content = read(path)
     with understanding(path):
-        net = _ours(content) if "psp" in content else _released(content)
+        net = _ours(content) if "psp" in content else released(content)
     return net.eval().to(device)
 
 
@@ -105,7 +106,8 @@ def load_pretrained(name: str, device: str | torch.device = "cpu") -> PSP:
     return read_psp(pretrained.find(name)).eval().to(device)
 
 
-def _tensors(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
+def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
+    """The state dict under `key`, or `content` itself, without the prefixes of wrappers."""
     state = content.get(key, content)
     if not isinstance(state, Mapping):
         raise UserError(f"its {key!r} is a {type(state).__name__}, not a dict of tensors.")
@@ -113,7 +115,7 @@ def _tensors(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, A
 
 
 def _ours(content: Mapping[str, Any]) -> PSP:
-    state = convert.select(_tensors(content), NET)
+    state = convert.select(tensors_of(content), NET)
     return build_and_load(lambda: PSP.from_description(content["psp"]), state, "PSP")
 
 
@@ -125,33 +127,71 @@ def _options(content: Mapping[str, Any]) -> dict[str, Any]:
     return dict(opts)
 
 
-def _released(content: Mapping[str, Any]) -> PSP:
-    state = _tensors(content)
+def released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
+    """The network of a released pSp or e4e checkpoint.
+
+    Args:
+        content: of the file, see `read`.
+        in_channels: of the encoder, where it shall not be what the file has; its first layer is adapted, see
+            `psp_lightning.checkpoints.loading.adapt_channels`.
+
+    Raises:
+        UserError: something else, with what it is; an encoder of ReStyle; tensors that do not fit each other.
+    """
+    state = tensors_of(content)
     encoder_state, decoder_state = convert.select(state, "encoder."), convert.select(state, "decoder.")
     if not encoder_state or not convert.is_generator_state(decoder_state):
         raise UserError(f"this is no pSp checkpoint. {_what_else(content, state)}")
     opts = _options(content)
+    if convert.is_iterative(encoder_state, opts):
+        raise UserError(
+            "this is a ReStyle checkpoint, whose encoder looks at its own output and refines the codes several times; "
+            "this library has no such encoder. Its generator and average latent: psp-weights import FILE out=..."
+        )
     described = convert.infer_encoder(encoder_state, opts.get("encoder_type"))
-    average = content.get("latent_avg")
-    if average is not None and not isinstance(average, Tensor):
-        raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
+    adapted = in_channels is not None and in_channels != described["in_channels"]
+    if in_channels is not None:
+        described["in_channels"] = in_channels
+    average = latent_average(content)
     start = bool(opts.get("start_from_latent_avg", average is not None))
     if start and average is None:
         raise UserError("it starts from the average latent but holds no 'latent_avg'.")
-    net = PSP.from_description(
-        {
-            "format": 1,
-            "encoder": described,
-            "generator": {"class": "Generator", **convert.infer_generator(decoder_state)},
-            "start_from_latent_avg": start,
-            "source": convert.convert_source(opts, described["in_channels"], described["input_size"]),
-        }
+    generator = convert.infer_generator(decoder_state)
+    source = convert.convert_source({} if adapted else opts, described["in_channels"], described["input_size"])
+    description = {
+        "format": 1,
+        "encoder": described,
+        "generator": {"class": "Generator", **generator},
+        "start_from_latent_avg": start,
+        "source": source | ({"interpolation": "nearest"} if adapted and source["kind"] == "labels" else {}),
+    }
+    n_styles, style_dim = 2 * generator["output_size"].bit_length() - 4, generator["style_dim"]
+    whole = {f"encoder.{key}": value for key, value in encoder_state.items()}
+    whole |= {f"generator.{key}": value for key, value in decoder_state.items()}
+    whole["latent_avg"] = (
+        torch.zeros(n_styles, style_dim)
+        if average is None
+        else average.reshape(-1, style_dim).expand(n_styles, -1).to(torch.float32)
     )
-    load_strict(net.encoder, encoder_state, what="the encoder")
-    load_strict(net.generator, decoder_state, allow_missing=["noises.*"], what="the decoder")
-    if average is not None:
-        net.latent_avg.copy_(average.reshape(-1, net.style_dim).expand_as(net.latent_avg))
-    return net
+    return build_and_load(
+        lambda: PSP.from_description(description),
+        whole,
+        "PSP",
+        allow_missing=["generator.noises.*"],
+        adapt=["encoder.input_layer.0.weight"] if adapted else [],
+    )
+
+
+def latent_average(content: Mapping[str, Any]) -> Tensor | None:
+    """`latent_avg` of a checkpoint, None where it has none.
+
+    Raises:
+        UserError: it is no tensor.
+    """
+    average = content.get("latent_avg")
+    if average is not None and not isinstance(average, Tensor):
+        raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
+    return average
 
 
 def _what_else(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
@@ -184,17 +224,17 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
     content = read(path)
     with understanding(path):
         if "psp" in content:
-            state = convert.select(_tensors(content), NET)
+            state = convert.select(tensors_of(content), NET)
             generator_state, average = convert.select(state, "generator."), state.get("latent_avg")
         else:
-            state = _tensors(content, "g_ema" if "g_ema" in content else "state_dict")
+            state = tensors_of(content, "g_ema" if "g_ema" in content else "state_dict")
             decoder = convert.select(state, "decoder.")
             generator_state, average = decoder or convert.select(state, ""), content.get("latent_avg")
         if not convert.is_generator_state(generator_state):
             raise UserError(f"this holds no StyleGAN2 generator; its keys are: {first(map(str, state)) or 'none'}.")
-        generator = Generator(**convert.infer_generator(generator_state))
+        config = convert.infer_generator(generator_state)
         # noise maps are missing in early converted files
-        load_strict(generator, generator_state, allow_missing=["noises.*"], what="the generator")
+        generator = build_and_load(lambda: Generator(**config), generator_state, "the generator", ["noises.*"])
     if average is not None and (not isinstance(average, Tensor) or average.shape[-1:] != (generator.style_dim,)):
         raise UserError(f"Checkpoint {path}: its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")
     return generator.eval(), average

@@ -29,6 +29,7 @@ from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
 LATENT_SAMPLES, LATENT_SEED = 100_000, 0
+COMPUTED = f"mean of {LATENT_SAMPLES} mapped draws, seed {LATENT_SEED}"
 GENERATOR = "generator."  # prefix of the generator in a PSP's state dict
 
 
@@ -37,25 +38,27 @@ def save_generator(
     generator: Generator,
     origin: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    latent_avg: tuple[Tensor, str] | None = None,
 ) -> None:
     """Write `generator` as a self-describing safetensors file.
 
-    Stored: the weights in the published layout; `latent_avg` (style_dim,), the mean w of 100,000 draws with a fixed
-    seed; size, channels, depth, style_dim, value range, and `origin` (training data, licence, images shown, ...).
+    Stored: the weights in the published layout; `latent_avg`, the mean w of 100,000 draws with a fixed seed unless
+    given; size, channels, depth, style_dim, value range, and `origin` (training data, licence, images shown, ...).
 
     Args:
         origin: plain values; `made_by` (a command) and `licence` become the record of a shipped file.
         dtype: of the stored weights; None keeps theirs.
+        latent_avg: (style_dim,) or (n_styles, style_dim) and a few words on where it comes from.
 
     Raises:
         UserError: a weight that `dtype` cannot hold.
         OSError: the file cannot be written.
     """
-    average = generator.latent_average(LATENT_SAMPLES, LATENT_SEED)
+    average, made = latent_avg or (generator.latent_average(LATENT_SAMPLES, LATENT_SEED), COMPUTED)
     description = {
         "generator": {"class": type(generator).__name__, **generator.config},
         "value_range": [-1, 1],
-        "latent_avg": f"mean of {LATENT_SAMPLES} mapped draws, seed {LATENT_SEED}",
+        "latent_avg": made,
         "origin": dict(origin or {}),
     }
     save_described(path, "generator", {**generator.state_dict(), "latent_avg": average}, description, dtype)

@@ -160,6 +160,22 @@ class GradualStyleEncoder(_Encoder):
 
 
 @register_encoder
+class Encoder4Editing(GradualStyleEncoder):
+    """e4e's encoder: the first head gives one style for all, the others add their differences to it.
+
+    Layers, arguments and state dict are those of `GradualStyleEncoder`.
+
+    Source: Tov et al., e4e (arXiv:2102.02766), section 4, in its last stage of training, where every style has its
+    difference.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of `GradualStyleEncoder`."""
+        codes = super().forward(x)  # (B, n_styles, style_dim)
+        return torch.cat([codes[:, :1], codes[:, :1] + codes[:, 1:]], dim=1)
+
+
+@register_encoder
 class EncoderIntoW(_Encoder):
     """One w for the whole image, from the average of the last feature map.
 
