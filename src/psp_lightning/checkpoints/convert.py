@@ -41,6 +41,8 @@ SOURCE_KINDS: dict[str, str] = {
     "celebs_super_resolution": "lowres",
 }
 
+LARGEST_BLOCKS = 10  # that is 4096 pixels
+
 # what wrappers put in front of the keys: DistributedDataParallel, torch.compile
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -68,8 +70,13 @@ def infer_generator(state: State) -> dict[str, Any]:
     """Constructor arguments of `Generator` from the shapes of its state dict (published layout).
 
     Channels that follow no `min(max_channels, channel_base * channel_multiplier // r)` are listed (`channels`).
+
+    Raises:
+        UserError: for images of more than 4096 pixels.
     """
     n_blocks = len([k for k in state if re.fullmatch(r"to_rgbs\.\d+\.bias", k)])
+    if n_blocks > LARGEST_BLOCKS:
+        raise UserError(f"its {n_blocks} up-sampling blocks would make images of {4 << n_blocks} pixels and more.")
     widths = {4: int(state["conv1.conv.weight"].shape[1])}
     for i in range(n_blocks):
         widths[8 << i] = int(state[f"convs.{2 * i}.conv.weight"].shape[1])

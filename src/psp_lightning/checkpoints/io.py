@@ -158,12 +158,14 @@ def released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
         raise UserError("it starts from the average latent but holds no 'latent_avg'.")
     generator = convert.infer_generator(decoder_state)
     source = convert.convert_source({} if adapted else opts, described["in_channels"], described["input_size"])
+    if adapted and source["kind"] == "labels":  # new to the network: no reason for the old way of resizing
+        source["interpolation"] = "nearest"
     description = {
         "format": 1,
         "encoder": described,
         "generator": {"class": "Generator", **generator},
         "start_from_latent_avg": start,
-        "source": source | ({"interpolation": "nearest"} if adapted and source["kind"] == "labels" else {}),
+        "source": source,
     }
     n_styles, style_dim = 2 * generator["output_size"].bit_length() - 4, generator["style_dim"]
     whole = {f"encoder.{key}": value for key, value in encoder_state.items()}

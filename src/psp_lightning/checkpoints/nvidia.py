@@ -182,7 +182,7 @@ def _mapping(reader: _Reader, result: NvidiaGenerator, label: int | None) -> Non
         if i == 0 and classes:
             weight, bias = _bake_label(reader, weight, bias, label or 0)
             result.facts["label"] = label
-            result.adapted["style.1"] = f"label {label} of {classes} became part of weight and bias"
+            result.adapted["style"] = f"label {label} of {classes} became part of the first layer"
         result.state[f"style.{i + 1}.weight"], result.state[f"style.{i + 1}.bias"] = weight, bias
     w_dim = result.state[f"style.{len(layers)}.weight"].shape[0]
     widths = {result.state[f"style.{i + 1}.weight"].shape[0] for i in layers}
