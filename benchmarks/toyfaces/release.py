@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import yaml
 
 from psp_lightning.checkpoints.io import load_generator, load_psp
 from psp_lightning.checkpoints.networks import load_embedding, save_embedding, save_generator, save_psp
@@ -47,7 +48,9 @@ def main() -> None:
     for task in TASKS:
         if run := getattr(options, task):
             net = load_psp(run / "checkpoints" / "last.ckpt")
-            made_by = f"psp-train experiment=toyfaces_{task}"
+            given = yaml.safe_load((run / "overrides.yaml").read_text())
+            given = [item for item in given if not item.startswith(("run=", "paths.", "trainer.enable_progress_bar"))]
+            made_by = " ".join(["psp-train", *given])
             save_psp(FOLDER / f"{task}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
     for name, entry in release(FOLDER).items():
         print(f"{entry['bytes']:>10}  {entry['sha256'][:16]}  {name}")

@@ -246,7 +246,7 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
 
 def test_readme_is_short_and_names_what_exists() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 230
     for group, name in re.findall(r"\b(task|domain|experiment|trainer|loss|encoder|debug)=(\w+)", text):
         if name.isupper():  # a placeholder
             continue

@@ -1,8 +1,8 @@
 """Weights that the library can use: what they are, where they come from, where they are looked for.
 
-Public ones (`RECORDS`) are the user's to get: nothing here downloads anything; `find` returns a file, or says which
-command gets it. Shipped ones (`shipped`) lie inside the package, with their records in a `records.json` beside them,
-which `checkpoints/release.py` writes.
+Public ones (`RECORDS`) are the user's to get, with `psp-weights get` or by hand: nothing here downloads anything;
+`find` returns a file, or says which command gets it. Shipped ones (`shipped`) lie inside the package, with their
+records in a `records.json` beside them, which `checkpoints/release.py` writes.
 """
 
 from __future__ import annotations
@@ -11,41 +11,13 @@ import functools
 import hashlib
 import json
 import os
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from psp_lightning.checkpoints.records import RECORDS as RECORDS
+from psp_lightning.checkpoints.records import Record as Record
 from psp_lightning.utils.errors import UserError, suggest
-
-
-@dataclass(frozen=True)
-class Record:
-    """One file of public weights.
-
-    Attributes:
-        name: key in `RECORDS`.
-        filename: name inside `weights_dir()`.
-        url: where it is published.
-        licence: terms as the publisher states them; read them before use.
-        used_by: what needs it.
-        sha256: digest, or its published first digits; None where the publisher gives none.
-    """
-
-    name: str
-    filename: str
-    url: str
-    licence: str
-    used_by: str
-    sha256: str | None = None
-
-    def command(self, folder: Path) -> str:
-        """The shell command that puts the file into `folder`."""
-        target = shlex.quote(str(folder / self.filename))
-        make = f"mkdir -p {shlex.quote(str(folder))} && "
-        if "drive.google.com" in self.url:
-            return f"{make}pip install gdown && gdown {self.url.rsplit('=', 1)[-1]} -O {target}"
-        return f"{make}curl -L -o {target} {self.url}"
 
 
 @dataclass(frozen=True)
@@ -69,75 +41,6 @@ class Shipped:
     bytes: int
     made_by: str
     licence: str
-
-
-_DRIVE = "https://drive.google.com/uc?id="
-_TORCHVISION = "BSD-3-Clause code; trained on ImageNet (non-commercial research terms)"
-
-RECORDS: dict[str, Record] = {
-    r.name: r
-    for r in (
-        Record(
-            "ir_se50",
-            "model_ir_se50.pth",
-            _DRIVE + "1KW7bjndL3QG3sxBbZxreGHigcCCpsDgn",
-            "MIT code (InsightFace_Pytorch); trained on MS-Celeb-1M, research use",
-            "the identity loss and the encoder's first weights",
-        ),
-        Record(
-            "curricularface_ir101",
-            "CurricularFace_Backbone.pth",
-            _DRIVE + "1f4IwVa2-Bn9vWLwB-bUwm53U_MlvinAj",
-            "MIT code (CurricularFace); research use",
-            "identity similarity as a metric",
-        ),
-        Record(
-            "alexnet",
-            "alexnet-owt-7be5be79.pth",
-            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-            _TORCHVISION,
-            "the lpips loss, net alex",
-            "7be5be79",
-        ),
-        Record(
-            "vgg16",
-            "vgg16-397923af.pth",
-            "https://download.pytorch.org/models/vgg16-397923af.pth",
-            _TORCHVISION,
-            "the lpips loss, net vgg",
-            "397923af",
-        ),
-        Record(
-            "squeezenet",
-            "squeezenet1_1-b8a52dc0.pth",
-            "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
-            _TORCHVISION,
-            "the lpips loss, net squeeze",
-            "b8a52dc0",
-        ),
-        Record(
-            "moco_v2",
-            "moco_v2_800ep_pretrain.pth.tar",
-            "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
-            "CC BY-NC 4.0 (facebookresearch/moco)",
-            "the moco loss",
-        ),
-        Record(
-            "inception_resnet_v1",
-            "20180402-114759-vggface2.pt",
-            "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/20180402-114759-vggface2.pt",
-            "MIT code (facenet-pytorch); trained on VGGFace2, research use",
-            "the identity loss with backbone=facenet",
-        ),
-        Record(
-            "stylegan2_ffhq",
-            "stylegan2-ffhq-config-f.pt",
-            _DRIVE + "1EM87UquaoQmk17Q8d5kYIAHqu0dkYqdT",
-            "Nvidia Source Code License-NC (converted by rosinality); FFHQ is CC BY-NC-SA 4.0",
-            "the generator of domain=ffhq",
-        ),
-    )
-}
 
 
 def weights_dir() -> Path:
@@ -262,6 +165,8 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     raise UserError(
         f"Weights {name!r} ({entry.filename}, needed by {entry.used_by}): {file} {what}.\n"
         f"Get it (licence: {entry.licence}) with\n"
+        f"  psp-weights get {name}\n"
+        f"or by hand with\n"
         f"  {entry.command(folder)}\n"
         f"or set PSP_WEIGHTS to the folder that holds {entry.filename}."
     )
