@@ -120,6 +120,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} was refused and nothing in it was run: {_explain(str(error))}") from None
     except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "an unknown instruction" if isinstance(error, KeyError) else reason
         raise UserError(f"{path} is a damaged pickle, or none ({reason[:200]}). Download or copy it again.") from None
 
 

@@ -186,7 +186,7 @@ def explain(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
             "them is a StyleGAN2 generator in the published layout (style.*, conv1.*, convs.*, to_rgbs.*). Where one "
             "is under other names, rename it: torch.save({'g_ema': state_dict}, FILE)."
         )
-    if some(r"^convs\.\d+\.conv\d?\.\d") and some(r"^final_"):
+    if some(r"^convs\.\d+\.(conv\d?\.)?\d") and some(r"^final_"):
         return "this is a discriminator alone; the generator is in another file or under another key."
     shown = first(str(key)[:60] for key in keys) or "none"
     return (

@@ -1,0 +1,270 @@
+"""Malformed and hostile files, by name; run as a script: `hostile_files.py FOLDER` reads each and reports as JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import pickle
+import struct
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_safetensors
+
+from psp_lightning.models.stylegan2 import Generator
+
+HERE = Path(__file__).parent
+GIB = 1 << 30
+MEMORY = 500 << 20  # bytes that refusing may take beside PyTorch
+SECONDS = 8.0
+
+# what a pickle may ask to call, with an argument that would leave a trace
+CALLS = {
+    "os.system": "touch {canary}",
+    "posix.system": "touch {canary}",
+    "nt.system": "touch {canary}",
+    "os.popen": "touch {canary}",
+    "subprocess.Popen": ["touch", "{canary}"],
+    "subprocess.check_output": ["touch", "{canary}"],
+    "builtins.eval": "open('{canary}', 'w')",
+    "builtins.exec": "open('{canary}', 'w')",
+    "__builtin__.eval": "open('{canary}', 'w')",
+    "builtins.compile": "open('{canary}', 'w')",
+    "builtins.__import__": "os",
+    "builtins.getattr": "os",
+    "builtins.open": "{canary}",
+    "importlib.import_module": "os",
+    "runpy.run_path": "{canary}",
+    "pathlib.Path.touch": "{canary}",
+    "shutil.rmtree": "{canary}",
+    "pickle.loads": b"cos\nsystem\n(S'touch {canary}'\ntR.",
+    "marshal.loads": b"{canary}",
+    "torch.load": "{canary}",
+    "torch.hub.load": "{canary}",
+    "numpy.load": "{canary}",
+    "ctypes.CDLL": "{canary}",
+    "webbrowser.open": "{canary}",
+    "functools.partial": "{canary}",
+    "operator.methodcaller": "system",
+}
+
+
+def _nvidia():
+    spec = importlib.util.spec_from_file_location("nvidia_pickles", HERE / "nvidia_pickles.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _constant(value) -> bytes:
+    """Instructions that push a str, bytes or list of str, in protocol 2."""
+    if isinstance(value, list):
+        return b"](" + b"".join(_constant(item) for item in value) + b"e"
+    data = value if isinstance(value, bytes) else value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _call(name: str, canary: Path) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    argument = CALLS[name]
+    if isinstance(argument, list):
+        argument = [part.format(canary=canary) for part in argument]
+    elif isinstance(argument, bytes):
+        argument = argument.replace(b"{canary}", str(canary).encode())
+    else:
+        argument = argument.format(canary=canary)
+    return b"c" + module.encode() + b"\n" + attribute.encode() + b"\n" + _constant(argument) + b"\x85R"
+
+
+def _archive(program: bytes, records: dict[str, bytes] | None = None, packed: bool = False) -> bytes:
+    """A zip archive as torch.save writes it around a pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/byteorder", "little")
+        for name, data in (records or {}).items():
+            archive.writestr(f"archive/{name}", data)
+        archive.writestr("archive/version", "3\n")
+    return out.getvalue()
+
+
+def _legacy(program: bytes) -> bytes:
+    """torch.save's format before zip archives around a pickle."""
+    parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2)]
+    return b"".join([*parts, program, pickle.dumps([], 2)])
+
+
+def _nested(nvidia, program: bytes) -> bytes:
+    """A pickle of NVIDIA's with a call inside a network's attributes."""
+    marker = "MARKER-OF-THE-CALL"
+    network = nvidia.Persistent("Generator", extra=marker)
+    with nvidia.stand_ins():
+        data = pickle.dumps({"G_ema": network}, protocol=2)
+    pushed = b"X" + struct.pack("<I", len(marker)) + marker.encode()
+    assert pushed in data
+    return data.replace(pushed, program)
+
+
+def _storage_program(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
+    """A pickle {"g_ema": {"input.input": tensor}} whose tensor views storage "0"."""
+
+    def whole(n: int) -> bytes:
+        data = n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True)
+        return b"\x8a" + bytes([len(data)]) + data
+
+    def numbers(values: tuple) -> bytes:
+        return b"(" + b"".join(whole(v) for v in values) + b"t"
+
+    storage = b"(" + _constant("storage") + f"ctorch\n{dtype}\n".encode() + _constant("0") + _constant("cpu")
+    storage += whole(numel) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole(0) + numbers(size) + numbers(stride)
+    tensor += b"\x89ccollections\nOrderedDict\n)RtR"
+    return b"\x80\x02}" + _constant("g_ema") + b"}" + _constant("input.input") + tensor + b"ss."
+
+
+def good() -> dict[str, bytes]:
+    """Valid files of every kind, small."""
+    nvidia = _nvidia()
+    net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    with nvidia.stand_ins():
+        pkl = pickle.dumps(nvidia.snapshot(nvidia.network(nvidia.from_published(state, torch.zeros(8)))), 4)
+    content = {"g_ema": state, "latent_avg": torch.zeros(8)}
+    new, old = io.BytesIO(), io.BytesIO()
+    torch.save(content, new)
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    description = {"kind": "generator", "format": 1, "generator": {"class": "Generator", **net.config}}
+    ours = save_safetensors(state, metadata={"psp_lightning": json.dumps(description)})
+    return {"nvidia.pkl": pkl, "zip.pt": new.getvalue(), "legacy.pt": old.getvalue(), "ours.safetensors": ours}
+
+
+def not_finite(value: float) -> dict[str, bytes]:
+    """Valid files one of whose numbers is not finite."""
+    nvidia = _nvidia()
+    net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    state["convs.0.conv.weight"][0, 0, 0, 0, 0] = value
+    with nvidia.stand_ins():
+        pkl = pickle.dumps(nvidia.network(nvidia.from_published(state, None)), 4)
+    files = {"nvidia.pkl": pkl}
+    for name, zipped in (("zip.pt", True), ("legacy.pt", False)):
+        out = io.BytesIO()
+        torch.save({"g_ema": state}, out, _use_new_zipfile_serialization=zipped)
+        files[name] = out.getvalue()
+    description = {"kind": "generator", "format": 1, "generator": {"class": "Generator", **net.config}}
+    files["ours.safetensors"] = save_safetensors(state, metadata={"psp_lightning": json.dumps(description)})
+    files["foreign.safetensors"] = save_safetensors(state)
+    return files
+
+
+def bombs() -> dict[str, bytes]:
+    """Files that ask for memory or time."""
+    big = struct.pack("<Q", 1 << 40)
+    deep = b"\x80\x02})" + b"\x85" * 400_000 + b"K\x01s."
+    bytearray_call = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."  # of 8 GiB
+    zeros = bytes(64 << 20)
+    programs = {
+        "bytearray": bytearray_call,
+        "deep tuple as a key": deep,
+        "deep lists": b"\x80\x02" + b"](" * 200_000 + b"e" * 200_000 + b".",
+        "many instructions": b"\x80\x02" + b"N0" * 3_000_000 + b"N.",
+        "huge memo index": b"\x80\x02Nr\xff\xff\xff\x7f.",
+        "huge bytes": b"\x80\x04\x8e" + big + b"abc.",
+        "huge text": b"\x80\x04\x8d" + big + b"abc.",
+        "huge frame": b"\x80\x04\x95" + big + b"N.",
+        "huge bytearray": b"\x80\x05\x96" + big + b"abc.",
+        "huge integer": b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b"abc.",
+        "long decimal": b"\x80\x02I" + b"9" * 2_000_000 + b"\n.",
+        "stretched tensor": _storage_program("FloatStorage", 1, (1, 1 << 20, 1 << 20), (0, 0, 0)),
+        "huge storage": _storage_program("FloatStorage", 1 << 38, (1 << 38,), (1,)),
+        "huge shape": _storage_program("FloatStorage", 1, (1 << 31, 1 << 31), (1 << 31, 1)),
+        "negative shape": _storage_program("FloatStorage", 1, (-1, 4), (1, 1)),
+        "tensor of a size": b"\x80\x02}" + _constant("g_ema") + b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x02\x85Rs.",
+        "recursive dict": b"\x80\x02}q\x00" + _constant("g_ema") + b"h\x00s.",
+    }
+    files = {}
+    for name, program in programs.items():
+        files[f"{name}, bare.pkl"] = program
+        files[f"{name}, zip.pt"] = _archive(program, {"data/0": bytes(4)})
+        files[f"{name}, legacy.pt"] = _legacy(program)
+    plain = pickle.dumps({}, 2)
+    files["zip bomb of a record.pt"] = _archive(plain, {"data/0": zeros}, packed=True)
+    files["zip bomb of the pickle.pt"] = _archive(b"\x80\x02" + b"N0" * (16 << 20), packed=True)
+    lying = bytearray(_archive(plain, {"data/0": bytes(64)}))
+    at = lying.rfind(b"archive/data/0") - 46 + 20  # sizes in the central directory
+    lying[at : at + 8] = struct.pack("<II", 0x7FFFFFF0, 0x7FFFFFF0)
+    files["zip with lying sizes.pt"] = bytes(lying)
+    for name, size in (("huge", 1 << 62), ("large", 100 << 20), ("beyond the file", 5000)):
+        files[f"header {name}.safetensors"] = struct.pack("<Q", size) + b'{"a": 1}'
+    shape = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    files["header of a huge tensor.safetensors"] = struct.pack("<Q", len(shape)) + shape + bytes(16)
+    return files
+
+
+def hostile(canary: Path) -> dict[str, bytes]:
+    """All of them: name to content. Each must be refused."""
+    nvidia, files = _nvidia(), bombs()
+    for name in CALLS:
+        call = _call(name, canary)
+        files[f"{name}, bare.pkl"] = b"\x80\x02" + call + b"."
+        files[f"{name}, nested.pkl"] = _nested(nvidia, call)
+        files[f"{name}, zip.pt"] = _archive(b"\x80\x02}" + _constant("g_ema") + call + b"s.")
+        files[f"{name}, legacy.pt"] = _legacy(b"\x80\x02}" + _constant("g_ema") + call + b"s.")
+    for name, data in good().items():
+        stem, _, suffix = name.partition(".")
+        for part in (0, 1, 7, 30, len(data) // 4, len(data) // 2, 3 * len(data) // 4, len(data) - 2):
+            files[f"{stem} cut at {part}.{suffix}"] = data[:part]
+        # sixty-four bytes turned over in what says how the file is built; numbers alone are anybody's guess
+        structure = {"zip.pt": len(data) - 2000, "ours.safetensors": 0}.get(name, 0)
+        for i in range(8):
+            at = structure + 16 + i * 90
+            flipped = bytes(255 - byte for byte in data[at : at + 64])
+            files[f"{stem} flipped at {at}.{suffix}"] = data[:at] + flipped + data[at + 64 :]
+    for value in ("nan", "inf", "-inf"):
+        for name, data in not_finite(float(value)).items():
+            stem, _, suffix = name.partition(".")
+            files[f"{stem} with {value}.{suffix}"] = data
+    return files
+
+
+def _memory(kind: str) -> int:
+    """Bytes that this process uses now (VmRSS) or used at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def main(folder: Path) -> None:
+    """Read every file as `psp-weights import` does, and print what happened."""
+    import resource
+
+    from psp_lightning.checkpoints.foreign import import_file
+    from psp_lightning.utils.errors import UserError
+
+    canary = folder / "canary"
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * GIB, used + 6 * GIB))  # a bomb fails, and not the machine
+    results = {}
+    for number, (name, data) in enumerate(hostile(canary).items()):
+        file = folder / f"{number}.{name.rpartition('.')[2]}"
+        file.write_bytes(data)
+        print(name, file=sys.stderr, flush=True)  # the last one, should the process die
+        Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory starts anew
+        before, start = _memory("VmRSS"), time.monotonic()
+        try:
+            import_file(file)
+            outcome = "accepted"
+        except UserError as error:
+            outcome = f"refused: {error}"
+        except BaseException as error:
+            outcome = f"failed: {type(error).__name__}: {error}"
+        results[name] = (outcome, time.monotonic() - start, _memory("VmHWM") - before, canary.exists())
+        file.unlink()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
