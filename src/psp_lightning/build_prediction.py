@@ -12,18 +12,21 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.strategies import DDPStrategy
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build import import_plugins, quiet
 from psp_lightning.build_checks import check_numbers
 from psp_lightning.checkpoints.io import load_psp
-from psp_lightning.data.inputs import InputDataset, InputFile, collate_inputs, list_inputs
+from psp_lightning.checkpoints.latent_files import DESCRIBED, PLAIN, gather_latents, read_latents
+from psp_lightning.checkpoints.latents import generator_hash, load_decoder
+from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
 from psp_lightning.lit.module import gather
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, PredictionWriter, make_inject
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
 
@@ -48,6 +51,20 @@ class PredictionPlan:
     todo: list[int]
     skipped: list[dict[str, Any]]
     manifest: Path
+    writer: PredictionWriter
+
+    def gather_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
+        """Write OUTPUT/latents.safetensors (or .npz): the codes of all inputs that have one; None: not asked for.
+
+        Raises:
+            UserError: what was skipped belongs to another generator.
+        """
+        good = sorted(record["index"] for record in records if record["status"] != "error")
+        if not cfg.latents or not good:
+            return None
+        path = self.writer.folder / f"latents.{'npz' if cfg.latents == 'npz' else 'safetensors'}"
+        gather_latents(path, [self.writer.latents_of(self.files[index]) for index in good])
+        return path
 
 
 @dataclass
@@ -75,9 +92,11 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         raise UserError(f"format={cfg.format} is unknown.{suggest(cfg.format, FORMATS)} Choose from: {options}")
     if cfg.precision not in PRECISIONS:
         raise UserError(f"precision={cfg.precision} is unknown. Choose from: {', '.join(PRECISIONS)}")
-    for key in ("side_by_side", "sheet", "latents", "overwrite"):
+    for key in ("side_by_side", "sheet", "overwrite", "any_generator"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]} must be true or false.")
+    if cfg.latents not in (True, False, "safetensors", "npz"):
+        raise UserError(f"latents={cfg.latents} must be true, false, safetensors or npz.")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
         raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
     if cfg.mask.kind is not None and cfg.mask.kind not in SHAPES:
@@ -86,19 +105,44 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         )
     check_numbers(cfg, NUMBERS)
     output = Path(cfg.output)
-    files = list_inputs(str(cfg.input), exclude=output)
+    latents = holds_latents(cfg.input)
+    files = _list_latents(cfg) if latents else list_inputs(str(cfg.input), exclude=output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error.strerror}.") from None
-    writer = _writer(cfg, files, None)
+    writer = _writer(cfg, files, None, named=latents)
     _refuse_clashes(writer, files, cfg.sheet)
     results = [(*writer.outputs_of(file), *writer.extras_of(file)) for file in files]
     done = [not cfg.overwrite and all(path.exists() for path in paths) for paths in results]
     skipped = [writer.record(i, "skipped", writer.outputs_of(files[i]), 0.0) for i, skip in enumerate(done) if skip]
-    return PredictionPlan(files, [i for i, skip in enumerate(done) if not skip], skipped, output / "manifest.jsonl")
+    todo = [i for i, skip in enumerate(done) if not skip]
+    return PredictionPlan(files, todo, skipped, output / "manifest.jsonl", writer)
+
+
+def holds_latents(path: Any) -> bool:
+    """Whether `input` means a file of latents, by its suffix."""
+    return Path(str(path)).suffix in (*DESCRIBED, *PLAIN)
+
+
+def _list_latents(cfg: DictConfig) -> list[InputFile]:
+    """The codes of `input` by their names.
+
+    Raises:
+        UserError: no file of latents; settings that are for images.
+    """
+    path = Path(str(cfg.input)).expanduser()
+    image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None}
+    image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
+    if given := [key for key, value in image.items() if value]:
+        raise UserError(f"{given[0]} is for images; input={cfg.input} holds latents.")
+    latents = read_latents(path)
+    results = {Path(cfg.output) / f"latents{suffix}" for suffix in DESCRIBED}
+    if cfg.latents and path.resolve() in {result.resolve() for result in results}:
+        raise UserError(f"latents={cfg.latents} would write over input={cfg.input}: give another output folder.")
+    return [InputFile(path, name) for name in latents.names]
 
 
 def _refuse_clashes(writer: PredictionWriter, files: list[InputFile], sheet: bool) -> None:
@@ -113,19 +157,21 @@ def _refuse_clashes(writer: PredictionWriter, files: list[InputFile], sheet: boo
             taken.add(path)
 
 
-def _writer(cfg: DictConfig, files: list[InputFile], spec: InputSpec | None) -> PredictionWriter:
-    return PredictionWriter(Path(cfg.output), files, spec, cfg.mix.n_outputs, cfg.format, cfg.side_by_side, cfg.latents)
+def _writer(
+    cfg: DictConfig, files: list[InputFile], spec: InputSpec | None, generator: str | None = None, named: bool = False
+) -> PredictionWriter:
+    return PredictionWriter(
+        Path(cfg.output), files, spec, cfg.mix.n_outputs, cfg.format, cfg.side_by_side, bool(cfg.latents),
+        generator, str(cfg.ckpt), named,
+    )  # fmt: skip
 
 
-def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
-    """Network, inputs of this rank, writer, Trainer.
+def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
+    """What the network takes.
 
     Raises:
-        UserError: whatever in the checkpoint, the inputs or the settings a person can mend.
+        UserError: settings that are for another kind of source.
     """
-    quiet()
-    import_plugins(cfg.plugins)
-    net = load_psp(cfg.ckpt)
     values = dict(net.source)
     if cfg.mask.kind is not None:
         values["mask"] = {"kind": cfg.mask.kind}
@@ -136,13 +182,48 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         raise UserError(f"factor={cfg.factor} is more than the {spec.size} pixels of the input.")
     if cfg.factor is not None and spec.kind != "lowres":
         raise UserError(f"factor={cfg.factor} is for super-resolution; {cfg.ckpt} takes {spec.kind} images.")
-    masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
-    reference = None if cfg.mix.reference is None else load_source(cfg.mix.reference, spec)
+    return spec
+
+
+def _reference(cfg: DictConfig, spec: InputSpec | None) -> torch.Tensor | None:
+    """The picture whose styles are injected."""
+    if cfg.mix.reference is None:
+        return None
+    if spec is None:
+        raise UserError(f"mix.reference needs an encoder; {cfg.ckpt} is a generator alone.")
+    return load_source(cfg.mix.reference, spec)
+
+
+def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
+    """Network, inputs of this rank, writer, Trainer.
+
+    Raises:
+        UserError: whatever in the checkpoint, the inputs or the settings a person can mend.
+    """
+    quiet()
+    import_plugins(cfg.plugins)
+    latents = None
+    if holds_latents(cfg.input):
+        net = load_decoder(cfg.ckpt)
+        latents = read_latents(str(cfg.input)).of(net.generator, str(cfg.ckpt), cfg.any_generator)
+    else:
+        net = load_psp(cfg.ckpt)
+    spec = None
+    dataset: Dataset[dict[str, Any]]
+    if latents is not None:
+        dataset = LatentDataset(latents.codes)
+        spec = _spec(cfg, net) if net.source else None  # for mix.reference
+    else:
+        spec = _spec(cfg, net)
+        masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
+        dataset = InputDataset(plan.files, spec, cfg.factor, masks, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
-        inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
-    module = LitPredictor(net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite)
-    writer = _writer(cfg, plan.files, spec)
+        inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
+    space, average = ("w_plus", None) if latents is None else (latents.space, latents.lacking(net))
+    module = LitPredictor(net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average)
+    digest = generator_hash(net.generator) if cfg.latents else None
+    writer = _writer(cfg, plan.files, spec, digest, latents is not None)
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
     world = devices if isinstance(devices, int) else len(devices)
     trainer = pl.Trainer(
@@ -158,9 +239,9 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         enable_model_summary=False,
     )
     loader = DataLoader(
-        Subset(InputDataset(plan.files, spec, cfg.factor, masks, cfg.seed), plan.todo[trainer.global_rank :: world]),
+        Subset(dataset, plan.todo[trainer.global_rank :: world]),
         batch_size=cfg.batch_size,
-        num_workers=cfg.num_workers,
+        num_workers=0 if latents is not None else cfg.num_workers,
         collate_fn=collate_inputs,
     )
     return Prediction(trainer, module, loader, writer)

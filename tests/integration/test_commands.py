@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 
 @pytest.fixture(scope="session")
@@ -203,7 +204,9 @@ def test_formats_extras_and_size(suffix: str, psp, small: Path, tmp_path: Path) 
     out = tmp_path / "out"
     assert Image.open(out / f"0.{suffix}").size == (16, 16)
     assert Image.open(out / "side_by_side" / f"0.{suffix}").size == (32, 16)
-    assert np.load(out / "latents" / "0.npz")["w_plus"].shape == (8, 32)
+    assert np.load(out / "latents" / "0.npz")["w_plus"].shape == (1, 8, 32)
+    with np.load(out / "latents" / "1.npz") as file, safe_open(out / "latents.safetensors", "np") as whole:
+        assert np.array_equal(whole.get_tensor("w_plus")[1:], file["w_plus"])
     assert (out / "sheet.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a prediction: a file, a folder or a glob becomes a list of images, each with the name of its output."""
+"""The inputs of a prediction: images of a file, folder or glob, or latent codes, each with its output's name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import SUFFIXES, list_images
@@ -22,7 +23,7 @@ from psp_lightning.utils.errors import UserError
 
 @dataclass(frozen=True)
 class InputFile:
-    """One image to predict from.
+    """One image, or one code of a file of latents, to predict from.
 
     Args:
         path: the file.
@@ -124,6 +125,23 @@ class InputDataset(Dataset[dict[str, Any]]):
         return self.masks[file.path.stem]
 
 
+class LatentDataset(Dataset[dict[str, Any]]):
+    """Items hold `index`, `seconds` and `latents`, one code.
+
+    Args:
+        codes: (N, z_dim), (N, style_dim) or (N, n_styles, style_dim) float32.
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, "seconds": 0.0, "latents": self.codes[index]}
+
+
 def collate_inputs(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack what was read; `failed` lists (index, error, seconds) of the rest."""
     good = [item for item in items if "error" not in item]
@@ -132,7 +150,7 @@ def collate_inputs(items: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": [item["seconds"] for item in good],
         "failed": [(item["index"], item["error"], item["seconds"]) for item in items if "error" in item],
     }
-    for key in ("source", "known"):
+    for key in ("source", "known", "latents"):
         if good and key in good[0]:
             batch[key] = torch.stack([item[key] for item in good])
     return batch

@@ -18,6 +18,8 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
+from psp_lightning.checkpoints.latent_files import save_latents
+from psp_lightning.checkpoints.latents import Latents, to_w_plus
 from psp_lightning.data.inputs import InputFile
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.lit.grids import source_to_rgb
@@ -29,7 +31,7 @@ FORMATS = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quali
 
 
 class LitPredictor(pl.LightningModule):
-    """Encodes, mixes styles and decodes.
+    """Encodes, or takes codes as they are, mixes styles and decodes.
 
     Args:
         net: the network.
@@ -38,9 +40,12 @@ class LitPredictor(pl.LightningModule):
         alpha: 1: the injected style alone.
         size: edge length of the outputs; None: the generator's.
         composite: inpainting: keep the known pixels.
+        space: of the codes, where batches hold `latents` instead of `source`.
+        average: (n_styles, style_dim), added to codes that lack it.
     """
 
     inject: Tensor | None
+    average: Tensor | None
 
     def __init__(
         self,
@@ -50,19 +55,25 @@ class LitPredictor(pl.LightningModule):
         alpha: float = 1.0,
         size: int | None = None,
         composite: bool = False,
+        space: str = "w_plus",
+        average: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.latent_mask = list(latent_mask or ())
-        self.alpha, self.size, self.composite = alpha, size, composite
+        self.alpha, self.size, self.composite, self.space = alpha, size, composite, space
         self.register_buffer("inject", inject, persistent=False)
+        self.register_buffer("average", average, persistent=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """`images` (B, n_outputs, 3, S, S) in [-1, 1], `w_plus` (B, n_styles, style_dim) before mixing."""
         start = time.perf_counter()
         if not batch["index"]:
             return {"seconds": 0.0}
-        w_plus = self.net.encode(batch["source"])
+        if "latents" in batch:
+            w_plus = to_w_plus(batch["latents"], self.space, self.net.generator, self.average)
+        else:
+            w_plus = self.net.encode(batch["source"])
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = w_plus
@@ -97,7 +108,10 @@ class PredictionWriter(Callback):
         n_outputs: outputs of one input.
         format: suffix of the images.
         side_by_side: also write source | output.
-        latents: also write w_plus.
+        latents: also write w_plus, a file for each input.
+        generator: `generator_hash` of the network, for those files.
+        checkpoint: its name, for those files.
+        named: the inputs are entries of one file; the manifest tells their names.
     """
 
     def __init__(
@@ -109,7 +123,11 @@ class PredictionWriter(Callback):
         format: str = "png",
         side_by_side: bool = False,
         latents: bool = False,
+        generator: str | None = None,
+        checkpoint: str | None = None,
+        named: bool = False,
     ) -> None:
+        self.generator, self.checkpoint, self.named = generator, checkpoint, named
         self.folder, self.files, self.spec, self.n_outputs = folder, files, spec, n_outputs
         self.format, self.side_by_side, self.latents = format, side_by_side, latents
         self._threads: ThreadPoolExecutor | None = None
@@ -124,7 +142,11 @@ class PredictionWriter(Callback):
     def extras_of(self, file: InputFile) -> list[Path]:
         """What is written beside the outputs."""
         pictures = [self.folder / "side_by_side" / f"{file.name}.{self.format}"] if self.side_by_side else []
-        return pictures + ([self.folder / "latents" / f"{file.name}.npz"] if self.latents else [])
+        return pictures + ([self.latents_of(file)] if self.latents else [])
+
+    def latents_of(self, file: InputFile) -> Path:
+        """Where the code of one input goes."""
+        return self.folder / "latents" / f"{file.name}.npz"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._threads = ThreadPoolExecutor(max_workers=4)
@@ -161,6 +183,7 @@ class PredictionWriter(Callback):
         line: dict[str, Any] = {
             "index": index,
             "source": os.fspath(self.files[index].path),
+            **({"name": self.files[index].name} if self.named else {}),
             "output": [os.fspath(path) for path in outputs],
             "status": status,
             "seconds": round(seconds, 6),
@@ -177,7 +200,7 @@ class PredictionWriter(Callback):
             save_atomic(to_pil(image), path, **FORMATS[self.format])
         for path in self.extras_of(file):
             if path.suffix == ".npz":
-                _save_latents(path, w_plus)
+                save_latents(path, Latents(w_plus[None], (file.name,), "w_plus", self.generator, self.checkpoint))
             elif source is not None:
                 save_atomic(self._beside(source, images), path, **FORMATS[self.format])
         return self.record(index, "ok", paths, seconds + time.perf_counter() - start)
@@ -186,14 +209,6 @@ class PredictionWriter(Callback):
         assert self.spec is not None
         shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
         return to_pil(torch.cat([shown[0], *images], dim=-1))
-
-
-def _save_latents(path: Path, w_plus: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(file, w_plus=w_plus.numpy())
-    os.replace(part, path)
 
 
 def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
@@ -230,17 +245,21 @@ def make_inject(
 
 
 def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: int = 128) -> None:
-    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines."""
-    shown = [record for record in records if record["output"] and record["status"] != "error"][:most]
+    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines.
+
+    Of latents, which are no pictures, the outputs alone.
+    """
+    found = [record for record in records if record["output"] and record["status"] != "error"][:most]
+    shown = [([] if "name" in record else [record["source"]]) + record["output"] for record in found]
     if not shown:
         return
     gap = edge // 8
-    width = edge * max(1 + len(record["output"]) for record in shown) + gap
+    width = edge * max(map(len, shown)) + gap
     columns = max(1, 8 * edge // width)
     lines = -(-len(shown) // columns)
     sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, lines * (edge + gap) - gap), "white")
-    for i, record in enumerate(shown):
-        for k, name in enumerate([record["source"], *record["output"]]):
+    for i, names in enumerate(shown):
+        for k, name in enumerate(names):
             with Image.open(name) as image:
                 picture = image.convert("RGB").resize((edge, edge))
             sheet.paste(picture, (i % columns * width + k * edge, i // columns * (edge + gap)))
