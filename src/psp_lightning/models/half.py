@@ -40,8 +40,11 @@ class HalfPrecision(nn.Module):
         """`x` in the precision of the block."""
         return x.to(self.half_dtype) if self.is_half(resolution) else x.float() if self.half_from is not None else x
 
+    def bound(self, resolution: int) -> float | None:
+        """Bound of the activations' absolute values: of float16 blocks."""
+        return FLOAT16_LIMIT if self.is_half(resolution) and self.half_dtype == torch.float16 else None
+
     def clamp(self, x: Tensor, resolution: int) -> Tensor:
-        """Bounds activations of float16 blocks."""
-        if self.is_half(resolution) and self.half_dtype == torch.float16:
-            return x.clamp(-FLOAT16_LIMIT, FLOAT16_LIMIT)
-        return x
+        """`x` within the bound."""
+        bound = self.bound(resolution)
+        return x if bound is None else x.clamp(-bound, bound)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.registry import register_generator
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
+from psp_lightning.ops import blur_padding, fir_kernel, modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
@@ -52,10 +52,11 @@ class ModulatedConv(nn.Module):
         self.demodulate = demodulate
         self.blur = FIRFilter(gain=4) if up else None
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        blur = self.blur.kernel if self.blur is not None else None
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution and its demodulation factors, which `modconv_epilogue` applies, as it does the low-pass
+        filter where there is one."""
         weight = self.weight * self.scale
-        return modulated_conv2d(x, weight, self.modulation(w), self.demodulate, blur is not None, blur)
+        return modulated_convolution(x, weight, self.modulation(w), self.demodulate, self.blur is not None)
 
     # The published layout has a leading axis of one on the weight, here only in state dicts: a five-dimensional
     # parameter would make `module.to(memory_format=torch.channels_last)` fail.
@@ -95,13 +96,18 @@ class StyledConv(nn.Module):
         self.noise = NoiseStrength()
         self.activate = ActivationBias(out_channels)
 
-    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
-        """`noise` (1|B, 1, H, W); None draws it from the global random state."""
-        x = self.conv(x, w)
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, clamp: float | None = None) -> Tensor:
+        """`noise` (1|B, 1, H, W); None draws it from the global random state. `clamp` bounds the result."""
+        scale = 1 if self.conv.blur is None else 2
+        size = (x.shape[0], 1, x.shape[2] * scale, x.shape[3] * scale)
+        x, factor = self.conv(x, w)
         if noise is None:
-            noise = x.new_empty(x.shape[0], 1, *x.shape[2:]).normal_()
-        x = x + (self.noise.weight * noise).to(x.dtype)
-        return fused_leaky_relu(x, self.activate.bias.to(x.dtype))
+            noise = x.new_empty(size).normal_()
+        blur, padding = None, (0, 0)
+        if self.conv.blur is not None:
+            blur = self.conv.blur.kernel
+            padding = blur_padding(blur, self.conv.weight.shape[-1])
+        return modconv_epilogue(x, blur, padding, factor, noise, self.noise.weight, self.activate.bias, clamp=clamp)
 
 
 class ToRGB(nn.Module):
@@ -114,7 +120,8 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, image_channels, 1, 1))
 
     def forward(self, x: Tensor, w: Tensor, image: Tensor | None = None) -> Tensor:
-        rgb = (self.conv(x, w) + self.bias).to(self.bias.dtype)  # the image adds up in full precision
+        x, _ = self.conv(x, w)
+        rgb = (x + self.bias).to(self.bias.dtype)  # the image adds up in full precision
         if image is None or self.upsample is None:
             return rgb
         return rgb + upfirdn2d(image, self.upsample.kernel, up=2, padding=(2, 1))
@@ -293,9 +300,9 @@ class Generator(HalfPrecision):
             first = 2 * i + 1  # a ToRGB shares its style with the next block's first convolution
             resolution = 8 << i
             with self.precision(resolution, x.device):
-                x = self.cast(x, resolution)
-                x = self.clamp(self.convs[2 * i](x, styles[first], maps[first]), resolution)  # (B, C, 2H, 2W)
-                x = self.clamp(self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1]), resolution)
+                x, bound = self.cast(x, resolution), self.bound(resolution)
+                x = self.convs[2 * i](x, styles[first], maps[first], bound)  # (B, C, 2H, 2W)
+                x = self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1], bound)
                 image = to_rgb(x, styles[first + 2], image)  # (B, 3, 2H, 2W)
         return image
 

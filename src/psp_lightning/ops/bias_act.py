@@ -1,29 +1,55 @@
-"""Bias, leaky ReLU and gain in one step."""
+"""Bias, leaky ReLU, gain and clamp in one step."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psp_lightning.ops._dispatch import use_op
+
 
 def fused_leaky_relu(
-    x: Tensor, bias: Tensor | None = None, negative_slope: float = 0.2, scale: float = math.sqrt(2)
+    x: Tensor,
+    bias: Tensor | None = None,
+    negative_slope: float = 0.2,
+    scale: float = math.sqrt(2),
+    clamp: float | None = None,
 ) -> Tensor:
-    """`scale * leaky_relu(x + bias)`.
+    """`scale * leaky_relu(x + bias)`, then bounded to `[-clamp, clamp]`.
 
     Args:
         x: (B, C, ...) float.
         bias: (C,), added along dimension 1; None adds nothing.
         negative_slope: slope for negative values.
         scale: gain; the default keeps the variance of a standard normal input near one.
+        clamp: bound of the result's absolute value; None: none.
 
     Returns:
         Same shape and dtype as `x` (promoted with `bias`).
 
-    Source: StyleGAN2 (arXiv:1912.04958), appendix B; values checked against the pSp reference, commit 5cfff38.
+    Source: StyleGAN2 (arXiv:1912.04958), appendix B; values checked against the pSp reference, commit 5cfff38. The
+    bound: StyleGAN2-ADA (arXiv:2006.06676), appendix D.
     """
+    fits = bias is None or torch.promote_types(x.dtype, bias.dtype) == x.dtype
+    # the kernel's derivative is told from the result's sign, which needs these signs
+    if fits and scale > 0 and negative_slope >= 0 and use_op(x):
+        return torch.ops.psp_lightning.epilogue(
+            x, None, [], None, None, None, bias, negative_slope, scale, -1.0 if clamp is None else clamp
+        )
+    return bias_act_ref(x, bias, negative_slope, scale, clamp)
+
+
+def bias_act_ref(
+    x: Tensor, bias: Tensor | None, negative_slope: float, scale: float, clamp: float | None = None
+) -> Tensor:
+    """`fused_leaky_relu` in plain PyTorch: any device, any order of derivative."""
     if bias is not None:
         x = x + bias.view(1, -1, *([1] * (x.ndim - 2)))
-    return F.leaky_relu(x, negative_slope) * scale
+    if negative_slope != 1:
+        x = F.leaky_relu(x, negative_slope)
+    if scale != 1:
+        x = x * scale
+    return x if clamp is None else x.clamp(-clamp, clamp)

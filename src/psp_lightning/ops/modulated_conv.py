@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.ops.upfirdn import upfirdn2d
+from psp_lightning.ops.epilogue import modconv_epilogue
 
 
 def demodulation(weight: Tensor, style: Tensor, eps: float = 1e-8) -> Tensor:
@@ -23,6 +23,37 @@ def demodulation(weight: Tensor, style: Tensor, eps: float = 1e-8) -> Tensor:
     """
     energy = weight.square().sum((2, 3))  # (O, I)
     return (style.square() @ energy.t() + eps).rsqrt()
+
+
+def modulated_convolution(
+    x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, up: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution of `modulated_conv2d` and the factors that demodulate it, for `modconv_epilogue`.
+
+    Args:
+        x, weight, style, demodulate, up: as `modulated_conv2d` takes them.
+
+    Returns:
+        (B, O, H, W), or before the low-pass filter (B, O, 2H+k-2, 2W+k-2) with `up`; and (B, O), float32 or wider, or
+        None without `demodulate`.
+
+    Source: StyleGAN2 (arXiv:1912.04958), section 2.2, equations 1 and 3.
+    """
+    factor = None
+    if demodulate:
+        with torch.autocast(x.device.type, enabled=False):  # sums of squares leave half precision's range
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            factor = demodulation(weight.to(wide), style.to(wide))
+    x = x * style[:, :, None, None].to(x.dtype)
+    if up:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), factor
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2), factor
+
+
+def blur_padding(blur: Tensor, size: int) -> tuple[int, int]:
+    """Padding of the filter behind a transposed convolution of `size` that makes the result twice the input."""
+    excess = blur.shape[-1] - 2 - (size - 1)
+    return (excess + 1) // 2 + 1, excess // 2 + 1
 
 
 def modulated_conv2d(
@@ -52,19 +83,9 @@ def modulated_conv2d(
     Source: StyleGAN2 (arXiv:1912.04958), section 2.2, equations 1 and 3; checked against the weight-side form in the
     tests and the pSp reference (commit 5cfff38).
     """
-    factor = None
-    if demodulate:
-        with torch.autocast(x.device.type, enabled=False):  # sums of squares leave half precision's range
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            factor = demodulation(weight.to(wide), style.to(wide))
-    x = x * style[:, :, None, None].to(x.dtype)
-    padding = weight.shape[-1] // 2
-    if up:
-        if blur is None:
-            raise ValueError("modulated_conv2d(up=True) needs its blur filter.")
-        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # (B, O, 2H+k-2, 2W+k-2)
-        excess = blur.shape[-1] - 2 - (weight.shape[-1] - 1)
-        x = upfirdn2d(x, blur, padding=((excess + 1) // 2 + 1, excess // 2 + 1))
-    else:
-        x = F.conv2d(x, weight, padding=padding)
-    return x if factor is None else x * factor[:, :, None, None].to(x.dtype)
+    if up and blur is None:
+        raise ValueError("modulated_conv2d(up=True) needs its blur filter.")
+    x, factor = modulated_convolution(x, weight, style, demodulate, up)
+    if up and blur is not None:
+        return modconv_epilogue(x, blur, blur_padding(blur, weight.shape[-1]), factor, negative_slope=1, gain=1)
+    return x if factor is None else modconv_epilogue(x, demod=factor, negative_slope=1, gain=1)

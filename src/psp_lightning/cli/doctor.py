@@ -1,0 +1,151 @@
+"""psp-doctor: what the CUDA kernels need, whether they are used, and whether they are right."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from psp_lightning.cli._main import guard
+from psp_lightning.utils.errors import UserError, suggest
+
+HELP = """psp-doctor ops [build=true] [check=false]
+
+Prints which kernels are used, why, and what they are built with.
+
+build   build them now, also without a GPU (for the architectures in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0")
+check   on a GPU: compare every kernel with plain PyTorch in float64 (default: true)
+
+Status 0: all that PSP_OPS asks for is there and right. Status 1: it is not, the build failed, or a kernel is wrong.
+Environment: PSP_OPS=auto|cuda|ref, PSP_OPS_DIR=folder of built kernels, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
+"""
+DEFAULTS = {"build": False, "check": True}
+
+
+def _parse(arguments: list[str]) -> dict[str, bool]:
+    if arguments[0] != "ops":
+        raise UserError(
+            f"there is nothing called '{arguments[0]}' to look at.{suggest(arguments[0], ['ops'])} Known: ops."
+        )
+    values = dict(DEFAULTS)
+    for argument in arguments[1:]:
+        key, _, value = argument.partition("=")
+        if key not in DEFAULTS:
+            raise UserError(f"'{argument}' is no setting.{suggest(key, DEFAULTS)} Settings: {', '.join(DEFAULTS)}.")
+        if value not in ("true", "false"):
+            raise UserError(f"{argument}: write {key}=true or {key}=false.")
+        values[key] = value == "true"
+    return values
+
+
+def _line(name: str, value: object) -> None:
+    print(f"{name:<15} {value}")
+
+
+def report(build: bool = False, check: bool = True) -> bool:
+    """Print it all; True if what `$PSP_OPS` asks for is there and right."""
+    import torch
+
+    from psp_lightning.ops import _dispatch, _jit, _toolchain
+
+    choice, gpus = _dispatch.choice(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    architectures = _toolchain.architectures()
+    home = _toolchain.cuda_home()
+    _line("PSP_OPS", choice + ("" if os.environ.get("PSP_OPS") else " (not set)"))
+    _line("torch", f"{torch.__version__}, built with CUDA {torch.version.cuda or '- none'}")
+    _line("CUDA toolkit", f"{home}, nvcc {_toolchain.nvcc_version(home) or 'does not run'}" if home else "not found")
+    _line("ninja", _toolchain.ninja_version() or "not found")
+    _line("C++ compiler", _toolchain.compiler_version() or "not found")
+    for i in range(gpus):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        _line(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
+    if not gpus:
+        _line("GPU", "none that PyTorch can use")
+    _line("architectures", " ".join(architectures) or "none")
+    folder = _jit.ops_dir() / (_toolchain.key(architectures) if architectures else "")
+    _line("kernels in", folder)
+    built = bool(architectures) and _jit.is_complete(folder)
+    problem = "" if built else _toolchain.missing()
+    good = True
+    if build:
+        built, problem = _build(architectures)
+        good = built
+    _line("built", "yes" if built else f"no: {problem}" if problem else "no (at their first use, or now: build=true)")
+
+    used, why = _decide(choice, gpus, problem)
+    _line("in use", f"{'CUDA kernels' if used else 'plain PyTorch'}: {why}")
+    if choice == "cuda" and not used:
+        good = False
+    if used and check:
+        good = _check() and good
+    return good
+
+
+def _build(architectures: list[str]) -> tuple[bool, str]:
+    from psp_lightning.ops import _jit
+
+    print("building, a minute or so ...", flush=True)
+    try:
+        _jit.ensure_built(architectures)
+    except _jit.BuildError as error:
+        return False, str(error)
+    return True, ""
+
+
+def _decide(choice: str, gpus: int, problem: str) -> tuple[bool, str]:
+    """Whether kernels are used, and why; on a GPU this builds and loads them."""
+    if choice == "ref":
+        return False, "PSP_OPS=ref says so"
+    if not gpus:
+        return False, "there is no GPU" + (", so PSP_OPS=cuda ends in an error" if choice == "cuda" else "")
+    if problem:
+        return False, problem
+    from psp_lightning.ops import _jit
+
+    try:
+        if _jit.kernels() is not None:
+            return True, "built, loaded, and there is a GPU"
+    except UserError as error:
+        return False, str(error)
+    return False, "the warning above says why"
+
+
+def _check() -> bool:
+    """Compare the kernels with the reference on every GPU."""
+    import torch
+
+    from psp_lightning.ops.check import run_checks
+
+    good = True
+    for i in range(torch.cuda.device_count()):
+        results = list(run_checks(torch.device("cuda", i)))
+        wrong = [result for result in results if not result.good]
+        for result in wrong:
+            print(f"  WRONG  {result.name}: error {result.error:.1e}, allowed {result.bound:.1e}")
+        worst = max(results, key=lambda result: result.error / result.bound)
+        _line(
+            f"check on GPU {i}",
+            f"{len(results) - len(wrong)} of {len(results)} agree with float64; the largest error is "
+            f"{worst.error / worst.bound:.0%} of what is allowed ({worst.name})",
+        )
+        good = good and not wrong
+    return good
+
+
+def main() -> None:
+    """Entry point of `psp-doctor`."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP)
+        sys.exit(0 if arguments else 1)
+    good = True
+
+    def run() -> None:
+        nonlocal good
+        good = report(**_parse(arguments))
+
+    guard(run)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

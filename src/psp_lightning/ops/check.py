@@ -1,0 +1,132 @@
+"""Every kernel against plain PyTorch in float64, with fresh random inputs: what `psp-doctor ops` runs on a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psp_lightning.ops.bias_act import bias_act_ref, fused_leaky_relu
+from psp_lightning.ops.epilogue import epilogue_ref, modconv_epilogue
+from psp_lightning.ops.upfirdn import fir_kernel, upfirdn2d, upfirdn2d_ref
+
+# Largest error in units of the largest absolute value: rounding of products, sums and results. Twice as much
+# is allowed for gradients, which have a second rounding on the way.
+BOUNDS = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 16e-3}
+
+BOUND = 2.5  # of the clamps in the cases below
+SIZES = ((2, 28, 133, 131), (2, 16, 256, 256))  # with and without packs of neighbours; several blocks for one map
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison: the larger of the errors of values and gradients, and what is allowed."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def good(self) -> bool:
+        """Whether it is in bounds; an error that is no number is not."""
+        return self.error <= self.bound
+
+
+def relative_error(found: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Largest difference in units of the largest expected absolute value, or of `floor` where that is larger, for sums
+    whose terms cancel; infinite where a value is not finite."""
+    if expected.numel() == 0:
+        return 0.0
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    if not found.isfinite().all():
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=floor))
+
+
+def away_from(bound: float, y: Tensor, dy: Tensor) -> Tensor:
+    """`dy`, 0 where `y` is so close to a kink (0, the bound of a clamp) that rounding decides on which side it is."""
+    size, margin = y.detach().abs(), 0.04 * bound
+    return torch.where((size < margin) | ((size - bound).abs() < margin), torch.zeros_like(dy), dy)
+
+
+def run_checks(device: torch.device, sizes: Sequence[tuple[int, int, int, int]] = SIZES) -> Iterator[Result]:
+    """Compare values and gradients of every op on `device`, type by type and order by order."""
+    seed = int(torch.randint(2**31, ()))
+    for dtype in BOUNDS:
+        for order, suffix in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "channels_last")):
+            label = f"{str(dtype).removeprefix('torch.')} {suffix}"
+            for name, inputs, op, reference in _cases(seed, dtype, sizes):
+                yield _compare(f"{name} {label}", inputs, op, reference, device, dtype, order)
+
+
+Function = Callable[..., Tensor]
+
+
+def _cases(
+    seed: int, dtype: torch.dtype, sizes: Sequence[tuple[int, int, int, int]]
+) -> Iterator[tuple[str, list[Tensor], Function, Function]]:
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    blur, full = fir_kernel((1, 3, 2, 1), gain=4), draw(4, 4).float() / 4
+    for size in sizes:
+        n, c, h, w = size
+        shape = "x".join(map(str, size))
+        yield (
+            f"bias_act {shape}",
+            [draw(*size), draw(c).to(dtype)],
+            lambda x, b: fused_leaky_relu(x, b.to(x.dtype), clamp=BOUND),
+            lambda x, b: bias_act_ref(x, b, 0.2, 2**0.5, BOUND),
+        )
+        for up, down, padding in ((1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)), (3, 2, (-1, 4))):
+            for kind, filter in (("separable", blur), ("full", full)):
+                arguments = ((up, up), (down, down), (*padding, *padding))
+                yield (
+                    f"upfirdn2d {kind} up={up} down={down} {shape}",
+                    [draw(*size)],
+                    lambda x, f=filter, a=(up, down, padding): upfirdn2d(x, f.to(x.device), *a),
+                    lambda x, f=filter, a=arguments: upfirdn2d_ref(x, f.to(x), *a),
+                )
+        behind: tuple[tuple[str, Tensor | None, int], ...] = (
+            ("", None, 0),
+            ("separable ", blur, 1),
+            ("full ", full, 1),
+        )
+        for kind, chosen, more in behind:
+            noise = draw(1, 1, h, w).float()
+
+            def op(x: Tensor, d: Tensor, s: Tensor, b: Tensor, f: Tensor | None = chosen, e: Tensor = noise) -> Tensor:
+                f = None if f is None else f.to(x.device)
+                return modconv_epilogue(x, f, (1, 1), d, e.to(x.device), s, b, clamp=BOUND)
+
+            def reference(
+                x: Tensor, d: Tensor, s: Tensor, b: Tensor, f: Tensor | None = chosen, e: Tensor = noise
+            ) -> Tensor:
+                x = x if f is None else upfirdn2d_ref(x, f.to(x), padding=(1, 1, 1, 1))
+                return epilogue_ref(x, d, e.to(x), s, b, 0.2, 2**0.5, BOUND)
+
+            small = [draw(*some).to(wide) for some in ((n, c), (1,), (c,))]
+            yield f"modconv_epilogue {kind}{shape}", [draw(n, c, h + more, w + more), *small], op, reference
+
+
+def _compare(
+    name: str, inputs: list[Tensor], op: Function, reference: Function, device: torch.device, dtype: torch.dtype,
+    order: torch.memory_format,
+) -> Result:  # fmt: skip
+    x = inputs[0].to(dtype).contiguous(memory_format=order)  # both sides see the rounded input
+    here = [t.to(device).requires_grad_() for t in (x, *inputs[1:])]
+    exact = [t.double().requires_grad_() for t in (x, *inputs[1:])]
+    y, expected = op(*here), reference(*exact)
+    dy = away_from(BOUND, expected, torch.randn(expected.shape, dtype=torch.float64)).to(dtype)
+    grads = torch.autograd.grad(y, here, dy.to(device))
+    expected_grads = torch.autograd.grad(expected, exact, dy.double())
+    # a sum of many terms may cancel: its size without that is the root of their number
+    terms = [max(1.0, math.sqrt(y.numel() / g.numel())) for g in grads]
+    errors = [relative_error(g, e, n) / 2 for g, e, n in zip(grads, expected_grads, terms, strict=True)]
+    return Result(name, max(relative_error(y, expected), *errors), BOUNDS[dtype])

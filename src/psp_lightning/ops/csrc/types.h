@@ -1,0 +1,51 @@
+// Number types and 16-byte loads. Everything here also compiles with a plain C++ compiler, for the tests on the CPU.
+#pragma once
+#include <cstdint>
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define PSP_INLINE __host__ __device__ __forceinline__
+#define PSP_UNROLL _Pragma("unroll")
+#else
+#define PSP_INLINE inline
+#define PSP_UNROLL
+#endif
+
+namespace psp {
+
+enum class Kind { f32, f64, f16, bf16 };
+
+// Sums and small tensors (bias, noise, factors, filters) are in this type.
+template <typename T> struct WideOf { using type = float; };
+template <> struct WideOf<double> { using type = double; };
+template <typename T> using Wide = typename WideOf<T>::type;
+
+PSP_INLINE float widen(float x) { return x; }
+PSP_INLINE double widen(double x) { return x; }
+template <typename T> PSP_INLINE T narrow(Wide<T> x) { return static_cast<T>(x); }
+#ifdef __CUDACC__
+// Functions, not casts: PyTorch's build flags switch the implicit conversions of the half types off.
+PSP_INLINE float widen(__half x) { return __half2float(x); }
+PSP_INLINE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <> PSP_INLINE __half narrow<__half>(float x) { return __float2half_rn(x); }
+template <> PSP_INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+#endif
+
+// V neighbours in memory, read and written in one instruction; the address must be a multiple of their size.
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T item[V]; };
+
+template <typename T, int V> PSP_INLINE Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+template <typename T, int V> PSP_INLINE void store(T* to, const Pack<T, V>& pack) {
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int power_of_two(int64_t at_least, int at_most) {
+  int value = 1;
+  while (value < at_least && value < at_most) value *= 2;
+  return value;
+}
+
+}  // namespace psp

@@ -1,0 +1,68 @@
+"""The two places where the kernels run: on a GPU, and on the CPU thread by thread (`host/launch.cpp`)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psp_lightning.ops import _dispatch, _jit, _library, _toolchain
+
+HOST = Path(__file__).parent / "host"
+BUILD = """
+import sys
+from torch.utils import cpp_extension
+cpp_extension.load("psp_lightning_host", sys.argv[3:], extra_include_paths=[sys.argv[1], sys.argv[2]],
+    extra_cflags=["-O1", "-fno-strict-aliasing"], build_directory=sys.argv[2], is_python_module=False, with_cuda=False)
+"""
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """bindings.cpp and the threads' code, compiled for the CPU (about half a minute)."""
+    if not _toolchain.compiler_version() or not _toolchain.ninja_version():
+        pytest.skip("needs a C++ compiler and ninja")
+    folder = tmp_path_factory.mktemp("host")
+    for path in _toolchain.source_files():
+        shutil.copy(path, folder)
+    text = (folder / "bindings.cpp").read_text()
+    assert "psp_lightning_cuda" in text and "x.is_cuda()" in text
+    text = text.replace("psp_lightning_cuda", "psp_lightning_host").replace("x.is_cuda()", "true")
+    (folder / "bindings.cpp").write_text(text)
+    sources = [folder / "bindings.cpp", HOST / "launch.cpp"]
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(HOST), str(folder), *map(str, sources)],
+        env=_toolchain.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    torch.ops.load_library(str(folder / "psp_lightning_host.so"))
+    return torch.ops.psp_lightning_host
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("host", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device whose calls of the ops go to the kernels."""
+    if request.param == "cuda":
+        assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
+        yield torch.device("cuda")
+        return
+    host = request.getfixturevalue("host_kernels")
+    monkeypatch.setattr(_library, "_kernels", lambda x: host)
+    with _dispatch.registered():
+        yield torch.device("cpu")

@@ -1,0 +1,208 @@
+"""What only a GPU can show: streams, devices, graphs, huge tensors, memory errors, the networks as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from psp_lightning.models.discriminator import Discriminator
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.ops import _jit, fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops.bias_act import bias_act_ref
+from psp_lightning.ops.check import relative_error
+from psp_lightning.ops.upfirdn import upfirdn2d_ref
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Kernels loaded, convolutions in full float32."""
+    assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+def all_ops(x: torch.Tensor) -> torch.Tensor:
+    """Every kernel once, backward included."""
+    x = x.detach().requires_grad_()
+    filter = fir_kernel(gain=4).to(x.device)
+    demod = torch.linspace(0.5, 1.5, x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]).requires_grad_()
+    bias = torch.linspace(-1, 1, x.shape[1], device=x.device, requires_grad=True)
+    y = modconv_epilogue(x, filter, (1, 1), demod, bias=bias)
+    y = upfirdn2d(modconv_epilogue(y, demod=demod, bias=bias), filter, 2, 1, (2, 1))
+    y = fused_leaky_relu(upfirdn2d(y, filter, 1, 2, (1, 1)), bias)
+    grads = torch.autograd.grad(y.square().sum(), (x, demod, bias))
+    return torch.cat([t.double().flatten() for t in (y, *grads)])
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "last"])
+def test_the_current_stream(order: torch.memory_format) -> None:
+    """Results on a second stream wait for the inputs made there; the default stream would read them too early."""
+    x = torch.randn(2, 16, 65, 65).contiguous(memory_format=order)
+    expected = all_ops(x.to(CUDA))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        wait = torch.randn(6000, 6000, device=CUDA)
+        for _ in range(10):  # keeps the stream busy while the kernels are launched
+            wait = wait @ wait * 1e-4
+        late = x.to(CUDA) + 0 * wait.sum().nan_to_num()
+        found = all_ops(late)
+    stream.synchronize()
+    assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_tensors_own_device() -> None:
+    x = torch.randn(2, 16, 33, 33)
+    expected = all_ops(x.to("cuda:0"))
+    with torch.cuda.device(0):
+        found = all_ops(x.to("cuda:1"))
+    assert found.device == torch.device("cuda:1") and relative_error(found, expected) < 1e-6
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    x = torch.randn(4, 32, 129, 129, device=CUDA)
+    assert torch.equal(all_ops(x), all_ops(x))
+
+
+def test_a_captured_graph_replays_them() -> None:
+    filter = fir_kernel(gain=4).to(CUDA)
+    x, bias = torch.randn(2, 16, 33, 33, device=CUDA), torch.randn(16, device=CUDA)
+
+    def step() -> torch.Tensor:
+        return upfirdn2d(modconv_epilogue(x, filter, (1, 1), bias=bias), filter, 2, 1, (2, 1))
+
+    with torch.no_grad():
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        x.copy_(torch.randn(2, 16, 33, 33))
+        graph.replay()
+        assert torch.equal(captured, step())
+
+
+def free_bytes() -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "last"])
+def test_more_elements_than_32_bits_count(order: torch.memory_format) -> None:
+    """Compared where an index of 32 bits would have wrapped, with the first and the last samples alone."""
+    b, c, side = 9, 64, 2048  # 2.4 billion
+    if free_bytes() < 5 * b * c * side**2 * 2:
+        pytest.skip("needs 25 GB of free GPU memory")
+    filter, bias = fir_kernel((1, 3, 2, 1), gain=4).to(CUDA), torch.linspace(-1, 1, c, device=CUDA)
+    demod = torch.linspace(0.5, 1.5, b * c, device=CUDA).view(b, c)
+    x = torch.empty(b, c, side, side, dtype=torch.float16, device=CUDA, memory_format=order).normal_()
+    assert x.numel() > 2**31
+    with torch.no_grad():
+        for function in (
+            lambda x, d: modconv_epilogue(x, None, (0, 0), d, bias=bias),
+            lambda x, d: modconv_epilogue(x, filter, (2, 1), d, bias=bias),
+            lambda x, d: upfirdn2d(x, filter, 1, 1, (2, 1), gain=0.5),
+            lambda x, d: upfirdn2d(x, filter[:3], 1, 2, (1, 2)),
+        ):
+            whole = function(x, demod)
+            for i in (0, b - 1):
+                part = function(x[i : i + 1].contiguous(memory_format=order), demod[i : i + 1])
+                assert torch.equal(whole[i : i + 1], part), f"sample {i}"
+            del whole, part
+        y = fused_leaky_relu(x, bias.half())
+        g, sums = torch.ops.psp_lightning.epilogue_backward(x, y, None, demod, None, 0.2, 2**0.5, -1.0, True)
+        for i in (0, b - 1):
+            part = torch.ops.psp_lightning.epilogue_backward(
+                x[i : i + 1].contiguous(memory_format=order), y[i : i + 1].contiguous(memory_format=order), None,
+                demod[i : i + 1], None, 0.2, 2**0.5, -1.0, True,
+            )  # fmt: skip
+            assert torch.equal(g[i : i + 1], part[0]) and torch.equal(sums[i : i + 1], part[1])
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16], ids=str)
+def test_generator_and_discriminator_agree_with_plain_pytorch(half, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, gradients, and the gradient of a penalty, PSP_OPS=auto against PSP_OPS=ref on the same device."""
+    torch.manual_seed(0)
+    generator = Generator(64, style_dim=64, n_mapping=2, max_channels=64)
+    for name, parameter in generator.named_parameters():
+        if name.endswith("noise.weight"):
+            torch.nn.init.constant_(parameter, 0.2)
+    discriminator = Discriminator(64, 2048, 64)
+    for network in (generator, discriminator):
+        network.to(CUDA).to(memory_format=torch.channels_last)
+        network.use_half(None if half is None else 16, half or torch.bfloat16)
+    z = torch.randn(4, 64, device=CUDA)
+
+    def run() -> list[torch.Tensor]:
+        w = generator.mapping(z)[:, None].repeat(1, generator.n_styles, 1)
+        images = generator.synthesis(w)
+        (slope,) = torch.autograd.grad((images * images.detach().sin()).mean(), w, create_graph=True)
+        path = torch.autograd.grad(slope.square().sum(), list(generator.parameters()), allow_unused=True)
+        loss = discriminator(images).sum()
+        first = torch.autograd.grad(loss, [*generator.parameters(), *discriminator.parameters()], allow_unused=True)
+        return [images, *(g for g in (*path, *first) if g is not None)]
+
+    found = run()
+    monkeypatch.setenv("PSP_OPS", "ref")
+    expected = run()
+    bound = 1e-3 if half is None else 0.1
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert relative_error(one, other, 1e-6) <= bound, f"{i}: {tuple(one.shape)}"
+
+
+def test_compiled_generator_uses_the_kernels() -> None:
+    torch.manual_seed(0)
+    generator = Generator(16, style_dim=16, n_mapping=1, max_channels=16).to(CUDA)
+    z = torch.randn(2, 16, device=CUDA)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(generator, backend="aot_eager", fullgraph=True)(z)
+        assert relative_error(found, generator(z)) < 1e-5
+
+
+def test_ref_means_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSP_OPS", "ref")
+    x, bias = torch.randn(2, 4, 8, 8, device=CUDA), torch.randn(4, device=CUDA)
+    assert torch.equal(fused_leaky_relu(x, bias), bias_act_ref(x, bias, 0.2, 2**0.5))
+    filter = fir_kernel().to(CUDA)
+    assert torch.equal(upfirdn2d(x, filter, padding=(1, 2)), upfirdn2d_ref(x, filter, padding=(1, 2, 1, 2)))
+
+
+SANITISED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+from test_gpu import all_ops
+for dtype in (torch.float32, torch.bfloat16):
+    for order in (torch.contiguous_format, torch.channels_last):
+        for shape in ((2, 16, 17, 15), (1, 3, 9, 9)):
+            all_ops(torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=order))
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    """Without PyTorch's own cache, so that a read beside a tensor is beside an allocation too."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-c", SANITISED, str(Path(__file__).parent)]
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "done" in done.stdout, (done.stdout + done.stderr)[-3000:]

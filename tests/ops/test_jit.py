@@ -1,0 +1,282 @@
+"""Building once, atomically, without hanging: with a compiler that is a few lines of Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from psp_lightning.ops import _dispatch, _jit, _lock, _toolchain, fused_leaky_relu, upfirdn2d
+from psp_lightning.ops._lock import FileLock
+from psp_lightning.utils.errors import UserError
+
+ARCH = ["8.0"]
+# What a process of a test does: build with a fake compiler, which notes that it ran, and say what came out.
+WORKER = """
+import os, sys
+from psp_lightning.ops import _jit, _toolchain
+_toolchain.missing = lambda: ""
+open(os.environ["ARRIVED"], "a").write("x")
+_jit.build_command = lambda scratch: [sys.executable, "-c", {compiler!r}, str(scratch)]
+try:
+    print("built", _jit.ensure_built(["8.0"]).read_text())
+except _jit.BuildError as error:
+    print("failed", str(error).replace(chr(10), " "))
+"""
+NOTE = "import os, sys, time; open(os.environ['RUNS'], 'a').write('x')\n"
+# until the other processes of the test have arrived, and a moment longer
+WAIT = """
+end = time.monotonic() + 90
+while len(open(os.environ["ARRIVED"]).read()) < 3 and time.monotonic() < end: time.sleep(0.05)
+time.sleep(1.5)
+"""
+GOOD = "open(sys.argv[1] + '/psp_lightning_ops.so', 'w').write('a library')"
+BAD = "print('kernel.cu(7): error: no such thing'); sys.exit(3)"
+# the file is there and half written when the compiler dies
+KILLED = "f = open(sys.argv[1] + '/psp_lightning_ops.so', 'w'); f.write('a li'); f.flush(); os.kill(os.getpid(), 9)"
+
+
+def compiler(what: str) -> str:
+    return NOTE + what
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, a fresh state of the process, no real toolchain."""
+    monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("ARRIVED", str(tmp_path / "arrived"))
+    monkeypatch.delenv("PSP_OPS", raising=False)
+    monkeypatch.setattr(_jit, "_outcome", None)
+    monkeypatch.setattr(_toolchain, "missing", lambda: "")
+    return tmp_path / "cache"
+
+
+def use(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    monkeypatch.setattr(_jit, "build_command", lambda scratch: [sys.executable, "-c", compiler(what), str(scratch)])
+
+
+def runs(tmp_path: Path) -> int:
+    path = tmp_path / "runs"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def start(what: str) -> subprocess.Popen[str]:
+    code = WORKER.format(compiler=compiler(WAIT + what))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_built_once_and_then_found(folder, tmp_path, monkeypatch):
+    use(monkeypatch, GOOD)
+    library = _jit.ensure_built(ARCH)
+    assert library.read_text() == "a library"
+    assert _jit.ensure_built(ARCH) == library and runs(tmp_path) == 1
+    assert json.loads((library.parent / "build.json").read_text())["torch"] == torch.__version__
+    assert sorted(path.name for path in folder.iterdir()) == [library.parent.name], "lock or scratch folder left"
+    assert _jit.ensure_built(["9.0"]) != library and runs(tmp_path) == 2
+    monkeypatch.setattr(_toolchain, "missing", lambda: "no compiler")  # what is built needs none
+    assert _jit.ensure_built(ARCH) == library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, word", [(GOOD, "built a library"), (BAD, "failed")], ids=["good", "bad"])
+def test_parallel_processes_compile_once(tmp_path, what, word):
+    """All wait for the one that compiles; they take its library, or its failure."""
+    workers = [start(what) for _ in range(3)]
+    answers = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert all(answer.startswith(word) for answer in answers), answers
+    assert runs(tmp_path) == 1
+    if what == BAD:
+        assert all("kernel.cu(7): error: no such thing" in answer for answer in answers), answers
+
+
+def test_a_key_changes_with_all_that_matters(monkeypatch, tmp_path):
+    keys = {_toolchain.key(ARCH), _toolchain.key(["9.0"])}
+    copies = [tmp_path / path.name for path in _toolchain.source_files()]
+    for copy, path in zip(copies, _toolchain.source_files(), strict=True):
+        copy.write_bytes(path.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(_toolchain, "source_files", lambda: copies)
+        assert _toolchain.key(ARCH) in keys, "the key does not depend on the place of the sources"
+        copies[0].write_bytes(copies[0].read_bytes() + b"\n")
+        keys.add(_toolchain.key(ARCH))
+    changes = (
+        (torch, "__version__", "0.1"),
+        (torch.version, "cuda", "1.0"),
+        (_toolchain, "CUDA_CFLAGS", ("-O0",)),
+        (sys.implementation, "cache_tag", "x"),
+    )
+    for target, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            keys.add(_toolchain.key(ARCH))
+    assert len(keys) == 7
+
+
+def owner(**changes: object) -> str:
+    return json.dumps({"token": "another", "pid": os.getpid(), "host": socket.gethostname()} | changes)
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_the_lock_of_a_dead_process_is_broken_at_once(folder, tmp_path, monkeypatch):
+    use(monkeypatch, GOOD)
+    folder.mkdir()
+    (folder / f"{_toolchain.key(ARCH)}.lock").write_text(owner(pid=dead_pid()))
+    began = time.monotonic()
+    assert _jit.ensure_built(ARCH).is_file()
+    assert time.monotonic() - began < 10 and runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize("content", [owner(host="elsewhere"), owner(), "", "{", "[1]"], ids=str)
+def test_a_lock_without_a_sign_of_life_is_broken(tmp_path, content):
+    path = tmp_path / "lock"
+    path.write_text(content)
+    os.utime(path, (0, 2e9))  # a clock of the future
+    lock = FileLock(path, stale=0.6, poll=0.05)
+    began = time.monotonic()
+    assert lock.acquire(lambda: False)
+    assert 0.5 < time.monotonic() - began < 5 and lock.broken == 1
+    lock.release()
+    assert list(tmp_path.glob("lock*")) == []
+
+
+def test_a_living_owner_is_waited_for(tmp_path):
+    path = tmp_path / "lock"
+    one = FileLock(path, beat=0.05, stale=0.6, poll=0.05)
+    assert one.acquire(lambda: False)
+    end = time.monotonic() + 1.5
+    other = FileLock(path, stale=0.6, poll=0.05)
+    assert not other.acquire(lambda: time.monotonic() > end), "broke the lock of a living owner"
+    assert time.monotonic() >= end and other.broken == 0
+    other.release()  # does not hold it
+    assert path.exists()
+    one.release()
+    assert not path.exists()
+
+
+def test_a_lock_that_was_taken_over_is_left_alone(tmp_path):
+    path = tmp_path / "lock"
+    lock = FileLock(path)
+    assert lock.acquire(lambda: False)
+    path.write_text(owner())
+    lock.release()
+    assert json.loads(path.read_text())["token"] == "another"
+
+
+def test_a_fresh_lock_in_the_place_of_a_stale_one_survives(tmp_path):
+    """Between seeing a stale lock and moving it away, another process has broken it and made its own."""
+    path = tmp_path / "lock"
+    path.write_text(owner(token="fresh"))
+    lock = FileLock(path)
+    lock._break(owner(token="stale"))
+    assert json.loads(path.read_text())["token"] == "fresh" and lock.broken == 0
+    assert [item.name for item in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_failing_compiler_warns_once(folder, tmp_path, monkeypatch):
+    use(monkeypatch, BAD)
+    monkeypatch.setattr(_toolchain, "architectures", lambda: ARCH)
+    with pytest.warns(UserWarning) as caught:
+        assert _jit.kernels() is None
+    (warning,) = caught
+    for words in ("Plain PyTorch", "kernel.cu(7): error: no such thing", "status 3", "PSP_OPS=ref", "psp-doctor ops"):
+        assert words in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _jit.kernels() is None and _jit.kernels() is None
+    assert runs(tmp_path) == 1, "a second attempt in the same process"
+    assert not [path for path in folder.iterdir() if path.is_dir()], "scratch folder left"
+    monkeypatch.setenv("PSP_OPS", "cuda")
+    with pytest.raises(UserError, match="PSP_OPS=cuda.*status 3"):
+        _jit.kernels()
+    monkeypatch.setattr(_jit, "_outcome", None)  # a new process tries again: the compiler may be mended
+    use(monkeypatch, GOOD)
+    assert _jit.ensure_built(ARCH).is_file() and runs(tmp_path) == 2
+    assert not list(folder.glob("*.failed"))
+
+
+def test_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):
+    use(monkeypatch, GOOD)
+    monkeypatch.setattr(_toolchain, "architectures", lambda: ARCH)
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert _jit.kernels() is None
+
+
+def test_a_half_written_library_is_never_taken(folder, tmp_path, monkeypatch):
+    use(monkeypatch, KILLED)
+    with pytest.raises(_jit.BuildError, match="status -9"):
+        _jit.ensure_built(ARCH)
+    assert not list(folder.rglob("*.so"))
+    use(monkeypatch, GOOD)
+    library = _jit.ensure_built(ARCH)
+    library.write_text("a li")  # damaged later, by a full disk say
+    assert _jit.ensure_built(ARCH).read_text() == "a library" and runs(tmp_path) == 3
+    (library.parent / "build.json").unlink()
+    assert _jit.ensure_built(ARCH).read_text() == "a library" and runs(tmp_path) == 4
+
+
+def test_a_compiler_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(_jit, "TIME_LIMIT", 2)
+    use(monkeypatch, "print('working', flush=True); time.sleep(60)")
+    began = time.monotonic()
+    with pytest.raises(_jit.BuildError, match="did not end in 2 s.*\nworking"):
+        _jit.ensure_built(ARCH)
+    assert time.monotonic() - began < 30
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    with pytest.raises(_jit.BuildError, match="no GPU"):
+        _jit.ensure_built([])
+    monkeypatch.setattr(_toolchain, "missing", lambda: "There is no ninja: pip install ninja.")
+    with pytest.raises(_jit.BuildError, match="no ninja"):
+        _jit.ensure_built(ARCH)
+    monkeypatch.setattr(_toolchain, "missing", lambda: "")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(_jit.BuildError, match="PSP_OPS_DIR"):
+        _jit.ensure_built(ARCH)
+
+
+def test_choice(monkeypatch):
+    assert _dispatch.choice() == "auto"
+    monkeypatch.setenv("PSP_OPS", "cude")
+    with pytest.raises(UserError, match="Did you mean 'cuda'"):
+        fused_leaky_relu(torch.ones(1, 2))
+    monkeypatch.setenv("PSP_OPS", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU"):
+        upfirdn2d(torch.ones(1, 2, 4, 4), torch.ones(2, 2))
+    monkeypatch.setenv("PSP_OPS", "ref")
+    assert upfirdn2d(torch.ones(1, 2, 4, 4), torch.ones(2, 2)).shape == (1, 2, 3, 3)
+
+
+def test_nothing_happens_on_the_cpu_or_at_import():
+    """Neither the builder nor cpp_extension is imported, and no folder is made."""
+    code = (
+        "import sys, torch\nfrom psp_lightning.ops import fused_leaky_relu\nfused_leaky_relu(torch.ones(2, 3))\n"
+        "print([name for name in ('psp_lightning.ops._jit', 'torch.utils.cpp_extension') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert not _jit.ops_dir().exists()
+
+
+def test_folder(monkeypatch):
+    monkeypatch.delenv("PSP_OPS_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
+    if sys.platform == "linux":
+        assert _jit.ops_dir() == Path("/some/cache/psp_lightning/ops")
+    assert _lock.STALE > 5 * _lock.BEAT  # a slow machine's beat may be late
