@@ -313,7 +313,7 @@ def _published(content: Mapping[str, Any], what: str, in_channels: int | None) -
                 return result
     prefixes = {key[: -len("input.input")] for key in state if key.endswith("input.input")}
     found = [prefix for prefix in prefixes if convert.is_generator_state(convert.select(state, prefix))]
-    found.sort(key=lambda prefix: ("ema" not in prefix.lower(), prefix))  # averaged weights first
+    found.sort(key=lambda prefix: (not re.search("ema|average", prefix.lower()), prefix))  # averaged weights first
     if not found:
         raise UserError(explain(content, state))
     result = _alone(convert.select(state, found[0]), io.latent_average(content), "state dict of a StyleGAN2 generator")
