@@ -148,7 +148,7 @@ def test_a_lock_without_a_sign_of_life_is_broken(tmp_path, content):
     lock = FileLock(path, stale=0.6, poll=0.05)
     began = time.monotonic()
     assert lock.acquire(lambda: False)
-    assert 0.5 < time.monotonic() - began < 5 and lock.broken == 1
+    assert 0.5 < time.monotonic() - began < 60 and lock.broken == 1
     lock.release()
     assert list(tmp_path.glob("lock*")) == []
 

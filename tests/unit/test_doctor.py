@@ -89,3 +89,16 @@ def test_the_command():
     assert done.returncode == 1 and "build=true or build=false" in done.stderr
     done = run("--help")
     assert done.returncode == 0 and "PSP_OPS_DIR" in done.stdout
+
+
+def test_a_gpu_without_kernels_is_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("device_count", 1), ("get_device_capability", (9, 0)), ("get_device_name", "a GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, v=value: v)
+    monkeypatch.setattr(_toolchain, "missing", lambda: "There is no ninja: pip install ninja.")
+    assert not doctor.report()
+    said = lines(capsys.readouterr().out)
+    assert said["GPU 0"] == "a GPU, compute capability 9.0" and said["architectures"] == "9.0"
+    assert "no ninja" in said["in use"]
+    monkeypatch.setenv("PSP_OPS", "ref")
+    assert doctor.report()

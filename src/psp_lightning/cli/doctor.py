@@ -15,7 +15,8 @@ Prints which kernels are used, why, and what they are built with.
 build   build them now, also without a GPU (for the architectures in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0")
 check   on a GPU: compare every kernel with plain PyTorch in float64 (default: true)
 
-Status 0: all that PSP_OPS asks for is there and right. Status 1: it is not, the build failed, or a kernel is wrong.
+Status 0: what PSP_OPS asks for is there and right; on a GPU, auto asks for the kernels. Status 1: it is not, the build
+failed, or a kernel is wrong.
 Environment: PSP_OPS=auto|cuda|ref, PSP_OPS_DIR=folder of built kernels, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 DEFAULTS = {"build": False, "check": True}
@@ -73,7 +74,7 @@ def report(build: bool = False, check: bool = True) -> bool:
 
     used, why = _decide(choice, gpus, problem)
     _line("in use", f"{'CUDA kernels' if used else 'plain PyTorch'}: {why}")
-    if choice == "cuda" and not used:
+    if not used and (choice == "cuda" or (choice == "auto" and gpus)):
         good = False
     if used and check:
         good = _check() and good
