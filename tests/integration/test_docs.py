@@ -184,6 +184,22 @@ def test_generator_training_page_has_the_channels_that_are_built() -> None:
         assert int(batch) == max(4, min(32, 4096 // int(size)))
 
 
+# --- docs/latents_and_export.md
+
+
+def test_latents_and_export_page(psp, tiny: list[str], place: Path) -> None:
+    names: dict[str, object] = {"__name__": "latents_page"}
+    for block in blocks(DOCS / "latents_and_export.md"):
+        if block.language == "python":
+            exec(compile(block.text, f"latents_and_export.md:{block.line}", "exec"), names)
+        elif block.language == "bash":
+            run_block(block, psp, tiny)
+    first, again = (sorted((place / folder).glob("*.png")) for folder in ("out", "again"))
+    assert [path.name for path in first] == [path.name for path in again] and len(first) == 3
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, again, strict=True))
+    assert names["image"].shape == (5, 3, 64, 64)  # type: ignore[attr-defined]
+
+
 # --- README.md
 
 
