@@ -435,6 +435,7 @@ def test_other_checkpoints_are_named(tmp_path, name):
     assert "p.pt" in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TorchScript
 def test_other_files_are_named(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
     np.savez(tmp_path / "a.npz", x=np.zeros(2))
@@ -507,6 +508,24 @@ def test_values_that_are_not_finite(tmp_path, value):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match="not finite"):
             import_file(tmp_path / name)
+
+
+def test_checksums_of_archives(tmp_path):
+    """One turned bit in a weight; files written without checksums are read all the same."""
+    state = generator().state_dict()
+    data = saved({"g_ema": state}, tmp_path / "g.pt").read_bytes()
+    number = state["convs.0.conv.weight"].numpy().tobytes()
+    at = data.index(number) + 40
+    (tmp_path / "flipped.pt").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(UserError, match=r"1 of its \d+ parts do not have their checksum, the first is .*data/"):
+        import_file(tmp_path / "flipped.pt")
+    computes = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        saved({"g_ema": state}, tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    assert torch.equal(import_file(tmp_path / "without.pt").generator.input.input, state["input.input"])
 
 
 def test_the_valid_files_are_accepted(tmp_path):

@@ -63,7 +63,8 @@ def get(name: str, offline: bool = False, url: str | None = None, progress: Prog
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(entry, folder):
-                _fetch(entry, url or entry.url, folder, progress)
+                if not target.is_file():  # another process may have been faster
+                    _fetch(entry, url or entry.url, folder, progress)
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             if error.errno == errno.ENOSPC:

@@ -19,7 +19,7 @@ from psp_lightning.checkpoints.loading import build_and_load, compare, understan
 from psp_lightning.checkpoints.networks import COMPUTED, read_generator, read_psp, save_generator, save_psp
 from psp_lightning.checkpoints.nvidia import NvidiaGenerator, convert_nvidia
 from psp_lightning.checkpoints.pickles import LEGACY_TORCH, PickledNetwork, read_pickle
-from psp_lightning.checkpoints.screening import explain
+from psp_lightning.checkpoints.screening import check_sums, explain
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator, StyledConv, ToRGB
 from psp_lightning.utils.errors import UserError
@@ -178,6 +178,8 @@ def _read(file: Path, label: int | None, what: str, in_channels: int | None) -> 
             return _own_file(file)
     else:
         content = io.read(file)
+        if head.startswith(b"PK"):
+            check_sums(file)
     with understanding(file):
         flat = io.tensors_of(content)
         if any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in flat):
