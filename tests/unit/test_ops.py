@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, modulated_conv2d, upfirdn2d
+from psp_lightning.ops.upfirdn import adjoint_padding, upfirdn2d_ref
 
 
 def rand(*shape, seed=0, grad=False):
@@ -75,6 +76,26 @@ def test_upfirdn2d_gradients(up, down, padding):
     assert gradgradcheck(lambda x: upfirdn2d(x, kernel, up, down, padding), [x])
 
 
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2)])
+def test_upfirdn2d_flip_and_gain(up, down):
+    x, kernel = rand(2, 3, 7, 9), rand(4, 4)
+    actual = upfirdn2d(x, kernel, up, down, (2, 1), flip=True, gain=1.5)
+    torch.testing.assert_close(actual, 1.5 * naive_upfirdn2d(x, kernel.flip(0, 1), up, down, (2, 1)))
+
+
+@pytest.mark.parametrize("up, down", [((1, 1), (1, 1)), ((2, 1), (1, 3)), ((3, 2), (2, 1)), ((1, 2), (2, 2))])
+@pytest.mark.parametrize("padding", [(2, 1, 0, 3), (-1, 2, 3, -1)])
+def test_adjoint_padding(up, down, padding):
+    """`<upfirdn2d(x), y> = <x, upfirdn2d(y)>` with factors exchanged, the filter turned, and this padding."""
+    x, kernel = rand(1, 2, 8, 7), rand(3, 4)
+    out = upfirdn2d_ref(x, kernel, up, down, padding)
+    y = rand(*out.shape, seed=1)
+    back = adjoint_padding(x.shape[2:], out.shape[2:], up, down, padding, kernel.shape)
+    adjoint = upfirdn2d_ref(y, kernel, down, up, back, flip=True)
+    assert adjoint.shape == x.shape
+    torch.testing.assert_close((out * y).sum(), (x * adjoint).sum())
+
+
 def test_fir_kernel():
     kernel = fir_kernel(gain=4)
     assert kernel.shape == (4, 4) and kernel.sum().item() == pytest.approx(4)
@@ -90,6 +111,28 @@ def test_fused_leaky_relu(shape):
     torch.testing.assert_close(fused_leaky_relu(x), torch.where(x > 0, x, 0.2 * x) * 2**0.5)
     assert gradcheck(fused_leaky_relu, [x, bias])
     assert gradgradcheck(fused_leaky_relu, [x, bias])
+
+
+def test_fused_leaky_relu_clamp():
+    x = torch.tensor([[-20.0, -1.0, 1.0, 3.0]])
+    torch.testing.assert_close(fused_leaky_relu(x, scale=2, clamp=4), torch.tensor([[-4.0, -0.4, 2.0, 4.0]]))
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_modconv_epilogue_equals_its_steps(up):
+    x, blur = rand(2, 3, 6, 5), rand(4, 4)
+    side = (7, 6) if up else (6, 5)
+    demod, noise, strength, bias = rand(2, 3), rand(2, 1, *side), rand(1), rand(3)
+    t = naive_upfirdn2d(x, blur, 1, 1, (2, 2)) if up else x
+    u = t * demod[:, :, None, None] + strength * noise + bias[None, :, None, None]
+    expected = (torch.where(u > 0, u, 0.1 * u) * 3).clamp(-2, 2)
+    arguments = (blur, (2, 2)) if up else (None, (0, 0))
+    torch.testing.assert_close(modconv_epilogue(x, *arguments, demod, noise, strength, bias, 0.1, 3, 2), expected)
+
+
+def test_modconv_epilogue_needs_the_strength_of_its_noise():
+    with pytest.raises(ValueError, match="strength"):
+        modconv_epilogue(rand(1, 2, 4, 4), noise=rand(1, 1, 4, 4))
 
 
 @pytest.mark.parametrize("demodulate", [True, False])

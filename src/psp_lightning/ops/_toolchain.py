@@ -74,7 +74,7 @@ def cuda_home() -> Path | None:
 
 
 def _nvcc(home: Path) -> Path:
-    return home / "bin" / ("nvcc.exe" if sys.platform == "win32" else "nvcc")
+    return home / "bin" / "nvcc"
 
 
 def nvcc_version(home: Path) -> str:
@@ -109,6 +109,8 @@ def environment() -> dict[str, str]:
 
 def missing() -> str:
     """What stands in the way of a build, in one sentence; empty if nothing."""
+    if sys.platform == "win32":
+        return "They are built on Linux alone."
     if torch.version.cuda is None:
         return "This PyTorch was built without CUDA."
     home = cuda_home()
