@@ -156,6 +156,7 @@ class LitPSP(pl.LightningModule):
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
+            logger.save()  # on the disk at once, for whoever watches the run
 
     def _refuse_non_finite(self, total: Tensor, values: dict[str, Tensor], batch: Batch) -> None:
         """The NaN guard: one comparison on the device per step, the search for the culprit only when it fails."""
