@@ -100,7 +100,7 @@ def test_import_does_nothing_but_import() -> None:
         (["init_from=nowhere.pt"], "nowhere.pt"),
         (["model.batch_norm=synk"], "Did you mean 'sync'?"),
         (["plugins=[no_such_module]"], "no_such_module"),
-        (["loss=[l2,id]"], "ir_se50"),
+        (["loss=[l2,id]", "domain.identity=ir_se50"], "ir_se50"),
     ],
 )
 def test_bad_settings_are_named(arguments: list[str], said: str, psp, tiny: list[str], tmp_path: Path) -> None:

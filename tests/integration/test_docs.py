@@ -67,7 +67,7 @@ def run_block(block: Block, psp, tiny: list[str]) -> None:
             arguments = shortened(arguments, tiny)
         elif command == "train_generator":
             steps = 4 if any(item.startswith("resume=") for item in arguments) else 2
-            arguments = [*arguments, "trainer=cpu", f"trainer.max_steps={steps}", "data.batch_size=4"]
+            arguments = [*arguments, "trainer=cpu", f"trainer.max_steps={steps}", "data.batch_size=2"]
             arguments += ["data.num_workers=0", "trainer.enable_progress_bar=false"]
         elif command == "predict":
             arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]

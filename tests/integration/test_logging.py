@@ -38,8 +38,9 @@ def test_wandb_offline_goes_on_under_the_same_id(shell, tiny: list[str], tmp_pat
 
 @pytest.mark.parametrize("data", ["toyfaces", "folder"])
 def test_overfitting_few_images_lowers_the_loss(data: str, psp, photos: Path, tmp_path: Path) -> None:
-    settings = ["trainer=cpu", "debug=overfit10", "optimizer.lr=1e-3", "trainer.max_steps=24", "trainer.val_every=24"]
-    settings += ["trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false", "data.batch_size=4", "run=r"]
+    settings = ["trainer=cpu", "debug=overfit10", "optimizer.lr=1e-3", "trainer.max_steps=24", "loss=[l2]"]
+    settings += ["trainer.val_every=24", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"]
+    settings += ["data.batch_size=4", "run=r"]
     if data == "folder":
         (tmp_path / "photos").mkdir()
         for path in photos.glob("face_*.jpg"):
