@@ -92,10 +92,10 @@ def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
     targets = draw(HELD_OUT, n).images
 
     def distance(y_hat: Tensor, y: Tensor) -> Tensor:
-        return mse_per_image(y_hat, y) + 0.8 * perceptual.distance(y_hat, y)
+        return mse_per_image(y_hat, y) + 0.1 * perceptual.distance(y_hat, y)
 
     start = time.perf_counter()
-    w_plus = project(generator, targets, average, distance, steps)
+    w_plus = project(generator, targets, average, distance, steps, lr=0.2)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         output = generator.synthesis(w_plus)
