@@ -11,12 +11,12 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from psp_lightning.checkpoints.records import RECORDS as RECORDS
 from psp_lightning.checkpoints.records import Record as Record
+from psp_lightning.utils.cache import cache_dir
 from psp_lightning.utils.errors import UserError, suggest
 
 
@@ -47,13 +47,7 @@ def weights_dir() -> Path:
     """The folder that holds public weights: `$PSP_WEIGHTS`, else `psp_lightning` in the user's cache folder."""
     if chosen := os.environ.get("PSP_WEIGHTS"):
         return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "psp_lightning"
+    return cache_dir()
 
 
 def record(name: str) -> Record:

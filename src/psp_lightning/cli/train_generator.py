@@ -12,9 +12,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli._fit import fit
 from psp_lightning.cli._main import guard, quote_paths, user_errors
 from psp_lightning.cli.launch import launch
-from psp_lightning.cli.resume import LAST, record, refuse_changes, with_resume
+from psp_lightning.cli.resume import with_resume
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError
 
@@ -24,44 +25,20 @@ OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 
 def train_generator_job(cfg: DictConfig) -> None:
     """One run in this process, or as one of its ranks."""
-    from pytorch_lightning.callbacks import LambdaCallback
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
     from psp_lightning.build_generator import build_generator_training
 
     run = Path(cfg.paths.output_dir)
-    last = run / LAST
-    resume = None if cfg.resume in (None, "auto") else Path(cfg.resume)
-    if resume is None and last.exists():
-        raise UserError(f"{run} holds a run already: go on with resume={run}, or choose another run=NAME.")
-    differences = refuse_changes(run, cfg) if resume else []
-    training = build_generator_training(cfg, resume)
-    trainer, module = training.trainer, training.module
-    if resume is not None and training.resume_step >= trainer.max_steps:
-        log.info("already at step %d; trainer.max_steps=N goes on. %s", training.resume_step, resume)
-        return
-    if trainer.is_global_zero:
-        for line in differences:
-            log.info("changed on resume: %s", line)
+
+    def announce(training: Any) -> None:
         log.info(
             "%d px on %s (%d images), %d steps of %d images a device; run directory %s",
-            module.generator.output_size, cfg.data.name, len(training.data.images), trainer.max_steps,
-            training.data.batch_size, run,
+            training.module.generator.output_size, cfg.data.name, len(training.data.images),
+            training.trainer.max_steps, training.data.batch_size, run,
         )  # fmt: skip
-        trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: record(run, cfg)))  # type: ignore[attr-defined]
-    stopped = False
-    try:
-        trainer.fit(module, training.data, ckpt_path=resume)
-    except SystemExit:  # how Lightning ends after SIGTERM, and after ctrl-C twice
-        stopped = True
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    if stopped or training.interrupted:
-        if last.exists():
-            log.info("stopped at step %d; go on with: psp-train-generator resume=%s", trainer.global_step, run)
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:
-        log.info("done: step %d; %s", trainer.global_step, run / "generator.safetensors")
+
+    training = fit(cfg, build_generator_training, announce, "psp-train-generator", log)
+    if training is not None and training.trainer.is_global_zero:
+        log.info("done: step %d; %s", training.trainer.global_step, run / "generator.safetensors")
 
 
 @hydra.main(
