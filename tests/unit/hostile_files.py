@@ -9,6 +9,7 @@ import pickle
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -109,21 +110,96 @@ def _nested(nvidia, program: bytes) -> bytes:
     return data.replace(pushed, program)
 
 
-def _storage_program(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
-    """A pickle {"g_ema": {"input.input": tensor}} whose tensor views storage "0"."""
+def _whole(n: int) -> bytes:
+    data = n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
 
-    def whole(n: int) -> bytes:
-        data = n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True)
-        return b"\x8a" + bytes([len(data)]) + data
+
+def _tensor(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
+    """Instructions for a tensor that views storage "0"."""
 
     def numbers(values: tuple) -> bytes:
-        return b"(" + b"".join(whole(v) for v in values) + b"t"
+        return b"(" + b"".join(_whole(v) for v in values) + b"t"
 
     storage = b"(" + _constant("storage") + f"ctorch\n{dtype}\n".encode() + _constant("0") + _constant("cpu")
-    storage += whole(numel) + b"tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + whole(0) + numbers(size) + numbers(stride)
-    tensor += b"\x89ccollections\nOrderedDict\n)RtR"
+    storage += _whole(numel) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _whole(0) + numbers(size) + numbers(stride)
+    return tensor + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def _storage_program(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
+    """A pickle {"g_ema": {"input.input": tensor}}."""
+    tensor = _tensor(dtype, numel, size, stride)
     return b"\x80\x02}" + _constant("g_ema") + b"}" + _constant("input.input") + tensor + b"ss."
+
+
+def _doubled(value: bytes, pair: bytes, times: int = 60) -> bytes:
+    """Instructions for a value that holds the former one twice, and so on: few in the file, endless to go through."""
+    return value + b"".join(b"q%c" % i + pair.replace(b"?", b"h%c" % i) for i in range(times))
+
+
+def endless(times: int = 60) -> list:
+    """The same as a list, for torch.save and pickle."""
+    value: list = [1]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def shared() -> dict[str, bytes]:
+    """Files that say little and mean much: one part of theirs stands for very many."""
+    nvidia = _nvidia()
+    net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    one, large = torch.ones(1), torch.ones(1000, 1000)
+    released = {f"decoder.{k}": v for k, v in state.items()} | {"encoder.input_layer.0.weight": torch.ones(1, 3, 3, 3)}
+    checkpoints = {
+        "endless option": {"state_dict": released, "latent_avg": one, "opts": {"dataset_type": endless()}},
+        "endless description": {"state_dict": {"net.a": one}, "psp": {"format": endless()}},
+        "endless average": {"g_ema": state, "latent_avg": endless()},
+        "a tensor under many names": {"g_ema": state | {f"style.{i}.weight": large for i in range(1, 2000)}},
+        "very many generators": {f"{i}.input.input": one for i in range(100_000)},
+        "very many widths": {
+            "state_dict": released
+            | {f"encoder.body.{i}.res_layer.3.weight": torch.ones(i, 0) for i in range(20_000)}
+            | {"encoder.styles.0.linear.weight": one, "encoder.latlayer1.weight": one},
+        },
+    }
+    files = {}
+    for name, content in checkpoints.items():
+        out = io.BytesIO()
+        torch.save(content, out)
+        files[f"{name}.pt"] = out.getvalue()
+
+    def network(sides: int, **attributes):
+        tensors = nvidia.from_published(state, None)
+        for i in range(2, sides):  # more blocks, of single numbers and without noise
+            block = {k.replace("b8", f"b{4 << i}"): v for k, v in tensors.items() if ".b8." in k and "noise" not in k}
+            tensors |= block
+        root = nvidia.network(tensors)
+        root.state["_modules"]["mapping"].state["_modules"]["fc0"].state |= attributes
+        return root
+
+    modules = network(2)
+    leaf, middle = nvidia.Persistent("Leaf"), nvidia.Persistent("Middle")
+    leaf.state["_parameters"] = {f"p{i}": one for i in range(100_000)}
+    middle.state["_modules"] = {str(i): leaf for i in range(90)}
+    modules.state["_modules"]["more"] = nvidia.Persistent("More")
+    modules.state["_modules"]["more"].state["_modules"] = {str(i): middle for i in range(90)}
+    same = network(2)
+    layer = nvidia.Persistent("Layer")
+    layer.state["_parameters"] = {"weight": large, "bias": torch.ones(1000)}
+    same.state["_modules"]["mapping"].state["_modules"] = {f"fc{i}": layer for i in range(2000)}
+    networks = {
+        "endless activation": network(2, activation=endless()),
+        "endless gain": network(2, weight_gain=endless()),
+        "very large blocks": network(16),
+        "shared parameters": modules,
+        "a layer again and again": same,
+    }
+    with nvidia.stand_ins():
+        files |= {f"{name}.pkl": pickle.dumps({"G_ema": root}, 4) for name, root in networks.items()}
+    return files
 
 
 def good() -> dict[str, bytes]:
@@ -184,10 +260,28 @@ def bombs() -> dict[str, bytes]:
         "huge shape": _storage_program("FloatStorage", 1, (1 << 31, 1 << 31), (1 << 31, 1)),
         "negative shape": _storage_program("FloatStorage", 1, (-1, 4), (1, 1)),
         "tensor of a size": b"\x80\x02}" + _constant("g_ema") + b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x02\x85Rs.",
+        "endless tuple as a key": b"\x80\x02}" + _doubled(b"K\x01\x85", b"?\x86") + b"K\x01s.",
+        "endless tuple in a set": b"\x80\x02c__builtin__\nset\n](" + _doubled(b"K\x01\x85", b"?\x86") + b"e\x85R.",
+        "numbers of one hash": b"\x80\x02}("
+        + b"".join(_whole((2**61 - 1) * (i + 2**20)) + b"N" for i in range(200_000))
+        + b"u.",
+        "attributes in the place of methods": b"\x80\x02ccollections\nOrderedDict\n)R"
+        + _constant("g_ema")
+        + _tensor("FloatStorage", 1, (1 << 15, 1 << 15), (0, 0))
+        + b"s}"
+        + _constant("values")
+        + b"ccollections\nOrderedDict\nsb.",
+        "slow codec": b"\x80\x02c_codecs\nencode\n"
+        + _constant("\u00e9\u4e00" * 50_000)
+        + _constant("punycode")
+        + b"\x86R.",
+        "shape of huge numbers": _storage_program("FloatStorage", 1, (1 << 2000,) * 8, (1,) * 8),
         "recursive dict": b"\x80\x02}q\x00" + _constant("g_ema") + b"h\x00s.",
     }
     files = {}
     for name, program in programs.items():
+        if program.startswith(b"\x80\x02"):  # a pickle need not say which protocol it is of
+            files[f"{name}, without a protocol.pt"] = program[2:]
         files[f"{name}, bare.pkl"] = program
         files[f"{name}, zip.pt"] = _archive(program, {"data/0": bytes(4)})
         files[f"{name}, legacy.pt"] = _legacy(program)
@@ -198,6 +292,13 @@ def bombs() -> dict[str, bytes]:
     at = lying.rfind(b"archive/data/0") - 46 + 20  # sizes in the central directory
     lying[at : at + 8] = struct.pack("<II", 0x7FFFFFF0, 0x7FFFFFF0)
     files["zip with lying sizes.pt"] = bytes(lying)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the second part of the name
+        for program in (plain, bytearray_call):
+            archive.writestr("archive/data.pkl", program)
+    files["zip with two programs.pt"] = out.getvalue()
+    files["zip with names outside.pt"] = _archive(plain, {"../../../outside": b"x"})
     for name, size in (("huge", 1 << 62), ("large", 100 << 20), ("beyond the file", 5000)):
         files[f"header {name}.safetensors"] = struct.pack("<Q", size) + b'{"a": 1}'
     shape = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
@@ -207,7 +308,7 @@ def bombs() -> dict[str, bytes]:
 
 def hostile(canary: Path) -> dict[str, bytes]:
     """All of them: name to content. Each must be refused."""
-    nvidia, files = _nvidia(), bombs()
+    nvidia, files = _nvidia(), bombs() | shared()
     for name in CALLS:
         call = _call(name, canary)
         files[f"{name}, bare.pkl"] = b"\x80\x02" + call + b"."
@@ -247,6 +348,7 @@ def main(folder: Path) -> None:
     canary = folder / "canary"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 6 * GIB, used + 6 * GIB))  # a bomb fails, and not the machine
+    resource.setrlimit(resource.RLIMIT_CPU, (240, 240))
     results = {}
     for number, (name, data) in enumerate(hostile(canary).items()):
         file = folder / f"{number}.{name.rpartition('.')[2]}"

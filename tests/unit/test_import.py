@@ -22,7 +22,7 @@ from psp_lightning import PSP
 from psp_lightning.checkpoints import convert
 from psp_lightning.checkpoints.described import read_described
 from psp_lightning.checkpoints.foreign import channel_table, import_file
-from psp_lightning.checkpoints.io import load_generator, load_psp
+from psp_lightning.checkpoints.io import load_generator, load_psp, read
 from psp_lightning.checkpoints.loading import WeightsMismatch, adapt_channels, load_strict
 from psp_lightning.checkpoints.networks import save_generator, save_psp
 from psp_lightning.checkpoints.parity import parity
@@ -464,6 +464,42 @@ def test_other_files_are_named(tmp_path):
             import_file(tmp_path / file)
 
 
+@torch.no_grad()
+def test_small_expanded_tensors_are_read(tmp_path):
+    """One average for all styles, as users save it; parameters, which are tensors too."""
+    net = generator()
+    weights = {key: torch.nn.Parameter(value) for key, value in net.state_dict().items()}
+    content = {"g_ema": weights, "latent_avg": torch.ones(16).expand(8, -1), "args": argparse.Namespace(size=32)}
+    for name, options in (("new", {}), ("old", {"_use_new_zipfile_serialization": False})):
+        found = import_file(saved(content, tmp_path / f"{name}.pt", **options))
+        assert torch.equal(found.latent_avg, torch.ones(16)) and torch.equal(
+            found.generator.input.input, net.input.input
+        )
+
+
+def test_what_is_read_is_what_torch_reads(tmp_path):
+    """Values, types, shapes and strides, of both formats; nothing shares memory with the file."""
+    base = torch.arange(24.0).reshape(4, 6)
+    content = {
+        "tensors": [base, base.t(), base[1:, ::2], base[2], torch.empty(0, 3), torch.tensor(5), base.half(), base > 3],
+        "dtypes": [torch.ones(3).to(d) for d in (torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8)],
+        "plain": {"a": (1, 2.5, None, True, "x", -(2**70)), 3: [b"bytes", {1, 2}], "size": torch.Size([1, 2])},
+        "state": torch.nn.BatchNorm2d(2).state_dict(),
+    }
+    for zipped in (True, False):
+        file = saved(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+        found, wanted = read(file), torch.load(file, weights_only=True)
+        assert found["plain"] == wanted["plain"] and found["state"].keys() == wanted["state"].keys()
+        for kind in ("tensors", "dtypes"):
+            for a, b in zip(found[kind], wanted[kind], strict=True):
+                assert torch.equal(a, b) and (a.dtype, a.stride()) == (b.dtype, b.stride())
+        found["tensors"][0].zero_()
+        assert torch.equal(read(file)["tensors"][0], base)
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="asks for torch.ComplexFloatStorage"):
+        read(tmp_path / "x.pt")
+
+
 def test_networks_larger_than_their_file_are_not_built(tmp_path):
     """Tensors say what is built: stretched ones, or very many, must not."""
     state = {k: v.clone() for k, v in generator(output_size=8, max_channels=2).state_dict().items()}
@@ -475,7 +511,7 @@ def test_networks_larger_than_their_file_are_not_built(tmp_path):
     with pytest.raises(UserError, match="up-sampling blocks would make images of"):
         import_file(saved({"g_ema": large}, tmp_path / "g.pt"))
     state["style.1.weight"] = torch.zeros(1).expand(1 << 15, 1 << 15)
-    with pytest.raises(UserError, match=r"tensor of shape \(32768, 32768\) asks for more"):
+    with pytest.raises(UserError, match=r"expand\(\) made.*saved with torch\.save after \.clone\(\) \(shape \(32768,"):
         import_file(saved({"g_ema": state}, tmp_path / "g.pt"))
 
 
@@ -536,15 +572,16 @@ def test_the_valid_files_are_accepted(tmp_path):
 
 
 def test_the_package_never_unpickles():
-    """No torch.load without weights_only=True, and no unpickler but the restricted one."""
+    """No reader of pickles but the restricted one, which imports nothing."""
     for path in SOURCE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"weights_only\s*=\s*(?!True\b)\w", text), f"{path.name}: weights_only"
+        assert not re.search(r"weights_only\s*=\s*(?!True\b)", text), f"{path.name}: weights_only"
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                raise AssertionError(f"{path.name}:{node.lineno} reads with torch.load")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
                 arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                safe = arguments.get("weights_only") == "True" or arguments.get("allow_pickle") == "False"
-                assert safe, f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+                assert arguments.get("allow_pickle") == "False", f"{path.name}:{node.lineno}: {ast.unparse(node)}"
             if isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
                 raise AssertionError(f"{path.name}:{node.lineno} uses {node.id}")
         if path.name != "pickles.py":

@@ -181,7 +181,7 @@ BROKEN = {
     "activation": ({}, attribute(FIRST, "activation", "relu"), "activation is 'relu'"),
     "mapping activation": ({}, attribute("mapping.fc0", "activation", "swish"), "activation 'swish'"),
     "gain": ({}, attribute("mapping.fc0", "weight_gain", float("nan")), "weight_gain is nan"),
-    "gain is text": ({}, attribute("mapping.fc0", "weight_gain", "x"), "weight_gain is x, not a positive"),
+    "gain is text": ({}, attribute("mapping.fc0", "weight_gain", "x"), "weight_gain is 'x', not a positive"),
     "clamps": ({}, attribute(FIRST, "conv_clamp", 3), "clamps differ"),
 }
 

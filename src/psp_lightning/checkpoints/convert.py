@@ -6,13 +6,14 @@ Everything is read off the tensors where they tell it, because old files lack op
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from psp_lightning.models.irse import BLOCKS
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, clean
 
 State = dict[str, Tensor]
 
@@ -133,12 +134,13 @@ def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, An
             encoder_type = "BackboneEncoderUsingLastLayerIntoWPlus"
         else:
             encoder_type = "BackboneEncoderUsingLastLayerIntoW"
-    if encoder_type not in ENCODER_NAMES:
-        raise UserError(f"Encoder type {encoder_type!r} is not supported; supported: {', '.join(ENCODER_NAMES)}.")
+    if not isinstance(encoder_type, str) or encoder_type not in ENCODER_NAMES:
+        named = clean(str(encoder_type), 60)
+        raise UserError(f"Encoder type {named!r} is not supported; supported: {', '.join(ENCODER_NAMES)}.")
 
     units = sorted(int(k.split(".")[1]) for k in state if re.fullmatch(r"body\.\d+\.res_layer\.3\.weight", k))
     widths = [int(state[f"body.{i}.res_layer.3.weight"].shape[0]) for i in units]
-    blocks = tuple(widths.count(width) for width in sorted(set(widths)))
+    blocks = tuple(count for _, count in sorted(Counter(widths).items()))
     depth = next((d for d, b in BLOCKS.items() if b == blocks), None)
     result: dict[str, Any] = {
         "class": ENCODER_NAMES[encoder_type],

@@ -52,6 +52,14 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     return _header_size(Path(path)) is not None
 
 
+def check_header(path: Path) -> None:
+    """Raise a UserError unless the file begins as a safetensors file with a header of a network's size."""
+    size = _header_size(path)
+    if size is None or size > HEADER_LIMIT:
+        reason = "it does not begin like one" if size is None else f"a header of {size} bytes"
+        raise UserError(f"{path} is damaged or no safetensors file ({reason}).")
+
+
 def save_described(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
     dtype: torch.dtype | None = None,
@@ -112,10 +120,7 @@ def read_described(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str,
         UserError: a damaged file, one without our description, one of another kind, weights that are not finite.
     """
     path = Path(path)
-    size = _header_size(path)
-    if size is None or size > HEADER_LIMIT:
-        reason = "it does not begin like one" if size is None else f"a header of {size} bytes"
-        raise UserError(f"{path} is damaged or no safetensors file ({reason}).")
+    check_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             description = _description(path, file, kinds)
@@ -124,7 +129,7 @@ def read_described(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str,
             tensors = {
                 k: t.to(torch.float32, copy=True) if t.is_floating_point() else t.clone() for k, t in tensors.items()
             }
-    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no safetensors file ({reason[:200]}).") from None
     for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psp_lightning.checkpoints import convert, io, pretrained
-from psp_lightning.checkpoints.described import KEY, is_safetensors, read_described
+from psp_lightning.checkpoints.described import KEY, check_header, is_safetensors, read_described
 from psp_lightning.checkpoints.loading import build_and_load, compare, understanding
 from psp_lightning.checkpoints.networks import COMPUTED, read_generator, read_psp, save_generator, save_psp
 from psp_lightning.checkpoints.nvidia import NvidiaGenerator, convert_nvidia
@@ -28,6 +28,7 @@ WHAT = ("all", "generator")
 AVERAGES = ("stored", "computed")
 NOISE_SEED = 0
 CLAMP_IMAGES = 2
+MANY = 20
 
 
 @dataclass
@@ -220,11 +221,12 @@ def _own_file(file: Path) -> Imported:
 def _safetensors(file: Path) -> dict[str, Any] | None:
     """The tensors of a safetensors file of someone else; None for one of ours."""
     try:
+        check_header(file)
         with safe_open(file, framework="pt", device="cpu") as stream:
             if KEY in (stream.metadata() or {}):
                 return None
             return {name: stream.get_tensor(name).clone() for name in stream.keys()}
-    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is damaged or no safetensors file ({reason[:200]}).") from None
 
@@ -314,6 +316,8 @@ def _published(content: Mapping[str, Any], what: str, in_channels: int | None) -
                 result.rows += _unused(content, key)
                 return result
     prefixes = {key[: -len("input.input")] for key in state if key.endswith("input.input")}
+    if len(prefixes) > MANY:
+        raise UserError(f"it holds {len(prefixes)} generators: save one of them alone.")
     found = [prefix for prefix in prefixes if convert.is_generator_state(convert.select(state, prefix))]
     found.sort(key=lambda prefix: (not re.search("ema|average", prefix.lower()), prefix))  # averaged weights first
     if not found:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
-import pickle
-import re
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,8 @@ from psp_lightning.checkpoints.loading import build_and_load, first, understandi
 from psp_lightning.checkpoints.loading import load_strict as load_strict
 from psp_lightning.checkpoints.loading import resolve as resolve
 from psp_lightning.checkpoints.networks import read_generator, read_psp
-from psp_lightning.checkpoints.screening import check_file, check_tensors
+from psp_lightning.checkpoints.pickles import check_tree, read_torch
+from psp_lightning.checkpoints.screening import check_file
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError, suggest
@@ -43,29 +40,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = resolve(path)
     check_file(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # released files may keep their options in a Namespace; warnings on odd files come before our own error
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise UserError(
-                f"Checkpoint {path} asks to import {wanted[1]} while it is read. A checkpoint of tensors and plain "
-                "values does not; the file was refused and nothing in it was run."
-            ) from None
-        raise UserError(
-            f"{path} is not a PyTorch checkpoint of tensors and plain values, or it is damaged; nothing in it was run."
-        ) from None
-    except OSError as error:
-        raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
-    except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a PyTorch checkpoint, or it is damaged ({reason[:200]}).") from None
+    content = read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")
-    check_tensors(content, path)
     return content
 
 
@@ -116,14 +93,15 @@ def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str,
 
 def _ours(content: Mapping[str, Any]) -> PSP:
     state = convert.select(tensors_of(content), NET)
+    check_tree(content["psp"], "description")
     return build_and_load(lambda: PSP.from_description(content["psp"]), state, "PSP")
 
 
 def _options(content: Mapping[str, Any]) -> dict[str, Any]:
     opts = content.get("opts", {})
-    opts = vars(opts) if isinstance(opts, argparse.Namespace) else opts
     if not isinstance(opts, Mapping):
         raise UserError(f"its 'opts' are a {type(opts).__name__}, not a dict.")
+    check_tree(opts, "opts")
     return dict(opts)
 
 

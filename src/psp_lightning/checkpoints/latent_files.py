@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,7 +25,8 @@ from torch import Tensor
 from psp_lightning.checkpoints.described import KEY, is_safetensors, read_described, save_described
 from psp_lightning.checkpoints.io import save_atomic
 from psp_lightning.checkpoints.latents import Latents, check_space
-from psp_lightning.checkpoints.screening import check_file, check_tensors
+from psp_lightning.checkpoints.pickles import read_torch
+from psp_lightning.checkpoints.screening import check_file
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 
@@ -250,20 +250,11 @@ def _unreadable(path: Path, error: BaseException) -> str:
 
 def _read_pt(path: Path) -> Tensor:
     check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        check_tensors(content, path)
-        if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
-            content = torch.stack(list(content))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} is no PyTorch file of one tensor, or it is damaged; nothing in it was run ({reason[:100]})."
-        ) from None
+    content = read_torch(path)
+    if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
+        if any(part.shape != content[0].shape for part in content):
+            raise UserError(f"{path} holds tensors of several shapes, not one tensor of codes.")
+        content = torch.stack(list(content))
     if not isinstance(content, Tensor) or not content.is_floating_point():
         raise UserError(f"{path} holds a {type(content).__name__}, not one floating-point tensor of codes.")
     return content.detach().float().clone()

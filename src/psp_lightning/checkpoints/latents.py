@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -85,7 +86,7 @@ class Latents:
         if len(self.names) != len(self.codes):
             raise UserError(f"there are {len(self.names)} names for {len(self.codes)} codes.")
         if len(set(self.names)) < len(self.names):
-            twice = next(name for i, name in enumerate(self.names) if name in self.names[:i])
+            twice = Counter(self.names).most_common(1)[0][0]
             raise UserError(f"the name {twice[:60]!r} is there twice.")
         for name in self.names:
             path = PurePosixPath(name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from psp_lightning.checkpoints import pretrained
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, clean
 
 RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
 NetT = TypeVar("NetT", bound=nn.Module)
@@ -72,7 +72,7 @@ class WeightsMismatch(UserError):
 def first(names: Iterable[str], n: int = 5) -> str:
     """The first names, for a message."""
     names = list(names)
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+    return ", ".join(map(clean, names[:n])) + (", ..." if len(names) > n else "")
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -216,10 +216,10 @@ def understanding(path: Path) -> Iterator[None]:
     except WeightsMismatch as error:
         raise WeightsMismatch(f"Checkpoint {path}: {error}", error.report) from None
     except UserError as error:
-        raise UserError(f"Checkpoint {path}: {error}") from None
+        raise UserError(f"Checkpoint {path}: {str(error)[:1500]}") from None
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise UserError(
-            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {error})."
+            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {clean(str(error), 300)})."
         ) from error
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psp_lightning.checkpoints.pickles import PickledNetwork
+from psp_lightning.checkpoints.convert import LARGEST_BLOCKS
+from psp_lightning.checkpoints.loading import first
+from psp_lightning.checkpoints.pickles import COPIES, ROOM, PickledNetwork, said
 from psp_lightning.models.stylegan2 import FIRFilter
 from psp_lightning.utils.errors import UserError
 
@@ -77,7 +79,7 @@ def _pick(content: Any) -> tuple[str, PickledNetwork]:
             if isinstance(content.get(name), PickledNetwork):
                 return name, content[name]
         networks = [f"{k} ({v.class_name})" for k, v in content.items() if isinstance(v, PickledNetwork)]
-        keys = ", ".join(networks or [str(key)[:40] for key in list(content)[:8]]) or "nothing"
+        keys = first(networks or map(str, content), 8) or "nothing"
         raise UserError(f"this pickle holds no network G_ema or G; it holds {keys}.")
     raise UserError(f"this pickle holds a {type(content).__name__}, not NVIDIA's dict of networks.")
 
@@ -92,7 +94,7 @@ def _check_kind(network: PickledNetwork) -> None:
             "take one of that kind, in the stylegan3 repository with --cfg=stylegan2."
         )
     if "mapping" not in parts or "b4" not in inner:
-        names = ", ".join(list(parts)[:6]) or "nothing"
+        names = first(parts, 6) or "nothing"
         raise UserError(
             f"this is no StyleGAN2 generator: a {network.class_name} of {names}. Supported are the StyleGAN2 networks "
             "of stylegan2-ada-pytorch and stylegan3."
@@ -116,9 +118,14 @@ class _Reader:
                     if not isinstance(value, Tensor):
                         raise UserError(f"its {prefix}{name} is a {type(value).__name__}, not a tensor.")
                     self.tensors[prefix + name] = value
+            if len(self.tensors) > 100_000:
+                raise UserError("it has more tensors than any generator.")
             for name, value in module.part("_modules").items():
                 if isinstance(value, PickledNetwork):
                     pending.append((f"{prefix}{name}.", value))
+        distinct = sum({id(t): t.numel() for t in self.tensors.values()}.values())
+        if sum(t.numel() for t in self.tensors.values()) > COPIES * distinct + ROOM:
+            raise UserError("its modules share tensors, so that it would be far larger than its file.")
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """The float32 tensor `name`; `shape`: expected sides, None for any.
@@ -147,12 +154,12 @@ class _Reader:
         """A layer's factor, as the pickle says, else as its constructor would make it."""
         value = self.attribute(module, name, default)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"its {module}{name} is {str(value)[:40]}, not a positive number.")
+            raise UserError(f"its {module}{name} is {said(value)}, not a positive number.")
         return float(value)
 
     def finish(self) -> None:
         if self.tensors:
-            names = ", ".join(list(self.tensors)[:5])
+            names = first(self.tensors)
             raise UserError(f"{len(self.tensors)} of its tensors belong to no StyleGAN2 generator known here: {names}.")
 
 
@@ -177,7 +184,7 @@ def _mapping(reader: _Reader, result: NvidiaGenerator, label: int | None) -> Non
     for i in layers:
         activation = reader.attribute(f"mapping.fc{i}.", "activation", "lrelu")
         if activation != "lrelu":
-            raise UserError(f"its mapping network uses the activation {str(activation)[:20]!r}; ours has lrelu only.")
+            raise UserError(f"its mapping network uses the activation {said(activation)}; ours has lrelu only.")
         weight, bias = _linear(reader, f"mapping.fc{i}.", None, LR_MULTIPLIER)
         if i == 0 and classes:
             weight, bias = _bake_label(reader, weight, bias, label or 0)
@@ -224,6 +231,8 @@ def _bake_label(reader: _Reader, weight: Tensor, bias: Tensor, label: int) -> tu
 def _synthesis(reader: _Reader, result: NvidiaGenerator) -> None:
     found = [re.fullmatch(r"synthesis\.b(\d+)\.", name) for name in reader.modules]
     sides = sorted(int(match[1]) for match in found if match)
+    if len(sides) > LARGEST_BLOCKS + 1:
+        raise UserError(f"its {len(sides)} blocks would make images of {sides[-1]} pixels.")
     if len(sides) < 2 or sides != [4 << i for i in range(len(sides))]:
         raise UserError(f"its blocks have the resolutions {sides[:12]}, expected 4, 8, 16, ...")
     state = result.state
@@ -238,7 +247,7 @@ def _synthesis(reader: _Reader, result: NvidiaGenerator) -> None:
         architecture = reader.attribute(block, "architecture", "skip")
         if architecture != "skip" or f"{block}skip." in reader.modules:
             raise UserError(
-                f"its architecture is {str(architecture)[:20]!r}; ours is 'skip', as in all published generators."
+                f"its architecture is {said(architecture)}; ours is 'skip', as in all published generators."
             )
         _filter(reader, block)
         if index == 0:
@@ -272,7 +281,7 @@ def _convolution(
     state = result.state
     activation = reader.attribute(theirs, "activation", "lrelu")
     if activation != "lrelu":
-        raise UserError(f"its {theirs}activation is {str(activation)[:20]!r}; ours has lrelu only.")
+        raise UserError(f"its {theirs}activation is {said(activation)}; ours has lrelu only.")
     weight = reader.take(f"{theirs}weight", None, None, 3, 3)
     state[f"{ours}.conv.weight"] = weight[None]
     affine, affine_bias = _linear(reader, f"{theirs}affine.", w_dim, 1.0)

@@ -1,10 +1,14 @@
-"""Reading pickles of NVIDIA's networks without running anything that they ask for.
+"""Reading pickles of weights without running anything that they ask for.
 
-Such a file is no checkpoint of tensors: each network is a call of `torch_utils.persistence._reconstruct_persistent_obj`
-with the Python source of its class and the instance's attributes. Here the call becomes an inert record of the class's
-name and the attributes, and the source is thrown away. Of all that a pickle may import, a short list of names is known,
-each of which stands for a function of this module; nothing is ever imported. The instructions themselves are bounded:
-their number, the keys of dicts (hashing a deep tuple would overflow the stack), tensors by the bytes that are there.
+Files of `torch.save` and NVIDIA's networks are pickles, and a pickle is a program. Of all that it may import, a short
+list of names is known, each of which stands for a function of this module; nothing is ever imported. In NVIDIA's files
+each network is a call of `torch_utils.persistence._reconstruct_persistent_obj` with the Python source of its class and
+the instance's attributes: the call becomes an inert record of the class's name and the attributes, and the source is
+thrown away.
+
+The program's time and memory are bounded as well, which `torch.load(weights_only=True)` does not do: the number of
+instructions, the keys of dicts (hashing a tuple of tuples can take for ever, numbers can be chosen to collide), the
+bytes of storages by those that are there, the bytes of tensors by the file's.
 
 Python's unpickler in Python, not the one in C, is the base: its instruction table can be cut down, and it neither
 trusts the sizes nor the memo indices that a file declares.
@@ -12,13 +16,17 @@ trusts the sizes nor the memo indices that a file declares.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
+import mmap
 import os
 import pickle
-import pickletools
+import struct
 import warnings
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -28,10 +36,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, clean
 
-MAX_INSTRUCTIONS = 3_000_000  # a StyleGAN2 pickle of 1024 px has a tenth of a million
-MAX_DEPTH = 100  # of tuples in tuples; hashing one goes into depth on the C stack
+MAX_INSTRUCTIONS = 1_000_000  # a StyleGAN2 pickle of 1024 px has a tenth of that
+STRETCHED = (
+    "more memory for its tensors than it has numbers: one that expand() made, or that is there under many names, is "
+    "saved with torch.save after .clone()"
+)
+COPIES, ROOM = 4, 1 << 20  # tensors may repeat a file's bytes (g and g_ema that are one), but not for ever
+TREE_VALUES, TREE_LETTERS = 100_000, 1 << 20
 TORCH_MAGIC, TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's format before zip archives
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of such a file
 
@@ -74,6 +87,10 @@ class Inert:
     name: str
 
 
+class Attributes(dict[str, Any]):
+    """What an `argparse.Namespace` holds."""
+
+
 @dataclass(frozen=True)
 class _Callable:
     """What an allowed name stands for."""
@@ -88,10 +105,8 @@ class _StorageType:
 
 
 @dataclass(frozen=True)
-class _StorageReference:
-    dtype: torch.dtype
-    key: str
-    numel: int
+class _Storage:
+    flat: Tensor
 
 
 class _DType:
@@ -99,34 +114,98 @@ class _DType:
 
     def __init__(self, _: _Unpickler, code: Any, *rest: Any) -> None:
         if not isinstance(code, str) or len(code) > 4 or code[:1] not in "fiub":
-            raise Refused(f"numpy.dtype({str(code)[:20]!r})")
+            raise Refused(f"numpy.dtype({said(code)})")
         self.code = code
 
 
+@dataclass
+class _Budget:
+    """What all streams of a file may still take."""
+
+    instructions: int
+    stored: int
+    viewed: int
+
+    @classmethod
+    def of(cls, size: int) -> _Budget:
+        return cls(MAX_INSTRUCTIONS, size + ROOM, COPIES * size + ROOM)
+
+    def take(self, kind: str, amount: int, what: str) -> None:
+        left = getattr(self, kind) - amount
+        setattr(self, kind, left)
+        if left < 0:
+            raise Refused(what)
+
+
+def said(value: Any) -> str:
+    """A file's own value in a message, of bounded length: values in values are not gone through."""
+    if type(value) is str:
+        return repr(clean(value, 40))
+    if type(value) in (float, bool, NoneType) or (type(value) is int and value.bit_length() < 64):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def check_tree(value: Any, what: str) -> None:
+    """Raise a UserError unless `value` is a small tree: lists that hold one list twice, and so on, print for ever."""
+    pending, values, letters = [(value, 0)], 0, 0
+    while pending:
+        node, depth = pending.pop()
+        values += 1
+        letters += len(node) if isinstance(node, (str, bytes)) else 0
+        if values > TREE_VALUES or letters > TREE_LETTERS or depth > 50:
+            raise UserError(f"there are more values in its {what} than any network has.")
+        if isinstance(node, Mapping):
+            pending.extend((child, depth + 1) for pair in node.items() for child in pair)
+        elif isinstance(node, (list, tuple, set, frozenset)):
+            pending.extend((child, depth + 1) for child in node)
+
+
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """What a pickle holds: plain containers and values, tensors (views of the file's bytes), `PickledNetwork`s.
+    """What a pickle of NVIDIA's holds: plain containers and values, tensors, `PickledNetwork`s.
 
     Raises:
         UserError: the pickle asks for anything else, with its name; it is damaged. Nothing in it was run.
     """
-    path = Path(path)
+    with _bytes_of(Path(path)) as data:
+        return _Unpickler(data, _Budget.of(len(data))).load()
+
+
+def read_torch(path: str | os.PathLike[str]) -> Any:
+    """What a file of `torch.save` holds, in either of its formats: plain containers and values, tensors on the CPU.
+
+    Parameters become tensors, namespaces `Attributes`; everything has memory of its own.
+
+    Raises:
+        UserError: as of `read_pickle`.
+    """
+    with _bytes_of(Path(path)) as data:
+        budget = _Budget.of(len(data))
+        return _archive(data, budget) if data[:2] == b"PK" else _stream(data, budget)
+
+
+@contextlib.contextmanager
+def _bytes_of(path: Path) -> Iterator[mmap.mmap]:
+    """A file's bytes, not yet in memory; what goes wrong with them becomes one message."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-    try:
-        return _Unpickler(io.BytesIO(data)).load()
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
     except Refused as error:
         raise UserError(f"{path} was refused and nothing in it was run: {_explain(str(error))}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # a damaged file makes the unpickler fail in any way whatever
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = "an unknown instruction" if isinstance(error, KeyError) else reason
-        raise UserError(f"{path} is a damaged pickle, or none ({reason[:200]}). Download or copy it again.") from None
+        reason = "an unknown instruction" if isinstance(error, KeyError) else clean(reason, 200)
+        raise UserError(
+            f"{path} is not a PyTorch checkpoint or a pickle of networks, or it is damaged ({reason}); nothing in it "
+            "was run. Download or copy it again."
+        ) from None
 
 
 def _explain(name: str) -> str:
     """What a file is whose pickle asks for `name`, and what can be done."""
-    if name.startswith("dnnlib.tflib"):
+    if name.startswith(("dnnlib.tflib", "tfutil.", "network.")):
         return (
             f"it is a TensorFlow pickle of StyleGAN or StyleGAN2 ({name}). Convert it in its own environment, a "
             "StyleGAN2 with legacy.py of NVlabs/stylegan2-ada-pytorch (--source, --dest) or convert_weight.py of "
@@ -138,98 +217,139 @@ def _explain(name: str) -> str:
             f"it holds whole Python objects ({name}), not weights. Load it where it was made and save its "
             "state_dict() with torch.save."
         )
-    return f"it asks for {name}, which is neither a plain value, a tensor nor a network of NVIDIA's StyleGAN2."
+    also = ", which is neither a plain value, a tensor nor a network of NVIDIA's StyleGAN2" if " " not in name else ""
+    return f"it asks for {name}{also}."
 
 
-def check_instructions(stream: Any, pickles: int = 1) -> None:
-    """Go through pickles that `torch.load(weights_only=True)` is to read, without carrying anything out.
-
-    That reader runs no code, but it can be told to fill the memory (`bytearray(n)`) or to overflow the stack (the hash
-    of a deep tuple).
-
-    Args:
-        stream: binary file or mmap at the first pickle.
-        pickles: how many there are, one after the other.
-
-    Raises:
-        Refused: a name or a depth that no checkpoint has, or too many instructions.
-        ValueError: not a pickle.
-    """
-    left = MAX_INSTRUCTIONS
-    for _ in range(pickles):
-        stack: list[int | None] = []  # depth of tuples in each value; None: a mark
-        memo: dict[Any, int] = {}
-        for opcode, argument, _ in pickletools.genops(stream):
-            left -= 1
-            if left < 0:
-                raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
-            if opcode.name in ("GLOBAL", "INST") and str(argument).endswith(" bytearray"):
-                raise Refused("builtins.bytearray")
-            _follow(opcode, argument, stack, memo)
+# --- torch.save's formats --------------------------------------------------------------------------------------------
 
 
-def _follow(opcode: Any, argument: Any, stack: list[int | None], memo: dict[Any, int]) -> None:
-    """What an instruction does to the depths on the stack."""
-    name = opcode.name
-    if name == "MARK":
-        stack.append(None)
-    elif "PUT" in name and stack:
-        memo[argument] = stack[-1] or 0
-    elif "GET" in name:
-        stack.append(memo.get(argument, 0))
-    else:
-        taken: list[int] = []
-        if pickletools.markobject in opcode.stack_before:
-            while stack and (top := stack.pop()) is not None:
-                taken.append(top)
-        before = [part for part in opcode.stack_before if part not in (pickletools.markobject, pickletools.stackslice)]
-        taken += [stack.pop() or 0 for _ in before if stack]
-        depth = 1 + max(taken, default=0) if name.startswith("TUPLE") else 0
-        if depth > MAX_DEPTH:
-            raise Refused(f"tuples nested more than {MAX_DEPTH} times")
-        stack.extend([depth] * len(opcode.stack_after))
+def _archive(data: mmap.mmap, budget: _Budget) -> Any:
+    """The content of a zip archive: `FOLDER/data.pkl`, whose storages are the parts `FOLDER/data/KEY`."""
+    file: Any = data
+    with zipfile.ZipFile(file) as archive:
+        parts = {entry.filename: entry for entry in archive.infolist()}
+    (program,) = [name for name in parts if name.rpartition("/")[2] == "data.pkl"]
+    folder = program.removesuffix("data.pkl")
+    if f"{folder}byteorder" in parts and stored_part(data, parts[f"{folder}byteorder"]) != b"little":
+        raise Refused("numbers of another byte order")
+    storages: dict[str, _Storage] = {}
+
+    def storage(dtype: torch.dtype, key: str, numel: int) -> _Storage:
+        if key not in storages:
+            if f"{folder}data/{key}" not in parts:
+                raise ValueError("a part is missing")
+            storages[key] = _new_storage(budget, dtype, numel)
+            _fill(storages[key].flat, stored_part(data, parts[f"{folder}data/{key}"]))
+        return _same(storages[key], dtype, numel)
+
+    return _Unpickler(io.BytesIO(stored_part(data, parts[program])), budget, storage).load()
+
+
+def _stream(data: Any, budget: _Budget, nested: bool = False) -> Any:
+    """The content of the format before zip archives: five pickles, then each storage as a count and its values."""
+    storages: dict[str, _Storage] = {}
+
+    def storage(dtype: torch.dtype, key: str, numel: int) -> _Storage:
+        if key not in storages:
+            storages[key] = _new_storage(budget, dtype, numel)
+        return _same(storages[key], dtype, numel)
+
+    def following() -> Any:
+        return _Unpickler(data, budget, storage, nested).load()
+
+    if following() != TORCH_MAGIC or following() != TORCH_PROTOCOL:
+        raise ValueError("it does not begin as the files of torch.save")
+    machine, content, keys = following(), following(), following()
+    if isinstance(machine, dict) and machine.get("little_endian") is False:
+        raise Refused("numbers of another byte order")
+    if not isinstance(keys, list) or len(keys) != len(storages):
+        raise ValueError("its storages are not those of its tensors")
+    for key in keys:
+        flat = storages[key].flat
+        count = int.from_bytes(data.read(8), "little")
+        if count != flat.numel():
+            raise ValueError(f"a storage of {flat.numel()} numbers has {count}")
+        _fill(flat, data.read(count * flat.itemsize))
+    return content
+
+
+def stored_part(data: mmap.mmap, entry: zipfile.ZipInfo) -> bytes:
+    """The bytes of an uncompressed part, whatever its checksum says: torch.save can be told to leave those out."""
+    header = data[entry.header_offset : entry.header_offset + 30]
+    if header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("a part is not where the directory says")
+    start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    return data[start : start + entry.file_size]
+
+
+def _new_storage(budget: _Budget, dtype: torch.dtype, numel: int) -> _Storage:
+    budget.take("stored", abs(numel) * dtype.itemsize, "storages of more bytes than the file has")
+    return _Storage(torch.empty(numel, dtype=dtype))
+
+
+def _same(storage: _Storage, dtype: torch.dtype, numel: int) -> _Storage:
+    if storage.flat.dtype != dtype or storage.flat.numel() != numel:
+        raise Refused("a storage of two kinds")
+    return storage
+
+
+def _fill(flat: Tensor, data: bytes) -> None:
+    if len(data) != flat.numel() * flat.itemsize:
+        raise ValueError(f"a storage of {flat.numel()} numbers has {len(data)} bytes")
+    if data:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody writes to the bytes
+            flat.copy_(torch.frombuffer(data, dtype=flat.dtype))
+
+
+# --- the unpickler ---------------------------------------------------------------------------------------------------
+
+StorageOf = Callable[[torch.dtype, str, int], _Storage]
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-    """Builds plain values from a stream of pickle instructions."""
+    """Builds plain values from a stream of pickle instructions.
+
+    Args:
+        file: at the first instruction.
+        budget: what it may take, shared by the streams of a file.
+        storage: gives the storage of a type, key and length; None where the pickle must not ask for any.
+        nested: it holds a storage and nothing else.
+    """
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: io.BytesIO, outer: _Unpickler | None = None) -> None:
+    def __init__(self, file: Any, budget: _Budget, storage: StorageOf | None = None, nested: bool = False) -> None:
         super().__init__(file)
         self.dispatch = _table()  # type: ignore[misc]
-        self.nested = outer is not None
-        self.budget: list[int] = [MAX_INSTRUCTIONS] if outer is None else outer.budget  # one for all nested streams
+        self.budget, self.storage, self.nested = budget, storage, nested
 
     # --- names -----------------------------------------------------------------------------------------------------
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if module == "torch" and name in STORAGES:
+        if module in ("torch", "torch.cuda") and name in STORAGES:
             return _StorageType(STORAGES[name])
         if full == "torch.storage.UntypedStorage":
             return _StorageType(torch.uint8)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return Inert(full)
         if full in _allowed() and not self.nested:
             return _Callable(full, _allowed()[full])
-        raise Refused(full[:200])
+        raise Refused(clean(full, 200))
 
-    def persistent_load(self, pid: Any) -> Any:
-        if not self.nested:
+    def persistent_load(self, pid: Any) -> _Storage:
+        if self.storage is None:
             raise Refused("an object outside the file (a persistent id)")
         kind, storage, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(storage, _StorageType) or any(v is not None for v in view):
+        known = isinstance(storage, _StorageType) and type(key) is str and type(numel) is int
+        if kind != "storage" or not known or any(v is not None for v in view):
             raise Refused("an unknown kind of storage")
-        return _StorageReference(storage.dtype, str(key), int(numel))
+        return self.storage(storage.dtype, key, numel)
 
     # --- instructions ----------------------------------------------------------------------------------------------
-
-    def _count(self) -> None:
-        self.budget[0] -= 1
-        if self.budget[0] < 0:
-            raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, _Callable) or not isinstance(arguments, tuple):
@@ -246,12 +366,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self.load_reduce()
 
     def load_build(self) -> None:
-        """Attributes: of a numpy dtype its byte order; those of a dict or of what is not needed are left out."""
+        """Attributes: of a numpy dtype its byte order, of a namespace all; those of a dict are left out."""
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, _DType):
             if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|", "=")):
                 raise Refused("numpy.dtype of another byte order")
+        elif isinstance(target, Attributes) and isinstance(state, dict):
+            target.update(state)
         elif not isinstance(target, (dict, Inert)):
             raise Refused(f"attributes of a {type(target).__name__}")
 
@@ -271,7 +393,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
             raise Refused(f"items of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(zip(map(_plain, items[::2]), items[1::2], strict=True))
+        self.stack[-1].update(self.entries(zip(items[::2], items[1::2], strict=True)))
+
+    def entries(self, pairs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Keys and values of a dict, checked: a tensor under many names becomes many tensors of a network."""
+        for key, value in pairs:
+            if isinstance(value, Tensor):
+                self.budget.take("viewed", value.numel() * value.itemsize, STRETCHED)
+            yield _plain(key), value
 
     def load_additems(self) -> None:
         items = self.pop_mark()
@@ -284,10 +413,10 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
 
 def _plain(key: Any) -> Any:
-    """A key that can be hashed without going into depth."""
-    if type(key) in SCALARS or (type(key) is tuple and len(key) < 17 and all(type(part) in SCALARS for part in key)):
+    """A key whose hash takes no time and, as Python draws those of texts anew in each process, cannot be chosen."""
+    if type(key) in (str, bytes, bool, NoneType) or (type(key) is int and key.bit_length() < 60):
         return key
-    raise Refused(f"a {type(key).__name__} as a key")
+    raise Refused(f"a key of the type {type(key).__name__}")
 
 
 # What is left out: classes called by INST and OBJ, the extension registry, buffers from outside, and BYTEARRAY8, which
@@ -307,7 +436,10 @@ REPLACED = {
 
 
 def _step(method: Callable[[Any], None], unpickler: _Unpickler) -> None:
-    unpickler._count()
+    budget = unpickler.budget
+    budget.instructions -= 1
+    if budget.instructions < 0:
+        raise Refused(f"more than {MAX_INSTRUCTIONS} instructions")
     method(unpickler)
 
 
@@ -331,69 +463,40 @@ def _network(_: _Unpickler, meta: Any) -> PickledNetwork:
     name, state = meta.get("class_name"), meta.get("state")
     if not isinstance(name, str) or not isinstance(state, dict):
         raise Refused("a persistent class without a name or attributes")
-    return PickledNetwork(name[:200], state)
+    return PickledNetwork(clean(name, 200), state)
 
 
-def _bytes(_: _Unpickler, data: Any) -> bytes:
-    if not isinstance(data, bytes):
-        raise Refused("torch.storage._load_from_bytes of no bytes")
-    return data
+def _from_bytes(unpickler: _Unpickler, data: Any) -> _Storage:
+    """A storage that lies in the pickle as a stream of torch.save."""
+    found = _stream(io.BytesIO(data), unpickler.budget, nested=True) if isinstance(data, bytes) else None
+    return found if isinstance(found, _Storage) else _refuse("torch.storage._load_from_bytes of no storage")
 
 
-def _tensor(unpickler: _Unpickler, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A tensor of a nested stream of torch.save, which holds one storage; a view of its bytes."""
-    if not isinstance(storage, bytes):
+def _tensor(unpickler: _Unpickler, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """A view of a storage."""
+    if not isinstance(storage, _Storage):
         raise Refused("a tensor without its storage")
-    flat = _storage(unpickler, storage)
     numbers = [offset, *size, *stride]
-    if len(size) != len(stride) or len(size) > 8 or any(type(n) is not int or n < 0 for n in numbers):
+    if len(size) != len(stride) or len(size) > 8 or any(type(n) is not int or not 0 <= n < 1 << 40 for n in numbers):
         raise Refused("a tensor of an impossible shape")
-    count = 1
-    for n in size:
-        count *= n
+    flat, count = storage.flat, math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if count > flat.numel() or (count and last >= flat.numel()):
-        raise Refused(f"a tensor of {count} numbers whose storage has {flat.numel()}")
+    if count and last >= flat.numel():
+        raise Refused(f"a tensor of shape {tuple(size)} whose storage has {flat.numel()} numbers")
+    if count > flat.numel():
+        unpickler.budget.take("viewed", count * flat.itemsize, f"{STRETCHED} (shape {tuple(size)})")
     return flat.as_strided(size, stride, offset)
 
 
-def _storage(unpickler: _Unpickler, data: bytes) -> Tensor:
-    """The numbers of a storage as torch.save wrote it before zip archives: five pickles, a count, the raw values."""
-    stream = io.BytesIO(data)
-
-    def following() -> Any:
-        return _Unpickler(stream, unpickler).load()
-
-    if following() != TORCH_MAGIC or following() != TORCH_PROTOCOL:
-        raise Refused("a storage of another format than torch.save's")
-    following()  # the machine that wrote it; the values below are little-endian
-    reference, keys = following(), following()
-    if not isinstance(reference, _StorageReference) or keys != [reference.key]:
-        raise Refused("a stream of torch.save that is no single storage")
-    start = stream.tell() + 8
-    count = int.from_bytes(data[start - 8 : start], "little")
-    wanted = reference.numel * reference.dtype.itemsize
-    if count != reference.numel or len(data) - start != wanted:
-        raise Refused(f"a storage of {reference.numel} numbers in {max(0, len(data) - start)} bytes")
-    if not count:
-        return torch.empty(0, dtype=reference.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nobody writes to these tensors
-        return torch.frombuffer(data, dtype=reference.dtype, offset=start, count=count)
-
-
 def _parameter(_: _Unpickler, tensor: Any, *rest: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise Refused("a parameter that is no tensor")
-    return tensor
+    return tensor if isinstance(tensor, Tensor) else _refuse("a parameter that is no tensor")
 
 
-def _mapping(_: _Unpickler, *arguments: Any) -> dict[str, Any]:
+def _mapping(unpickler: _Unpickler, *arguments: Any) -> dict[Any, Any]:
     pairs = arguments[0] if arguments else []
     if len(arguments) > 1 or not isinstance(pairs, (list, dict)):
         raise Refused("a dict of something else")
-    items: Iterable[Any] = pairs.items() if isinstance(pairs, dict) else pairs
-    return {_plain(key): value for key, value in items}
+    return dict(unpickler.entries(pairs.items() if isinstance(pairs, dict) else pairs))
 
 
 def _set_of(_: _Unpickler, elements: Any = ()) -> set[Any]:
@@ -431,12 +534,16 @@ def _inert(name: str) -> Callable[..., Inert]:
 def _allowed() -> dict[str, Callable[..., Any]]:
     table: dict[str, Callable[..., Any]] = {
         "torch_utils.persistence._reconstruct_persistent_obj": _network,
+        "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": _parameter,
-        "torch.storage._load_from_bytes": _bytes,
+        "torch._utils._rebuild_parameter_with_state": _parameter,
+        "torch.storage._load_from_bytes": _from_bytes,
         "torch.Size": _size,
         "torch.device": _inert("torch.device"),
         "collections.OrderedDict": _mapping,
+        "collections.Counter": _mapping,
+        "argparse.Namespace": lambda *_: Attributes(),
         "dnnlib.util.EasyDict": _mapping,
         "dnnlib.EasyDict": _mapping,
         "_codecs.encode": _encode,
