@@ -1,8 +1,9 @@
 """Measures the toy domain: `python -m benchmarks.toyfaces.evaluate [--only PART ...]`.
 
 Parts: samples (grids), frechet, projection, checkpoints (the shipped encoders on 1,000 held-out faces), mixing,
-ablation (`--ablation RUN` is the folder of `psp-train -m 'experiment=glob(toyfaces_ablation_*)'`). Results are merged
-into benchmarks/results/toyfaces.json, pictures go to docs/, and the tables are printed as markdown.
+ablation (`--ablation FOLDER` of `psp-train -m 'experiment=glob(toyfaces_ablation_*)'`), training (`--generator RUN` of
+psp-train-generator: samples and Frechet distance after more and more steps). Results are merged into
+benchmarks/results/toyfaces.json, pictures go to docs/, and the table of the encoders is printed as markdown.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,14 @@ from psp_lightning.losses.l2 import mse_per_image
 from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.metrics.frechet import FrechetDistance
 from psp_lightning.models.projection import project
+from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.images import save_atomic, to_pil
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "toyfaces.json"
 TASKS = ("inversion", "sketch2face", "seg2face", "superres")
+BATCH = 16  # images a step of the generator's training
+ABLATION = ("w", "w_plus", "gradual", "gradual_id")  # the order of the paper's table
 
 
 class Scores:
@@ -68,6 +74,14 @@ def samples() -> dict[str, Any]:
     return {}
 
 
+@torch.no_grad()
+def generate(generator: Generator, n: int) -> Iterator[Tensor]:
+    """`n` samples without truncation, 50 at a time; latents and noise are fixed."""
+    torch.manual_seed(0)
+    for _ in range(0, n, 50):
+        yield generator(torch.randn(50, generator.z_dim), noise="random")
+
+
 def frechet(n: int = 10_000) -> dict[str, Any]:
     """Generated against drawn, and two disjoint drawn sets."""
     generator, _ = load_generator("toyfaces/generator")
@@ -78,10 +92,30 @@ def frechet(n: int = 10_000) -> dict[str, Any]:
         generated.update(real, real=True)
         drawn.update(real, real=True)
         drawn.update(draw(HELD_OUT + 1, 500, start).images, real=False)
-        with torch.no_grad():
-            z = torch.randn(500, generator.z_dim, generator=torch.Generator().manual_seed(start))
-            generated.update(torch.cat([generator(part, noise="random") for part in z.split(50)]), real=False)
+    for images in generate(generator, n):
+        generated.update(images, real=False)
     return {"images": n, "generated": float(generated.compute()), "drawn": float(drawn.compute())}
+
+
+def training(run: Path, n: int = 2000, shown: Sequence[int] = (1000, 3000, 6000, 10_000, 17_000)) -> dict[str, Any]:
+    """The generators that a run exported on its way: Frechet distance, and the same eight latents with truncation."""
+    embedding = load_embedding("toyfaces/identity").eval()
+    distance = FrechetDistance(embedding.statistics)
+    distance.update(draw(HELD_OUT, n).images, real=True)
+    rows, grid = [], []
+    for file in sorted(run.glob("generator_*.safetensors")):
+        steps = int(file.stem.removeprefix("generator_"))
+        if steps > max(shown):
+            continue
+        generator, _ = load_generator(file)
+        distance.fake = []
+        for images in generate(generator, n):
+            distance.update(images, real=False)
+        rows.append({"steps": steps, "images": steps * BATCH, "frechet": float(distance.compute())})
+        if steps in shown:
+            grid.append(sample_images(generator, 8, 0.7))
+    save_atomic(to_pil(tile(torch.cat(grid), 8)), ROOT / "docs" / "toyfaces_training.png", optimize=True)
+    return {"images": n, "exports": rows}
 
 
 def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
@@ -158,9 +192,10 @@ def checkpoints(n: int = 1000) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def mixing(n: int = 32, outputs: int = 8, first: int = 6) -> dict[str, Any]:
+def mixing(n: int = 32, outputs: int = 8, first: int = 4) -> dict[str, Any]:
     """Sketches with random styles at the layers from `first` on: do they keep the label map, and do they differ?"""
     net = PSP.from_pretrained("toyfaces/sketch2face")
+    generator, _ = load_generator("toyfaces/generator")
     faces = draw(HELD_OUT, n)
     parser = load_parser(ROOT / "runs" / "toyfaces_parser.pt")
     truth = kinds(faces.labels)
@@ -168,7 +203,7 @@ def mixing(n: int = 32, outputs: int = 8, first: int = 6) -> dict[str, Any]:
     w_plus, layers = net.encode(faces.sketches), range(first, net.n_styles)
     mixed = []
     for _ in range(outputs):
-        style = net.generator.mapping(torch.randn(n, net.generator.z_dim, generator=random))
+        style = generator.mapping(torch.randn(n, generator.z_dim, generator=random))
         mixed.append(net.decode(net.mix_styles(w_plus, style, layers)).clamp(-1, 1))
     stack = torch.stack(mixed)  # (outputs, n, 3, S, S)
     label_maps = parser(stack.flatten(0, 1)).argmax(1)
@@ -195,14 +230,13 @@ def ablation(folder: Path, n: int = 1000) -> dict[str, Any]:
     """The runs of the ablation sweep on held-out faces."""
     import yaml
 
-    faces, scores, rows = draw(HELD_OUT, n), Scores(), {}
-    for run in sorted(path for path in folder.iterdir() if (path / "config.yaml").is_file()):
-        overrides = yaml.safe_load((run / "overrides.yaml").read_text())
-        name = next(o.split("=")[1] for o in overrides if o.startswith("experiment=")).removeprefix(
-            "toyfaces_ablation_"
-        )
-        rows[name], _ = measure(PSP.from_checkpoint(run / "checkpoints" / "last.ckpt"), "inversion", faces, scores)
-    return rows
+    faces, scores, runs = draw(HELD_OUT, n), Scores(), {}
+    for run in folder.glob("*/overrides.yaml"):
+        overrides = yaml.safe_load(run.read_text())
+        name = next(o.split("=")[1] for o in overrides if o.startswith("experiment="))
+        runs[name.removeprefix("toyfaces_ablation_")] = run.parent / "checkpoints" / "last.ckpt"
+    nets = {name: PSP.from_checkpoint(runs[name]) for name in ABLATION}
+    return {name: measure(net, "inversion", faces, scores)[0] for name, net in nets.items()}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -220,16 +254,24 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parts = {f.__name__: f for f in (samples, frechet, projection, checkpoints, mixing)}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        f.__name__: f for f in (samples, frechet, projection, checkpoints, mixing)
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*parts, "ablation"], help="default: all parts")
-    parser.add_argument("--ablation", type=Path, help="folder of the ablation sweep")
+    parser.add_argument("--only", nargs="*", choices=parts, help="default: all parts")
+    parser.add_argument("--ablation", type=Path, help="folder of the ablation sweep: measured as well")
+    parser.add_argument("--generator", type=Path, help="run folder of the generator's training: measured as well")
     options = parser.parse_args()
-    chosen = options.only or [*parts, *(["ablation"] if options.ablation else [])]
+    if options.ablation:
+        parts["ablation"] = partial(ablation, options.ablation)
+    if options.generator:
+        parts["training"] = partial(training, options.generator)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in chosen:
+    for name in parts:
+        if options.only is not None and name not in (*options.only, "ablation", "training"):
+            continue
         print(name, flush=True)
-        results[name] = ablation(options.ablation) if name == "ablation" else parts[name]()
+        results[name] = parts[name]()
         print(json.dumps(results[name], indent=1), flush=True)
         results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ def mean_iou(predicted: Tensor, labels: Tensor) -> float:
     return float(np.mean(shares))
 
 
+@torch.enable_grad()  # callers measure without gradients
 def load_parser(path: Path, steps: int = 1500, seed: int = 0) -> Parser:
     """The parser in `path`; trained and written there first if it does not exist."""
     network = Parser().to(memory_format=torch.channels_last)
@@ -86,5 +87,7 @@ def load_parser(path: Path, steps: int = 1500, seed: int = 0) -> Parser:
         optimizer.step()
         schedule.step()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(network.state_dict(), path)
+    part = path.with_suffix(".part")
+    torch.save(network.state_dict(), part)
+    part.replace(path)
     return network.eval()

@@ -35,7 +35,7 @@ inversion, sketch2face, seg2face, superres     default: toyfaces/inversion and s
 train   further settings of the training, as in psp-train: train='optimizer.lr=3e-4 data.batch_size=4'
 """
 N, SIZE, FACTOR = 8, 64, 8  # drawn faces, their pixels, down-sampling of the super-resolution's input
-FINE = "[6,7,8,9]"  # the styles of 32 and 64 px, of the ten: colours, not shapes
+FINE = "[4,5,6,7,8,9]"  # of the ten styles, those of 16 px and finer: colours, not shapes
 MIXED = 3  # sketches whose mixed outputs are shown
 RECORD = "files.json"
 # what the demo writes into its folder, and nothing else
@@ -230,7 +230,7 @@ def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
     ]
     text = (
         "First in each row: the sketch. Then eight outputs for it: the coarse styles come from the sketch, the fine "
-        "ones (6 to 9 of 0 to 9) are random, the same in each column. Shapes stay, colours change."
+        "ones (4 to 9 of 0 to 9) are random, the same in each column. Shapes stay, colours change."
     )
     parts.append(Part("Style mixing: several faces for one sketch", text, [mixing], rows))
     sheet.append(
