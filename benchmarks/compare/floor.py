@@ -1,0 +1,112 @@
+"""The least time that a machine needs for a network: its operations and its memory traffic at measured rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.compare.rows import FLOAT32, Job
+
+if TYPE_CHECKING:
+    from psp_lightning import PSP
+
+
+def best(run: Callable[[], Any], device: str, times: int = 10) -> float:
+    """Seconds of the fastest of `times` runs behind one warm-up; on a GPU a run is ten calls, so that the time to
+    launch one does not count."""
+    calls = 10 if device == "cuda" else 1
+    seconds = []
+    for _ in range(times + 1):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        _wait(device)
+        seconds.append((time.perf_counter() - start) / calls)
+    return min(seconds[1:])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
+    """Operations a second of the product of two square matrices; on a GPU with TensorFloat-32 where convolutions have
+    it. Written as a convolution too, of which the better counts: on some processors another library computes it."""
+    n = side or (8192 if device == "cuda" else 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    pixels = a.view(1, n, 1, n).contiguous(memory_format=torch.channels_last)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    seconds = min(best(lambda: a @ b, device), best(lambda: F.conv2d(pixels, b.view(n, n, 1, 1)), device))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * n**3 / seconds
+
+
+def bandwidth(device: str, size: int | None = None) -> float:
+    """Bytes a second of copying within the device's memory, read and written ones counted."""
+    n = size or (1 << 30 if device == "cuda" else 1 << 28)
+    a = torch.zeros(n, dtype=torch.uint8, device=device)
+    b = torch.ones_like(a)
+    return 2 * n / best(lambda: b.copy_(a), device)
+
+
+class Layers(TorchDispatchMode):
+    """Operations and elements (read and written) of every convolution and matrix product that runs within it.
+
+    Filters of single channels are left out, as are all operations element by element: they can be done while a
+    convolution's result is written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            x, weight, transposed, groups = args[0], args[1], args[6], args[8]
+            if groups == 1 or groups < x.shape[1]:
+                work = 2 * (x if transposed else out).numel() * weight[0].numel()
+                self._add(work, x, weight, out)
+        elif name in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:]
+            self._add(2 * out.numel() * a.shape[-1], a, b, out)
+        return out
+
+    def _add(self, work: int, *tensors: Tensor) -> None:
+        self.found.append((work, sum(tensor.numel() for tensor in tensors)))
+
+
+def floor(net: PSP, job: Job, side: str) -> dict[str, float]:
+    """The least seconds of source to image: layer by layer the larger of operations over the matrix rate and bytes
+    over the bandwidth. Nothing is computed: the network is traced as torch.compile sees it, so that nothing that it has
+    precomputed for this device counts.
+
+    Returns:
+        `floor_seconds`, `operations`, `bytes`, `rate` (operations a second) and `bandwidth` (bytes a second).
+    """
+    dtype = torch.float32 if side == FLOAT32 else torch.bfloat16
+    rate, speed = matrix_rate(job.device, dtype), bandwidth(job.device)
+    size: int = net.encoder.input_size  # type: ignore[assignment]
+    tracing = mock.patch.object(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad(), tracing, FakeTensorMode(allow_non_fake_inputs=True), Layers() as layers:
+        net(torch.empty(job.batch, 3, size, size, device=job.device))
+    width = dtype.itemsize
+    return {
+        "floor_seconds": sum(max(work / rate, width * elements / speed) for work, elements in layers.found),
+        "operations": sum(work for work, _ in layers.found),
+        "bytes": sum(width * elements for _, elements in layers.found),
+        "rate": rate,
+        "bandwidth": speed,
+    }

@@ -1,0 +1,184 @@
+"""This library's side of the comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare import inputs
+from benchmarks.compare.floor import floor
+from benchmarks.compare.kernels import measure_kernels
+from benchmarks.compare.rows import BFLOAT16, GRAPH, Job
+from benchmarks.compare.worker import Case
+from psp_lightning import PSP
+from psp_lightning.checkpoints.networks import save_psp
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.transforms import load_source
+from psp_lightning.lit.prediction import FORMATS
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.images import save_atomic, to_pil
+
+TERMS = ("l2", "lpips", "id", "w_norm")
+
+
+def precision(side: str, device: str) -> Any:
+    """Autocast as Lightning's `bf16-mixed` sets it up, or nothing."""
+    return torch.autocast(device, torch.bfloat16) if side in (BFLOAT16, GRAPH) else contextlib.nullcontext()
+
+
+def write_weights(job: Job) -> None:
+    """Write the random weights that `job.files` names and that are not there yet.
+
+    `psp` (only without a reference, which writes its own): a network of the published shapes; `alexnet`, `ir_se50`:
+    what LPIPS and the identity loss read.
+    """
+    import torchvision
+
+    torch.manual_seed(1)
+    if not Path(job.files["psp"]).exists():
+        generator = Generator(job.size)
+        net = PSP(GradualStyleEncoder(generator.n_styles), generator, torch.randn(512) / 2, source={"kind": "rgb"})
+        save_psp(job.files["psp"], net)
+    if not Path(job.files["ir_se50"]).exists():
+        torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), job.files["ir_se50"])
+        torch.save(torchvision.models.alexnet(weights=None).state_dict(), job.files["alexnet"])
+
+
+def prepare(job: Job) -> dict[str, Case]:
+    """Ours of a row: prediction as psp-predict runs it, training as psp-train does."""
+    if job.kind == "weights":
+        return {side: Case(lambda seed: None, lambda _: write_weights(job), lambda _: {}) for side in job.sides}
+    if job.kind == "kernels":
+        return {side: Case(lambda seed: None, lambda _: measure_kernels(job), lambda _: {}) for side in job.sides}
+    if job.kind == "train":
+        return _training(job)
+    net = PSP.from_checkpoint(job.files["psp"], job.device).to(memory_format=torch.channels_last)
+    return {side: _inference(job, side, net) for side in job.sides}
+
+
+def _inference(job: Job, side: str, net: PSP) -> Case:
+    size: int = net.encoder.input_size  # type: ignore[assignment]
+
+    def picture(seed: int) -> Tensor:
+        return inputs.images(seed, job.batch, size, job.device)
+
+    def code(seed: int) -> Tensor:
+        return inputs.codes(seed, job.batch, net.n_styles, net.style_dim, job.device)
+
+    choices: dict[str, Any] = {"generator": (code, net.decode), "encoder": (picture, net.encode_delta)}
+    draw, part = choices.get(job.kind, (picture, net))
+
+    @torch.inference_mode()
+    def run(x: Tensor) -> Tensor:
+        with precision(side, job.device):
+            return part(x)
+
+    if job.kind == "predict":
+        return Case(lambda seed: Path(job.files["images"]), lambda folder: parts(run, net, folder), lambda _: {})
+    timed = captured(run, draw(0)) if side == GRAPH else run
+    lowest = (lambda: floor(net, job, side)) if job.kind == "image" else None
+    return Case(draw, timed, lambda x: {"output": timed(x).float().cpu()}, floor=lowest)
+
+
+def captured(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """`run` as a CUDA graph for inputs like `example`."""
+    given = example.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries choose their algorithms outside the capture
+        for _ in range(3):
+            run(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(given)
+
+    def replay(x: Tensor) -> Tensor:
+        given.copy_(x)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 16, batch: int = 8) -> dict[str, float]:
+    """Seconds a file of what psp-predict does, one after the other: reading, the network, writing."""
+    spec = InputSpec.from_dict(net.source)
+    files = sorted(folder.iterdir())[:most]
+    device = net.latent_avg.device
+    run(torch.zeros(batch, spec.channels, spec.size, spec.size, device=device))  # warm-up
+    start = time.perf_counter()
+    sources = [load_source(file, spec) for file in files]
+    read = time.perf_counter()
+    outputs: list[Tensor] = []
+    for i in range(0, len(sources), batch):
+        outputs += run(torch.stack(sources[i : i + batch]).to(device)).float().clamp(-1, 1).cpu()
+    computed = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        for i, image in enumerate(outputs):
+            save_atomic(to_pil(image), Path(out) / f"{i}.png", **FORMATS["png"])
+        written = time.perf_counter()
+    seconds = {"reading": read - start, "network": computed - read, "writing": written - computed}
+    return {name: value / len(files) for name, value in seconds.items()}
+
+
+def settings(job: Job, folder: Path) -> list[str]:
+    """Settings of psp-train for the comparison's training step."""
+    return [
+        "domain=ffhq", f"loss=[{','.join(TERMS)}]", f"generator.path={job.files['psp']}",
+        f"init_from={job.files['psp']}", "model.backbone=null", f"loss.lpips.weights={job.files['alexnet']}",
+        f"loss.id.weights={job.files['ir_se50']}", f"data.root={folder}", "data.num_workers=0",
+        f"paths.output_dir={folder}", *job.overrides,
+    ]  # fmt: skip
+
+
+def module_for(job: Job) -> Any:
+    """The LightningModule that `psp-train` would train."""
+    from hydra import compose, initialize_config_dir
+
+    from psp_lightning._conf import config_root
+    from psp_lightning.build import build_data, build_module, quiet
+
+    quiet()
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(config_root(), version_base="1.3"):
+        cfg = compose("train", settings(job, Path(folder)))
+        return build_module(cfg, build_data(cfg)).to(job.device)
+
+
+def _training(job: Job) -> dict[str, Case]:
+    module = module_for(job)
+    size = module.net.encoder.input_size
+    optimizer = module.configure_optimizers()
+
+    def batch(seed: int) -> dict[str, Any]:
+        image = inputs.images(seed, job.batch, size, job.device)
+        return {"source": image, "target": image, "path": [""] * job.batch}
+
+    def run(side: str, batch: dict[str, Any]) -> None:  # the order of Lightning's closure
+        with precision(side, job.device):
+            loss = module.training_step(batch, 0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def check(side: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # of the generator's noise
+        with precision(side, job.device):
+            total, values, _ = module.evaluate(batch, module.noise)
+        total.backward()
+        gradient = module.net.encoder.latlayer1.weight.grad.detach().clone().cpu().contiguous()
+        optimizer.zero_grad()
+        terms = {name: value.cpu() for name, value in values.items() if name in module.losses.terms}
+        return {**terms, "loss": total.detach().cpu(), "gradient": gradient}
+
+    return {side: Case(batch, partial(run, side), partial(check, side)) for side in job.sides}

@@ -1,0 +1,147 @@
+"""Figures to statistics, tables and files."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare.rows import REFERENCE, Aim, Row
+
+MIB = 1 << 20
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and extremes of repeated runs."""
+    ordered = sorted(seconds)
+    low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    return {
+        "median": statistics.median(ordered), "quartiles": [low, high], "least": ordered[0], "most": ordered[-1],
+        "runs": len(ordered),
+    }  # fmt: skip
+
+
+def ratios(sides: Mapping[str, Any]) -> None:
+    """Add to each side of a row how it compares with the reference: `faster`, and the ratio of every single round
+    (neighbours in time) as `faster_spread`; `memory`, share of the reference's peak."""
+    base = sides.get(REFERENCE)
+    for name, side in sides.items():
+        if base is None or name == REFERENCE or "median" not in side:
+            continue
+        side["faster"] = base["median"] / side["median"]
+        side["faster_spread"] = spread([a / b for a, b in zip(base["seconds"], side["seconds"], strict=True)])
+        if base.get("peak") and side.get("peak"):
+            side["memory"] = side["peak"] / base["peak"]
+
+
+def verdicts(aim: Aim, side: Mapping[str, Any]) -> list[str]:
+    """Each part of an aim with what became of it."""
+    parts = (
+        ("faster", aim.faster, ">= {:g}x", lambda found, wanted: found >= wanted),
+        ("memory", aim.memory, "<= {:.0%} memory", lambda found, wanted: found <= wanted),
+        ("median", aim.seconds, "<= {:g} s", lambda found, wanted: found <= wanted),
+        ("floor", aim.floor, "<= {:g}x floor", lambda found, wanted: found <= wanted),
+    )
+    said = []
+    for key, wanted, form, holds in parts:
+        if wanted is not None:
+            result = "not measured" if key not in side else "met" if holds(side[key], wanted) else "missed"
+            said.append(f"{form.format(wanted)}: {result}")
+    return said
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _side_cells(side: Mapping[str, Any]) -> list[str]:
+    if "median" not in side:
+        return [side.get("not_measured", "not measured"), "", "", "", ""]
+    low, high = side["quartiles"]
+    times = f"{_duration(low)} - {_duration(high)} ({side['runs']})"
+    faster = f"{side['faster']:.2f}x" if "faster" in side else ""
+    if "faster_spread" in side:
+        faster += f" ({side['faster_spread']['least']:.2f} - {side['faster_spread']['most']:.2f})"
+    memory = f"{side['peak'] / MIB:.0f} MiB" if side.get("peak") else ""
+    if "memory" in side:
+        memory += f" ({side['memory']:.0%})"
+    return [_duration(side["median"]), times, faster, memory, f"{side['floor']:.1f}x" if "floor" in side else ""]
+
+
+def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Markdown table of all rows; a row without figures is marked "not measured"."""
+    lines = [
+        _line(["Row", "Side", "Median", "Quartiles (runs)", "Faster (rounds)", "Peak memory", "Of floor", "Aim"]),
+        _line(["---"] * 8),
+    ]
+    for row in rows:
+        found = measured.get(row.name)
+        if row.kind == "kernels":
+            if found is None:
+                aim = f">= {OF_COPY:.0%} of the copy bandwidth; >= {FASTER:g}x plain PyTorch: not measured"
+                lines.append(_line([row.title, "", "not measured", "", "", "", "", aim]))
+            continue  # has a table of its own
+        sides: Mapping[str, Any] = {} if found is None else found["sides"]
+        names = list(sides) or [side for side in row.sides if side in row.aims] or [""]
+        for i, name in enumerate(names):
+            side = sides.get(name, {})
+            aim = "; ".join(verdicts(row.aims[name], side)) if name in row.aims else ""
+            lines.append(_line([row.title if i == 0 else "", name, *_side_cells(side), aim]))
+    return "\n".join(lines)
+
+
+OF_COPY, FASTER = 0.85, 1.0  # aims of each kernel: share of the copy bandwidth, speed against plain PyTorch
+
+
+def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table of what `measure_kernels` found."""
+    lines = [_line(["Kernel", "Type", "Time", "Of copy bandwidth", "Against plain PyTorch", "Aim"]), _line(["---"] * 6)]
+    for kernel in kernels:
+        met = kernel["of_copy"] >= OF_COPY and kernel["faster"] >= FASTER
+        lines.append(_line([
+            kernel["name"], kernel["dtype"], f"{1e6 * kernel['seconds']:.0f} us", f"{kernel['of_copy']:.0%}",
+            f"{kernel['faster']:.2f}x", "met" if met else "missed",
+        ]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def details(measured: Mapping[str, Any]) -> str:
+    """What the rows say beside their times: how far outputs agree, notes, parts of the prediction, kernels."""
+    lines = []
+    for found in measured.values():
+        for name, differences in found.get("agreement", {}).items():
+            said = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
+            lines.append(f"- {found['title']}, {name} against the reference, relative difference: {said}")
+        lines += [f"- {found['title']}: {note}" for note in found.get("notes", [])]
+    return "\n".join(lines)
+
+
+def markdown(results: Mapping[str, Any], rows: Sequence[Row], absent: Sequence[Row]) -> str:
+    """The whole report."""
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    text = [f"Measured {results['date']}: {machine}.", table(results["rows"], rows)]
+    text += [kernel_table(found["kernels"]) for found in results["rows"].values() if "kernels" in found]
+    if absent:
+        text += ["Rows that need a GPU, not measured:", table({}, absent)]
+    if said := details(results["rows"]):
+        text.append(said)
+    return "\n\n".join(text) + "\n"
+
+
+def save(folder: Path, name: str, results: Mapping[str, Any], text: str) -> list[Path]:
+    """Write NAME.json and NAME.md whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text)):
+        path = folder / f"{name}{suffix}"
+        part = path.with_suffix(".part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,144 @@
+"""What is compared: rows, their sides, sizes and aims."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+REFERENCE, FLOAT32, BFLOAT16 = "reference", "float32", "bfloat16"
+GRAPH = "bfloat16, CUDA graph"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process sets up: plain values, so that they travel as JSON.
+
+    Args:
+        kind: generator, encoder, image (source to image), train (one optimizer step), or a kind without a reference.
+        size: side of the generator's images.
+        batch: images a run.
+        sides: `REFERENCE` alone, or precisions of ours.
+        device: cpu or cuda.
+        files: weights by name, and `clone` for the reference.
+        overrides: further settings of psp-train for `train`.
+    """
+
+    kind: str
+    size: int
+    batch: int
+    sides: list[str]
+    device: str
+    files: dict[str, str]
+    overrides: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What issue-level aims ask of one side of a row, as ratios within one run.
+
+    Args:
+        faster: at least so many times the reference's speed.
+        memory: at most this share of the reference's peak memory.
+        seconds: at most so long.
+        floor: at most so many times the measured floor.
+    """
+
+    faster: float | None = None
+    memory: float | None = None
+    seconds: float | None = None
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison.
+
+    Args:
+        name: what `--only` takes.
+        title: for people.
+        kind, size, batch: of its jobs.
+        sides: ours; the reference is added where there is one.
+        aims: by side.
+        rounds: fewest and most rounds after the warm-up.
+        seconds: no further round starts after so long.
+        files: images of the prediction.
+        shared: our sides share one process, and with it network and optimizer, to leave room for the reference's.
+    """
+
+    name: str
+    title: str
+    kind: str
+    size: int = 0
+    batch: int = 1
+    sides: tuple[str, ...] = (FLOAT32, BFLOAT16)
+    aims: dict[str, Aim] = field(default_factory=dict)
+    rounds: tuple[int, int] = (3, 15)
+    seconds: float = 30.0
+    files: int = 0
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run.
+
+    Args:
+        small, large: sides of the generators' images.
+        many: images of the batched image-to-image row.
+        train_batch: images a training step.
+        files: of the prediction row.
+        full: the sizes that the aims are about.
+    """
+
+    small: int = 256
+    large: int = 1024
+    many: int = 8
+    train_batch: int = 2
+    files: int = 24
+    full: bool = True
+
+
+QUICK = Scale(small=32, large=64, many=2, train_batch=2, files=6, full=False)
+
+
+def scale_for(device: str, quick: bool, files: int | None) -> Scale:
+    """Sizes for a device; `files` overrides the number of predicted files."""
+    chosen = QUICK if quick else Scale() if device == "cpu" else Scale(train_batch=8, files=200)
+    return chosen if files is None else Scale(**{**asdict(chosen), "files": files})
+
+
+def _aims(scale: Scale, device: str, cpu: dict[str, Aim] | None, cuda: dict[str, Aim] | None) -> dict[str, Aim]:
+    return ((cpu if device == "cpu" else cuda) or {}) if scale.full else {}
+
+
+def rows(scale: Scale, device: str) -> list[Row]:
+    """All rows for a device, cheap ones first."""
+    small, large, batch, many = scale.small, scale.large, scale.train_batch, scale.many
+
+    def aims(cpu: dict[str, Aim] | None = None, cuda: dict[str, Aim] | None = None) -> dict[str, Aim]:
+        return _aims(scale, device, cpu, cuda)
+
+    found = [
+        Row("import", "time to import", "import", sides=(), rounds=(5, 5)),
+        Row(f"generator-{small}", f"generator {small} px, batch 1", "generator", small, seconds=15),
+        Row(f"generator-{large}", f"generator {large} px, batch 1", "generator", large,
+            aims=aims({FLOAT32: Aim(faster=5), BFLOAT16: Aim(faster=9)})),
+        Row("encoder", f"encoder, batch 1, {2 * large.bit_length() - 4} styles", "encoder", large, seconds=15),
+        Row(f"image-{large}-b1", f"image to image {large} px, batch 1", "image", large,
+            sides=(FLOAT32, BFLOAT16, *([GRAPH] if device == "cuda" else [])),
+            aims=aims({FLOAT32: Aim(faster=3.5), BFLOAT16: Aim(faster=6)}, {GRAPH: Aim(seconds=3e-3)})),
+        Row(f"image-{large}-b{many}", f"image to image {large} px, batch {many}", "image", large, many,
+            aims=aims(None, {BFLOAT16: Aim(faster=8, floor=2)}), rounds=(2, 15)),
+        Row(f"train-{small}", f"training step {small} px, batch {batch}", "train", small, batch,
+            aims=aims({FLOAT32: Aim(faster=3), BFLOAT16: Aim(faster=5)}), shared=True),
+        Row(f"train-{large}", f"training step {large} px, batch {batch}", "train", large, batch,
+            aims=aims({FLOAT32: Aim(faster=5, memory=0.6), BFLOAT16: Aim(faster=8, memory=0.6)},
+                      {BFLOAT16: Aim(faster=4, memory=0.5)}), shared=True),
+        Row("predict", f"psp-predict, {scale.files} files, {large} px", "predict", large, files=scale.files),
+    ]  # fmt: skip
+    if device == "cuda":
+        found.append(Row("kernels", "each kernel against copying and plain PyTorch", "kernels", large, 8))
+    return found

@@ -1,0 +1,197 @@
+"""A process that holds one side of a row and runs it when it is told to.
+
+The parent writes one JSON object a line to its standard input and reads one from its standard output; whatever the
+libraries print goes to standard error. Started as `python -m benchmarks.compare.worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.compare.rows import REFERENCE, Job
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Case:
+    """One side of a row, set up.
+
+    Args:
+        draw: seed to fresh random inputs.
+        run: the work that is timed; what it returns as a dict is passed on.
+        check: inputs to tensors by name (`Tensor` each) that must agree with the other sides'.
+        notes: for the results.
+        floor: measures the least time that the machine needs, where that is known.
+    """
+
+    draw: Callable[[int], Any]
+    run: Callable[[Any], Any]
+    check: Callable[[Any], dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    floor: Callable[[], dict[str, float]] | None = None
+
+
+class WorkerError(Exception):
+    """A worker could not do what it was told; the message holds the end of what it printed."""
+
+
+class Worker:
+    """The parent's end of a worker process.
+
+    Args:
+        job: what it sets up.
+
+    Raises:
+        WorkerError: by every method, when the process fails.
+    """
+
+    def __init__(self, job: Job, environment: dict[str, str] | None = None) -> None:
+        self.job = job
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.compare.worker"], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+        self._send(job.plain())
+
+    def ready(self) -> dict[str, Any]:
+        """Waits until everything is set up; seconds and notes of the set-up."""
+        return self._answer()
+
+    def ask(self, do: str, side: str, **values: Any) -> dict[str, Any]:
+        """One request and its answer: `run` (seed), `check` (seed, path) or `floor`."""
+        self._send({"do": do, "side": side, **values})
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            if pipe is not None:
+                pipe.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerError(self._failure()) from None
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(self._failure())
+        return json.loads(line)
+
+    def _failure(self) -> str:
+        code = self._process.wait()
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-12:]
+        return (
+            f"{self.job.kind} {self.job.size}, {', '.join(self.job.sides)}: worker ended with status {code}.\n"
+            + "\n".join(last)
+        )
+
+
+# --- the process itself
+
+
+def peak_bytes(device: str) -> int:
+    """Largest amount of memory held so far: CUDA's allocator, or resident memory of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure would begin with the parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def reset_peak(device: str) -> None:
+    """Begin a new peak where the system can: memory that the set-up alone needed does not count."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+
+def prepare(job: Job) -> dict[str, Case]:
+    """The sides' own set-up; modules are imported here, so that one side's do not weigh on the other."""
+    if job.sides == [REFERENCE]:
+        from benchmarks.compare import reference
+
+        return reference.prepare(job)
+    from benchmarks.compare import ours
+
+    return ours.prepare(job)
+
+
+def work(job: Job, answer: Callable[[dict[str, Any]], None], requests: IO[str]) -> None:
+    """Serve requests until the input ends."""
+    import torch
+
+    def wait() -> None:
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+
+    before, start = peak_bytes("cpu"), time.perf_counter()
+    cases = prepare(job)
+    wait()
+    notes = [note for case in cases.values() for note in case.notes]
+    answer({"seconds": time.perf_counter() - start, "before": before, "notes": notes})
+    for line in requests:
+        request = json.loads(line)
+        case = cases[request["side"]]
+        if request["do"] == "run":
+            inputs = case.draw(request["seed"])
+            wait()
+            reset_peak(job.device)
+            start = time.perf_counter()
+            result = case.run(inputs)
+            wait()
+            seconds = time.perf_counter() - start
+            found = result if isinstance(result, dict) else None
+            answer({"seconds": seconds, "peak": peak_bytes(job.device), "result": found})
+        elif request["do"] == "check":
+            torch.save(case.check(case.draw(request["seed"])), request["path"])
+            answer({})
+        elif request["do"] == "floor":
+            answer(case.floor() if case.floor is not None else {})
+
+
+def main() -> None:
+    """Entry point of the process."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+
+    def answer(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    job = Job(**json.loads(sys.stdin.readline()))
+    work(job, answer, sys.stdin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Makes `benchmarks` importable, whose folder is no installed package, and small weights for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of a small network (32 px generator, 64 px encoder) and of the losses' networks, random."""
+    import torch
+
+    from benchmarks.compare.ours import write_weights
+    from benchmarks.compare.rows import FLOAT32, Job
+    from psp_lightning import PSP
+    from psp_lightning.checkpoints.io import save_atomic
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.stylegan2 import Generator
+
+    folder = tmp_path_factory.mktemp("weights")
+    files = {"psp": "psp_32.pt", "alexnet": "alexnet.pth", "ir_se50": "ir_se50.pth"}
+    files = {name: str(folder / file) for name, file in files.items()}
+    torch.manual_seed(0)
+    generator = Generator(32, n_mapping=2, max_channels=16, style_dim=32)
+    encoder = GradualStyleEncoder(generator.n_styles, 32, input_size=64, blocks=[1, 1, 1, 1], width=16)
+    net = PSP(encoder, generator, torch.randn(32), source={"kind": "rgb", "size": 64})
+    content = {"psp": net.describe(), "state_dict": {f"net.{key}": value for key, value in net.state_dict().items()}}
+    save_atomic(content, files["psp"])
+    write_weights(Job("weights", 32, 1, [FLOAT32], "cpu", files))
+    return files
+
+
+@pytest.fixture(scope="session")
+def overrides() -> list[str]:
+    """Settings of psp-train for the small network."""
+    return ["encoder=gradual_small", "domain.input_size=64", "domain.target_size=64", "trainer=cpu"]

@@ -1,0 +1,292 @@
+"""The comparison script at tiny sizes, without the reference and with a stand-in for it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.compare import __main__ as command
+from benchmarks.compare import reference, report
+from benchmarks.compare.floor import Layers, bandwidth, floor, matrix_rate
+from benchmarks.compare.kernels import measure_kernels, sizes
+from benchmarks.compare.rows import (
+    BFLOAT16,
+    FLOAT32,
+    QUICK,
+    REFERENCE,
+    Aim,
+    Job,
+    Row,
+    Scale,
+    rows,
+    scale_for,
+)
+from benchmarks.compare.worker import WorkerError, work
+from psp_lightning import PSP
+
+# A clone with the reference's interface around this library's network, for the plumbing: paths, turns, agreement.
+STAND_IN = {
+    "options/train_options.py": """
+from argparse import ArgumentParser
+class TrainOptions:
+    def __init__(self):
+        self.parser = ArgumentParser()
+        self.parser.add_argument("--output_size", type=int)
+        self.parser.add_argument("--start_from_latent_avg", action="store_true")
+        for name in ("lpips_lambda", "l2_lambda", "id_lambda", "w_norm_lambda"):
+            self.parser.add_argument("--" + name, type=float)
+        self.parser.add_argument("--checkpoint_path")
+""",
+    "models/psp.py": """
+from torch import nn
+from models.stylegan2.op import upfirdn2d
+from psp_lightning import PSP
+class pSp(nn.Module):
+    def __init__(self, opts):
+        super().__init__()
+        self.opts = opts
+        self.net = PSP.from_checkpoint(opts.checkpoint_path)
+        self.encoder, self.latent_avg = self.net.encoder, self.net.latent_avg.clone()
+    def decoder(self, codes, input_is_latent, randomize_noise):
+        assert input_is_latent and not randomize_noise
+        return self.net.decode(codes[0]) + ERROR, None
+""",
+    "models/stylegan2/model.py": "",
+    "models/stylegan2/op/__init__.py": "from .upfirdn2d import upfirdn2d\n",
+    "models/stylegan2/op/upfirdn2d.py": """
+from torch.utils.cpp_extension import load
+upfirdn2d_op = load("upfirdn2d", sources=["upfirdn2d.cpp"])
+def upfirdn2d_native(*args): return F.relu(args[0])
+def upfirdn2d(*args): return upfirdn2d_op.upfirdn2d(*args)
+""",
+    "training/coach.py": "",
+}
+
+
+def stand_in(folder: Path, error: float = 0) -> Path:
+    for name, text in STAND_IN.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("ERROR", str(error)))
+    return folder
+
+
+def serve(job: Job, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of a worker, in this process."""
+    answers: list[dict[str, Any]] = []
+    work(job, answers.append, io.StringIO("".join(json.dumps(request) + "\n" for request in requests)))
+    return answers
+
+
+# --- rows and report
+
+
+def test_rows_have_distinct_names_and_the_aims_of_the_full_size():
+    for device in ("cpu", "cuda"):
+        for scale in (scale_for(device, quick=False, files=None), QUICK):
+            found = rows(scale, device)
+            assert len({row.name for row in found}) == len(found)
+            assert any(row.aims for row in found) == scale.full, "aims are about the full sizes alone"
+    by_name = {row.name: row for row in rows(Scale(), "cpu")}
+    assert by_name["train-1024"].aims == {
+        FLOAT32: Aim(faster=5, memory=0.6),
+        BFLOAT16: Aim(faster=8, memory=0.6),
+    }
+    assert by_name["generator-1024"].aims[BFLOAT16] == Aim(faster=9)
+
+
+def test_only_takes_beginnings_of_names_and_names_the_rows():
+    found = command.chosen(rows(Scale(), "cpu"), ["train", "encoder"])
+    assert [row.name for row in found] == ["encoder", "train-256", "train-1024"]
+    with pytest.raises(SystemExit, match="--only training: no such row.*generator-1024"):
+        command.chosen(rows(Scale(), "cpu"), ["training"])
+
+
+def test_spread_and_ratios():
+    sides: dict[str, Any] = {
+        REFERENCE: {"seconds": [4.0, 8.0, 6.0], **report.spread([4.0, 8.0, 6.0]), "peak": 200},
+        FLOAT32: {"seconds": [2.0, 2.0, 1.0], **report.spread([2.0, 2.0, 1.0]), "peak": 50},
+        BFLOAT16: {"not_measured": "not measured: why"},
+    }
+    report.ratios(sides)
+    assert sides[REFERENCE]["median"] == 6 and sides[REFERENCE]["quartiles"] == [5, 7]
+    assert sides[FLOAT32]["faster"] == 3 and sides[FLOAT32]["memory"] == 0.25
+    assert (sides[FLOAT32]["faster_spread"]["least"], sides[FLOAT32]["faster_spread"]["most"]) == (2, 6)
+    assert "faster" not in sides[BFLOAT16] and "faster" not in sides[REFERENCE]
+
+
+def test_table_has_aims_beside_ratios_and_marks_what_was_not_measured():
+    row = Row("r", "a row", "image", 32, aims={FLOAT32: Aim(faster=2, memory=0.5), BFLOAT16: Aim(faster=4, floor=2)})
+    sides: dict[str, Any] = {
+        REFERENCE: {"seconds": [4.0], **report.spread([4.0]), "peak": 100 << 20},
+        FLOAT32: {"seconds": [1.0], **report.spread([1.0]), "peak": 60 << 20},
+        BFLOAT16: {"not_measured": "not measured: the processor has no bfloat16"},
+    }
+    report.ratios(sides)
+    lines = report.table({"r": {"sides": sides}}, [row, Row("s", "another", "image", 32)]).splitlines()
+    assert len(lines) == 2 + 3 + 1
+    assert ">= 2x: met; <= 50% memory: missed" in lines[3] and "4.00x" in lines[3] and "60 MiB (60%)" in lines[3]
+    assert "no bfloat16" in lines[4] and ">= 4x: not measured; <= 2x floor: not measured" in lines[4]
+    assert lines[5].startswith("| another |") and "not measured" in lines[5]
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_kernel_table():
+    kernels = [
+        {"name": "k", "dtype": "float32", "seconds": 1e-3, "of_copy": 0.9, "faster": share} for share in (1, 0.9)
+    ]
+    lines = report.kernel_table(kernels).splitlines()
+    assert "90%" in lines[2] and lines[2].endswith("| met |") and lines[3].endswith("| missed |")
+
+
+def test_report_without_a_gpu_lists_its_rows_as_not_measured(tmp_path: Path):
+    absent = [row for row in rows(Scale(train_batch=8, files=200), "cuda") if row.aims or row.kind == "kernels"]
+    results = {"date": "2000-01-01", "machine": {"processor": "P", "cores": 2}, "rows": {}}
+    text = report.markdown(results, [], absent)
+    assert "Measured 2000-01-01: processor P, cores 2." in text
+    assert ">= 8x: not measured; <= 2x floor: not measured" in text and "<= 0.003 s: not measured" in text
+    assert ">= 85% of the copy bandwidth; >= 1x plain PyTorch: not measured" in text
+    paths = report.save(tmp_path / "new", "compare_cpu", results, text)
+    assert json.loads(paths[0].read_text()) == results and paths[1].read_text() == text
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["compare_cpu.json", "compare_cpu.md"]
+
+
+# --- our side
+
+
+@pytest.mark.parametrize("kind", ["generator", "encoder", "image", "train"])
+def test_our_side_of_every_kind(kind: str, weights: dict[str, str], overrides: list[str], tmp_path: Path):
+    job = Job(kind, 32, 2, [FLOAT32, BFLOAT16], "cpu", weights, overrides)
+    paths = {side: str(tmp_path / side) for side in job.sides}
+    asked = [{"do": "check", "side": side, "seed": 1, "path": path} for side, path in paths.items()]
+    asked += [{"do": "run", "side": side, "seed": 2} for side in job.sides]
+    ready, *answers = serve(job, *asked)
+    assert ready["seconds"] > 0 and answers[:2] == [{}, {}]
+    assert all(answer["seconds"] > 0 and answer["peak"] > 0 for answer in answers[2:])
+    found = {side: torch.load(path) for side, path in paths.items()}
+    if kind == "train":
+        assert set(found[FLOAT32]) == {"l2", "lpips", "id", "w_norm", "loss", "gradient"}
+        torch.testing.assert_close(found[BFLOAT16]["loss"], found[FLOAT32]["loss"], rtol=0.05, atol=0)
+        return
+    expected = found[FLOAT32]["output"]
+    assert expected.shape == ((2, 8, 32) if kind == "encoder" else (2, 3, 32, 32))
+    difference = (found[BFLOAT16]["output"] - expected).abs().mean() / expected.std()
+    assert 0 < difference < 0.05
+
+
+def test_parts_of_a_prediction(weights: dict[str, str], photos: Path):
+    job = Job("predict", 32, 1, [FLOAT32], "cpu", {**weights, "images": str(photos)}, [])
+    _, answer = serve(job, {"do": "run", "side": FLOAT32, "seed": 0})
+    assert set(answer["result"]) == {"reading", "network", "writing"} and min(answer["result"].values()) > 0
+
+
+@pytest.mark.slow
+def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
+    comparison = command.Comparison("cpu", None, Path(weights["psp"]).parent, rounds=1)
+    (Path(weights["psp"]).parent / "psp_32.safetensors").symlink_to(weights["psp"])  # of the small network
+    comparison.bfloat16 = False
+    found = comparison.measure(Row("image", "image to image", "image", 32, 2))
+    assert found["sides"][FLOAT32]["runs"] == 1 and found["sides"][FLOAT32]["floor"] > 0
+    assert "no bfloat16" in found["sides"][BFLOAT16]["not_measured"]
+
+
+# --- the reference's side
+
+
+def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path):
+    assert reference.missing(tmp_path)[0] == "models/psp.py"
+    assert reference.missing(stand_in(tmp_path)) == []
+    with pytest.raises(SystemExit, match="is no clone of eladrich/pixel2style2pixel: no models/psp.py"):
+        command.main(["--reference", str(tmp_path / "models")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "message"), [(0.0, None), (0.5, "float32 differs from reference in output")])
+def test_stand_in_takes_turns_and_must_agree(
+    error: float, message: str | None, weights: dict[str, str], tmp_path: Path
+):
+    comparison = command.Comparison("cpu", stand_in(tmp_path, error), Path(weights["psp"]).parent, rounds=2)
+    comparison.bfloat16 = False
+    row = Row("generator", "generator", "generator", 32)
+    if message is not None:
+        with pytest.raises(WorkerError, match=message):
+            comparison.measure(row)
+        return
+    found = comparison.measure(row)
+    assert found["agreement"][FLOAT32]["output"] < 1e-4
+    assert found["sides"][REFERENCE]["runs"] == found["sides"][FLOAT32]["runs"] == 2
+    assert found["sides"][FLOAT32]["faster"] > 0 and found["sides"][FLOAT32]["memory"] > 0
+
+
+def test_compiled_operations_are_replaced_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = dict(sys.modules)
+    try:
+        assert reference.enter(stand_in(tmp_path), "cpu") == []
+        module: ModuleType = sys.modules["models.stylegan2.op.upfirdn2d"]
+        assert module.upfirdn2d(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
+    finally:
+        for name in set(sys.modules) - set(before):
+            if name.split(".")[0] == "models":
+                del sys.modules[name]
+
+
+def test_fused_bias_act_is_leaky_relu_and_its_derivative():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    bias, none = torch.randn(3, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+    y = reference.fused_bias_act(x, bias, none, 3, 0, 0.2, 2**0.5)
+    torch.testing.assert_close(y, F.leaky_relu(x + bias.view(1, 3, 1, 1), 0.2) * 2**0.5)
+    dy = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(reference.fused_bias_act(dy, none, y, 3, 1, 0.2, 2**0.5), expected)
+
+
+# --- the floor and the kernels
+
+
+def test_layers_are_counted_and_filters_of_single_channels_are_not():
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
+    with Layers() as layers:
+        y = F.conv2d(x, w, padding=1)
+        F.conv2d(x, torch.randn(4, 1, 3, 3), groups=4)
+        F.conv_transpose2d(y, w, stride=2)
+        F.linear(torch.randn(5, 7), torch.randn(3, 7))
+    first, second, third = layers.found
+    assert first == (2 * 2 * 6 * 64 * 4 * 9, x.numel() + w.numel() + y.numel())
+    assert second[0] == 2 * y.numel() * 4 * 9
+    assert third == (2 * 5 * 7 * 3, 35 + 21 + 15)
+
+
+def test_floor_is_in_proportion_to_the_batch(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    import benchmarks.compare.floor as module
+
+    monkeypatch.setattr(module, "matrix_rate", lambda *args: 1e9)
+    monkeypatch.setattr(module, "bandwidth", lambda *args: 1e30)
+    net = PSP.from_checkpoint(weights["psp"])
+    one, four = (floor(net, Job("image", 32, n, [FLOAT32], "cpu", weights), FLOAT32) for n in (1, 4))
+    assert one["operations"] > 1e6
+    assert one["floor_seconds"] == pytest.approx(one["operations"] / 1e9)
+    assert four["floor_seconds"] == pytest.approx(4 * one["floor_seconds"])
+    assert net.latent_avg.sum().item() != 0, "the network keeps its weights"
+
+
+def test_rates_are_measured():
+    assert matrix_rate("cpu", torch.float32, 64) > 1e6 and bandwidth("cpu", 1 << 16) > 1e6
+
+
+def test_kernels_run_against_plain_pytorch():
+    assert sizes(1024) == [(128, 256), (64, 512), (32, 1024)]
+    found = measure_kernels(Job("kernels", 32, 1, [FLOAT32], "cpu", {}))["kernels"]
+    names = {kernel["name"].split()[0] for kernel in found}
+    assert names == {"bias_act", "modconv_epilogue", "upfirdn2d"} and len(found) == 2 * 3 * 4
+    assert all(kernel["seconds"] > 0 and kernel["of_copy"] > 0 for kernel in found)
