@@ -18,6 +18,8 @@ from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.registry import register_generator
 from psp_lightning.ops import blur_padding, fir_kernel, modconv_epilogue, modulated_convolution, upfirdn2d
+from psp_lightning.ops._dispatch import use_op
+from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
@@ -39,6 +41,29 @@ class FIRFilter(nn.Module):
         self.kernel: Tensor
 
 
+def is_constant(layer: nn.Module) -> bool:
+    """Whether this call needs no gradient of the layer's parameters: in eval mode, and frozen or under no_grad.
+
+    Not while a graph is captured, which is to hold the weights and not what was computed of them, nor under torch.func,
+    whose tensors must not be kept.
+    """
+    captured = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if layer.training or captured:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether plain PyTorch on the CPU computes with x, and not an operator of ours or a mode of PyTorch's."""
+    return x.device.type == "cpu" and type(x) is Tensor and not use_op(x)
+
+
+def active_dtype(x: Tensor) -> torch.dtype:
+    """In which a convolution of x computes: that of autocast, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class ModulatedConv(nn.Module):
     """Weights and style affine of one modulated convolution."""
 
@@ -55,8 +80,39 @@ class ModulatedConv(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """The convolution and its demodulation factors, which `modconv_epilogue` applies, as it does the low-pass
         filter where there is one."""
-        weight = self.weight * self.scale
-        return modulated_convolution(x, weight, self.modulation(w), self.demodulate, self.blur is not None)
+        up = self.blur is not None
+        if not is_constant(self):
+            return modulated_convolution(x, self.weight * self.scale, self.modulation(w), self.demodulate, up)
+        weight, energy = self.constants(active_dtype(x))
+        weight = weight.transpose(0, 1) if up else weight
+        return modulated_convolution(x, weight, self.style(w), self.demodulate, up, energy)
+
+    def style(self, w: Tensor) -> Tensor:
+        """The scale of each input channel (B, in_channels) with the equalised learning rate in it, which is cheaper
+        than to scale the weights."""
+        with torch.autocast(w.device.type, enabled=False):
+            style = self.modulation(w.to(self.modulation.weight.dtype)) * self.scale
+        return style.to(torch.promote_types(style.dtype, torch.float32))
+
+    def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What `frozen_styled_conv` takes as weight, in `dtype`, and as energy; computed once, until the weight is
+        another one: loaded, moved, cast or changed in place."""
+        weight = self.weight
+        key = None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, dtype)
+        known: tuple[Any, tuple[Tensor, Tensor]] | None = self.__dict__.get("_constants")
+        if known is not None and key is not None and known[0] == key:
+            return known[1]
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            energy = weight.to(wide).square().sum((2, 3))  # (O, I)
+            cast = weight.to(dtype)
+            if self.blur is not None:
+                cast = cast.transpose(0, 1).contiguous()
+            self.__dict__["_constants"] = (key, (cast, energy))
+        return cast, energy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_constants"}
 
     # The published layout has a leading axis of one on the weight, here only in state dicts: a five-dimensional
     # parameter would make `module.to(memory_format=torch.channels_last)` fail.
@@ -100,13 +156,20 @@ class StyledConv(nn.Module):
         """`noise` (1|B, 1, H, W); None draws it from the global random state. `clamp` bounds the result."""
         scale = 1 if self.conv.blur is None else 2
         size = (x.shape[0], 1, x.shape[2] * scale, x.shape[3] * scale)
-        x, factor = self.conv(x, w)
-        if noise is None:
-            noise = x.new_empty(size).normal_()
         blur, padding = None, (0, 0)
         if self.conv.blur is not None:
             blur = self.conv.blur.kernel
             padding = blur_padding(blur, self.conv.weight.shape[-1])
+        if clamp is None and (noise is None or not noise.requires_grad) and is_constant(self) and on_cpu(x):
+            x = x.to(active_dtype(x))
+            if noise is None:
+                noise = x.new_empty(size).normal_()
+            weight, energy = self.conv.constants(x.dtype)
+            noise = self.noise.weight * noise
+            return frozen_styled_conv(x, self.conv.style(w), weight, energy, noise, self.activate.bias, blur, padding)
+        x, factor = self.conv(x, w)
+        if noise is None:
+            noise = x.new_empty(size).normal_()
         return modconv_epilogue(x, blur, padding, factor, noise, self.noise.weight, self.activate.bias, clamp=clamp)
 
 
@@ -120,7 +183,10 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, image_channels, 1, 1))
 
     def forward(self, x: Tensor, w: Tensor, image: Tensor | None = None) -> Tensor:
-        x, _ = self.conv(x, w)
+        if is_constant(self) and on_cpu(x):
+            x = frozen_to_rgb(x.to(active_dtype(x)), self.conv.style(w), self.conv.weight)
+        else:
+            x, _ = self.conv(x, w)
         rgb = (x + self.bias).to(self.bias.dtype)  # the image adds up in full precision
         if image is None or self.upsample is None:
             return rgb

@@ -21,17 +21,27 @@ def demodulation(weight: Tensor, style: Tensor, eps: float = 1e-8) -> Tensor:
 
     Source: StyleGAN2 (arXiv:1912.04958), equation 3.
     """
-    energy = weight.square().sum((2, 3))  # (O, I)
+    return demodulation_from_energy(weight.square().sum((2, 3)), style, eps)
+
+
+def demodulation_from_energy(energy: Tensor, style: Tensor, eps: float = 1e-8) -> Tensor:
+    """`demodulation` from squares that were summed before: energy (O, I) and style (B, I) to (B, O)."""
     return (style.square() @ energy.t() + eps).rsqrt()
 
 
 def modulated_convolution(
-    x: Tensor, weight: Tensor, style: Tensor, demodulate: bool = True, up: bool = False
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    demodulate: bool = True,
+    up: bool = False,
+    energy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution of `modulated_conv2d` and the factors that demodulate it, for `modconv_epilogue`.
 
     Args:
         x, weight, style, demodulate, up: as `modulated_conv2d` takes them.
+        energy: (O, I), sums over the taps of the squared weights, where they are known.
 
     Returns:
         (B, O, H, W), or before the low-pass filter (B, O, 2H+k-2, 2W+k-2) with `up`; and (B, O), float32 or wider, or
@@ -43,7 +53,10 @@ def modulated_convolution(
     if demodulate:
         with torch.autocast(x.device.type, enabled=False):  # sums of squares leave half precision's range
             wide = torch.promote_types(weight.dtype, torch.float32)
-            factor = demodulation(weight.to(wide), style.to(wide))
+            if energy is None:
+                factor = demodulation(weight.to(wide), style.to(wide))
+            else:
+                factor = demodulation_from_energy(energy, style.to(energy.dtype))
     x = x * style[:, :, None, None].to(x.dtype)
     if up:
         return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), factor
