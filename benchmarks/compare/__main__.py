@@ -20,6 +20,7 @@ from benchmarks.compare.rows import BFLOAT16, FLOAT32, REFERENCE, Job, Row, rows
 from benchmarks.compare.worker import ROOT, Worker, WorkerError
 
 NO_BFLOAT16 = "not measured: the processor has no bfloat16"
+PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -94,9 +95,10 @@ class Comparison:
             for group, process in zip(groups, processes, strict=True):
                 found["notes"] += process.ready()["notes"]
                 workers |= dict.fromkeys(group, process)
+            seed = random.randrange(2**31)
             outputs = {side: self.scratch / f"{row.name}.{i}.out" for i, side in enumerate(workers)}
             for side, path in outputs.items():
-                workers[side].ask("check", side, seed=1, path=str(path))
+                workers[side].ask("check", side, seed=seed, path=str(path))
             found["agreement"] = compare(outputs, row, self.device)
             for side, runs in self.take_turns(row, workers).items():
                 seconds = [run["seconds"] for run in runs]
@@ -111,21 +113,21 @@ class Comparison:
         return found
 
     def take_turns(self, row: Row, workers: dict[str, Worker]) -> dict[str, list[dict[str, Any]]]:
-        """Runs of each side, round by round; the first round is a warm-up and does not count."""
+        """Runs of each side, round by round. What `check` ran was the warm-up; an optimizer's first step sets up its
+        state, so that training has a further round that does not count."""
         least, most = (self.rounds, self.rounds) if self.rounds else row.rounds
+        first = 1 if row.kind == "train" else 0
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
         sides = list(workers)
         start = time.monotonic()
-        for turn in range(most + 1):
-            if turn == 1:
-                start = time.monotonic()
-            if turn > least and time.monotonic() - start > row.seconds:
+        for turn in range(first + most):
+            if turn >= first + least and time.monotonic() - start > row.seconds:
                 break
             seed = random.randrange(2**31)
             shift = turn % len(sides)  # so that no side always runs behind the same one
             for side in sides[shift:] + sides[:shift]:
                 run = workers[side].ask("run", side, seed=seed)
-                if turn > 0:
+                if turn >= first:
                     runs[side].append(run)
         return runs
 
@@ -147,7 +149,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows (or what their names begin with)")
     parser.add_argument("--out", type=Path, help="folder of compare_DEVICE.json and .md (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="small sizes, a minute or two: to see that it runs")
-    parser.add_argument("--files", type=int, help="images for psp-predict (default: 200 on a GPU, 24 on a CPU)")
+    parser.add_argument("--files", type=int, help="images for psp-predict (default: 200 on a GPU, 16 on a CPU)")
     parser.add_argument("--rounds", type=int, help="rounds of every row (default: as time allows, 2 to 15)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     return parser.parse_args(argv)
@@ -209,9 +211,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     text = report.markdown(results, wanted, absent)
     print("\n" + text)
-    if given.out is not None or (given.only is None and not given.quick):
+    whole = given.only is None and not given.quick and clone is not None
+    if given.out is not None or whole:
         for path in report.save(given.out or RESULTS, f"compare_{device}", results, text):
             print(path)
+    if whole and given.out is None:
+        report.refresh(
+            PAGE, "\n".join(path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("compare_*.md")))
+        )
     return int(failed)
 
 

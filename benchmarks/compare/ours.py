@@ -111,7 +111,7 @@ def captured(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tens
     return replay
 
 
-def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 16, batch: int = 8) -> dict[str, float]:
+def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 8, batch: int = 8) -> dict[str, float]:
     """Seconds a file of what psp-predict does, one after the other: reading, the network, writing."""
     spec = InputSpec.from_dict(net.source)
     files = sorted(folder.iterdir())[:most]

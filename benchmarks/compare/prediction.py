@@ -87,8 +87,8 @@ def measure_prediction(comparison: Comparison, row: Row) -> dict[str, Any]:
         found["sides"][side] = {"seconds": [each], **spread([each]), "parts": parts, "whole": whole[many], "files": n}
         said = " + ".join(f"{name} {1e3 * value:.0f}" for name, value in parts.items())
         found["notes"].append(
-            f"{side}: {1 / each:.2f} files/s ({1e3 * each:.0f} ms a file), the sum of its parts {1 / total:.2f} "
-            f"files/s ({said} = {1e3 * total:.0f} ms); the whole command {whole[many]:.1f} s, on one file "
-            f"{whole[one]:.1f} s"
+            f"psp-predict, {side}: {1 / each:.2f} files/s ({1e3 * each:.0f} ms a file); the sum of its parts "
+            f"{1 / total:.2f} files/s ({said} = {1e3 * total:.0f} ms); the whole command {whole[many]:.1f} s, on one "
+            f"file {whole[one]:.1f} s"
         )
     return found

@@ -99,6 +99,8 @@ def enter(clone: Path, device: str) -> list[str]:
     if not hasattr(module.upfirdn2d_op, "upfirdn2d"):
         module.F = F  # which its fallback uses and does not import
         module.upfirdn2d_op.upfirdn2d = module.upfirdn2d_native
+        if device == "cpu":
+            notes.append("the reference's two compiled operations are its own and PyTorch's fallbacks")
     return notes
 
 
@@ -268,4 +270,5 @@ def _training(job: Job) -> Case:
         scalars = {key: torch.tensor(value) for key, value in values.items()}
         return {**scalars, "loss": total.detach().cpu(), "gradient": gradient}
 
-    return Case(lambda seed: inputs.images(seed, job.batch, INPUT_SIZE, job.device), run, check)
+    note = "AlexNet and the face network have random weights, the heads of LPIPS the published ones, on both sides"
+    return Case(lambda seed: inputs.images(seed, job.batch, INPUT_SIZE, job.device), run, check, [note])

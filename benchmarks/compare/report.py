@@ -113,13 +113,13 @@ def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 def details(measured: Mapping[str, Any]) -> str:
     """What the rows say beside their times: how far outputs agree, notes, parts of the prediction, kernels."""
-    lines = []
+    lines, notes = [], []
     for found in measured.values():
         for name, differences in found.get("agreement", {}).items():
             said = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
             lines.append(f"- {found['title']}, {name} against the reference, relative difference: {said}")
-        lines += [f"- {found['title']}: {note}" for note in found.get("notes", [])]
-    return "\n".join(lines)
+        notes += found.get("notes", [])
+    return "\n".join([*(f"- {note}" for note in dict.fromkeys(notes)), *lines])
 
 
 def markdown(results: Mapping[str, Any], rows: Sequence[Row], absent: Sequence[Row]) -> str:
@@ -134,14 +134,29 @@ def markdown(results: Mapping[str, Any], rows: Sequence[Row], absent: Sequence[R
     return "\n\n".join(text) + "\n"
 
 
+BEGIN, END = (f"<!-- results of benchmarks.compare: {word} -->" for word in ("begin", "end"))
+
+
+def refresh(page: Path, text: str) -> None:
+    """Put a report between the marks of a page."""
+    old = page.read_text(encoding="utf-8")
+    head, rest = old.split(BEGIN)
+    _, tail = rest.split(END)
+    write(page, f"{head}{BEGIN}\n{text}{END}{tail}")
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(path)
+
+
 def save(folder: Path, name: str, results: Mapping[str, Any], text: str) -> list[Path]:
-    """Write NAME.json and NAME.md whole or not at all."""
+    """Write NAME.json and NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text)):
-        path = folder / f"{name}{suffix}"
-        part = path.with_suffix(".part")
-        part.write_text(content, encoding="utf-8")
-        part.replace(path)
-        paths.append(path)
+        paths.append(folder / f"{name}{suffix}")
+        write(paths[-1], content)
     return paths

@@ -97,7 +97,7 @@ class Scale:
     large: int = 1024
     many: int = 8
     train_batch: int = 2
-    files: int = 24
+    files: int = 16
     full: bool = True
 
 
@@ -122,7 +122,7 @@ def rows(scale: Scale, device: str) -> list[Row]:
         return _aims(scale, device, cpu, cuda)
 
     found = [
-        Row("import", "time to import", "import", sides=(), rounds=(5, 5)),
+        Row("import", "time to import", "import", sides=(), rounds=(3, 3)),
         Row(f"generator-{small}", f"generator {small} px, batch 1", "generator", small, seconds=15),
         Row(f"generator-{large}", f"generator {large} px, batch 1", "generator", large,
             aims=aims({FLOAT32: Aim(faster=5), BFLOAT16: Aim(faster=9)})),

@@ -232,7 +232,7 @@ def test_compiled_operations_are_replaced_at_run_time(tmp_path: Path, monkeypatc
         monkeypatch.delitem(sys.modules, name)
     before = dict(sys.modules)
     try:
-        assert reference.enter(stand_in(tmp_path), "cpu") == []
+        assert len(reference.enter(stand_in(tmp_path), "cpu")) == 1
         module: ModuleType = sys.modules["models.stylegan2.op.upfirdn2d"]
         assert module.upfirdn2d(torch.tensor([-1.0, 2.0])).tolist() == [0, 2]
     finally:
@@ -290,3 +290,26 @@ def test_kernels_run_against_plain_pytorch():
     names = {kernel["name"].split()[0] for kernel in found}
     assert names == {"bias_act", "modconv_epilogue", "upfirdn2d"} and len(found) == 2 * 3 * 4
     assert all(kernel["seconds"] > 0 and kernel["of_copy"] > 0 for kernel in found)
+
+
+# --- the page
+
+
+def test_page_shows_the_results_that_are_kept():
+    page = (command.PAGE).read_text(encoding="utf-8")
+    shown = page.split(report.BEGIN)[1].split(report.END)[0].strip()
+    kept = "\n".join(path.read_text(encoding="utf-8") for path in sorted(command.RESULTS.glob("compare_*.md")))
+    assert shown == (kept.strip() or "Not measured yet.")
+
+
+def test_page_names_the_rows():
+    page = command.PAGE.read_text(encoding="utf-8")
+    for row in rows(Scale(), "cuda"):
+        assert f"`{row.name}`" in page or f"`-{row.name.rsplit('-', 1)[-1]}`" in page, row.name
+
+
+def test_results_are_put_between_the_marks(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.refresh(page, "new\n")
+    assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"

@@ -1,0 +1,43 @@
+"""The measured numbers of the toy domain: shown as they were measured, of the files that the package has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.toyfaces.evaluate import RESULTS, ROWS, table
+from benchmarks.toyfaces.parser import KINDS, mean_iou
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/toyfaces.md"])
+def test_the_table_is_what_was_measured(page: str) -> None:
+    measured = table(json.loads(RESULTS.read_text()))
+    assert measured in (ROOT / page).read_text(encoding="utf-8"), f"{page} should hold this table:\n{measured}"
+
+
+def test_every_network_was_measured() -> None:
+    results = json.loads(RESULTS.read_text())
+    for part, names in ROWS.items():
+        assert set(results[part]) == set(names), f"{part} of {RESULTS.name}"
+    assert {row["images"] for part in ROWS for row in results[part].values()} == {1000}
+    assert results["frechet"]["images"] == 10_000 and results["projection"]["images"] == 64
+
+
+def test_the_numbers_are_of_the_shipped_files() -> None:
+    records = json.loads((ROOT / "src/psp_lightning/weights/toyfaces/records.json").read_text())
+    measured = json.loads(RESULTS.read_text())["sha256"]
+    assert measured == {name: record["sha256"] for name, record in records.items()}
+
+
+def test_mean_iou() -> None:
+    labels = torch.arange(len(KINDS)).repeat(2)[:, None]
+    assert mean_iou(labels, labels) == 1
+    shifted = labels.clone()
+    shifted[0] = 1  # background: one of two is missed; skin: three found, two of them right
+    expected = (1 / 2 + 2 / 3 + len(KINDS) - 2) / len(KINDS)
+    assert mean_iou(shifted, labels) == pytest.approx(expected)
