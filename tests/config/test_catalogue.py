@@ -121,6 +121,14 @@ def test_targets_exist(path: Path) -> None:
         assert callable(hydra.utils.get_object(name)), name
 
 
+def test_every_encoder_has_a_file() -> None:
+    importlib.import_module("psp_lightning.models.encoders")  # fills the registry
+    encoders = importlib.import_module("psp_lightning.models.registry").ENCODERS
+    files = [yaml.safe_load(path.read_text()) for path in (CONF / "encoder").glob("*.yaml")]
+    ours = {name for name, cls in encoders.items() if cls.__module__ == "psp_lightning.models.encoders"}
+    assert ours == {node["_target_"].rpartition(".")[2] for node in files}
+
+
 def test_losses_and_files_agree() -> None:
     from psp_lightning.losses import LOSSES
 

@@ -111,10 +111,11 @@ def test_the_network_stays_as_it_was(tmp_path: Path) -> None:
     net = network()
     net.generator.use_half(16)
     net.encoder.train()
+    net.generator.half()
     modes = {name: item.training for name, item in net.named_modules()}
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     export(net, tmp_path / "x.onnx", "onnx")
-    assert net.generator.half_from == 16
+    assert net.generator.half_from == 16 and net.generator.input.input.dtype == torch.float16
     assert {name: item.training for name, item in net.named_modules()} == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 

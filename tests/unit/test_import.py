@@ -175,7 +175,7 @@ def test_computed_average(tmp_path):
     file = saved({"g_ema": net.state_dict(), "latent_avg": per_style}, tmp_path / "g.pt")
     assert torch.equal(import_file(file).latent_avg, per_style)
     for wrong, message in ((torch.ones(15), "does not fit 8 styles of 16"), (torch.full((16,), torch.inf), "finite")):
-        with pytest.raises(UserError, match=f"{message}.*average=computed"):
+        with pytest.raises(UserError, match=f"{message}.*latent_avg=computed"):
             import_file(saved({"g_ema": net.state_dict(), "latent_avg": wrong}, tmp_path / "g.pt"))
 
 
@@ -391,7 +391,12 @@ def test_parity_needs_values_that_fit(tmp_path):
         (dict(w=np.zeros((1, 16)), z=np.zeros((1, 16)), w_plus=np.zeros((1, 8, 16)), image=image), "exactly one"),
         (dict(w=np.zeros((1, 16)), image=image[:, :, :4]), r"image has shape \(1, 3, 4, 32\)"),
         (dict(w=np.zeros((1, 5)), image=image), "takes codes"),
-        (dict(z=np.full((1, 16), np.nan), image=image), "not finite"),
+        (dict(z=np.full((1, 16), np.nan), image=image), "z is empty, not finite"),
+        (dict(z=np.zeros((1, 16)), image=image * np.nan), "image is empty, not finite"),
+        (dict(z=np.zeros((1, 16)), image=image + np.inf), "image is empty, not finite"),
+        (dict(z=np.zeros((0, 16)), image=image[:0]), "z is empty"),
+        (dict(z=np.zeros((1, 16)), image=image, psi="half"), "psi is .*of a wrong type"),
+        (dict(z=np.zeros((1, 16)), image=image, psi=np.ones(3)), "psi is one number, not 3"),
         (dict(source=image, image=image), "generator without an encoder"),
         (dict(w=np.zeros((1, 16)), noise="random", image=image), "noise='random'"),
     ):

@@ -1,12 +1,14 @@
 """Networks as files that other programs run: ONNX, TorchScript, or our own safetensors, each with a model card.
 
-Only plain PyTorch operators are traced: on the CPU the operators of `ops/` are nothing else. Modulation scales the
-activations, so that weights are constants and the batch stays free; noise is the stored maps.
+A copy on the CPU is traced, where the operators of `ops/` are plain PyTorch, so that a graph has standard operators
+alone, whatever device the network is on. Modulation scales the activations, so that weights are constants and the batch
+stays free; noise is the stored maps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import importlib.util
 import io
@@ -160,7 +162,7 @@ def export(
     """Write a network, compare it with PyTorch at batch 1 and 3, and write its model card, PATH.md.
 
     Args:
-        net: float32, on the CPU.
+        net: on any device, of any precision, in any mode; it is not changed.
         path: is replaced; nothing is left there when the export or the comparison fails.
         format: `onnx`, `torchscript` or `safetensors` (`save_psp`, `save_generator`).
         what: see `Part`.
@@ -176,7 +178,11 @@ def export(
         raise UserError("what=encoder has no safetensors file of its own: take what=both, or another format.")
     path, facts = Path(path), dict(facts or {})
     make = {"onnx": _onnx, "torchscript": _torchscript, "safetensors": _safetensors}[format]
-    with _in_full_precision(net), replacing(path) as file:
+    net = copy.deepcopy(net).float().cpu()
+    for module in net.modules():
+        if isinstance(module, HalfPrecision):
+            module.half_from = None
+    with replacing(path) as file:
         part = Part(net, what)
         run = make(part, file, facts)
         difference = compare(part, run)
@@ -186,22 +192,6 @@ def export(
     with replacing(card) as file:
         file.write_text(model_card(part, path, format, checked, facts), encoding="utf-8")
     return Exported(path, card, difference)
-
-
-@contextlib.contextmanager
-def _in_full_precision(net: nn.Module) -> Iterator[None]:
-    """Without half precision; afterwards that and the modes are as they were."""
-    modes = [(module, module.training) for module in net.modules()]
-    halves = [(module, module.half_from) for module, _ in modes if isinstance(module, HalfPrecision)]
-    try:
-        for half, _ in halves:
-            half.half_from = None
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for half, resolution in halves:
-            half.half_from = resolution
 
 
 @torch.no_grad()

@@ -381,11 +381,11 @@ def _short_average(file: Path, average: Tensor, net: Generator) -> Tensor:
     if average.shape[-1:] != (net.style_dim,) or average.numel() not in (net.style_dim, net.style_dim * net.n_styles):
         raise UserError(
             f"{file}: its latent_avg of shape {tuple(average.shape)} does not fit {net.n_styles} styles of "
-            f"{net.style_dim} numbers; average=computed computes one."
+            f"{net.style_dim} numbers; latent_avg=computed computes one."
         )
     average = average.to(torch.float32).reshape(-1, net.style_dim)
     if not bool(average.isfinite().all()):
-        raise UserError(f"{file}: its latent_avg is not finite; average=computed computes one.")
+        raise UserError(f"{file}: its latent_avg is not finite; latent_avg=computed computes one.")
     return average[0].clone() if bool((average == average[0]).all()) else average.clone()
 
 

@@ -198,7 +198,9 @@ def _mapping(reader: _Reader, result: NvidiaGenerator, label: int | None) -> Non
     if "mapping.w_avg" in reader.tensors:
         result.latent_avg = reader.take("mapping.w_avg", w_dim)
         if classes:
-            result.notes.append("latent_avg is the pickle's w_avg, the average over all labels.")
+            result.notes.append(
+                "latent_avg is the pickle's w_avg, over all labels; latent_avg=computed gives that of this label."
+            )
 
 
 def _check_label(classes: int, label: int | None) -> None:

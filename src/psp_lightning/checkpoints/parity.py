@@ -81,6 +81,13 @@ def parity(
         values: dict[str, Any] = {"z": z, "image": _read_image(path), "psi": psi}
     else:
         values = {"psi": psi, **_read_npz(path)}
+        for name, value in values.items():
+            kind = "U" if name == "noise" else "fiu"
+            array = np.asarray(value)
+            if array.dtype.kind not in kind or not array.size or (kind == "fiu" and not np.isfinite(array).all()):
+                raise UserError(f"against={path}: {name} is empty, not finite, or of a wrong type ({array.dtype}).")
+        if np.asarray(values["psi"]).size > 1:
+            raise UserError(f"against={path}: psi is one number, not {np.asarray(values['psi']).size}.")
     computed = _compute(imported, values, path)
     return [_compare(name, computed[name], np.asarray(values[name]), tolerance, path) for name in computed]
 
@@ -122,8 +129,6 @@ def _compute(imported: Imported, values: Mapping[str, Any], path: Path) -> dict[
         raise UserError(f"against={path}: it lacks 'image', what the original gave.")
     name = given[0]
     x = torch.from_numpy(np.array(values[name], dtype=np.float32))
-    if not bool(x.isfinite().all()):
-        raise UserError(f"against={path}: {name} holds values that are not finite.")
     mode = str(values.get("noise", "const"))
     if mode not in ("const", "none"):
         raise UserError(f"against={path}: noise={mode!r}; comparable are 'const' (the stored maps) and 'none'.")
@@ -134,7 +139,7 @@ def _compute(imported: Imported, values: Mapping[str, Any], path: Path) -> dict[
             raise UserError(f"against={path}: it has 'source', but the file holds a generator without an encoder.")
         codes = imported.net.encode(x)
     else:
-        psi = float(np.asarray(values.get("psi", 1.0)))
+        psi = float(np.asarray(values["psi"]).item())
         if name == "z":
             x = generator.mapping(x)
             if psi != 1 and x.ndim == 2:

@@ -207,7 +207,7 @@ def _explain(name: str) -> str:
     """What a file is whose pickle asks for `name`, and what can be done."""
     if name.startswith(("dnnlib.tflib", "tfutil.", "network.")):
         return (
-            f"it is a TensorFlow pickle of StyleGAN or StyleGAN2 ({name}). Convert it in its own environment, a "
+            f"it is a TensorFlow pickle, as of StyleGAN or StyleGAN2 ({name}). Convert it in its own environment, a "
             "StyleGAN2 with legacy.py of NVlabs/stylegan2-ada-pytorch (--source, --dest) or convert_weight.py of "
             "rosinality/stylegan2-pytorch, and import what that writes. StyleGAN1 has another generator and cannot be "
             "used."
