@@ -99,6 +99,17 @@ def test_a_released_network(psp, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_the_words_of_a_file_do_not_steer_the_terminal(psp, tmp_path):
+    """Control characters and halves of characters, in what is printed and in messages."""
+    odd = "\x1b[2J\ud800\nx"
+    save_generator(tmp_path / "g.safetensors", generator(), {odd: odd}, latent_avg=(torch.zeros(16), odd))
+    result = psp("weights", "inspect", "g.safetensors")
+    assert result.code == 0 and "?[2J??x" in result.out and "\x1b" not in result.out, result
+    torch.save({odd: torch.ones(1)}, tmp_path / "k.pt")
+    result = psp("weights", "inspect", "k.pt")
+    assert result.code == 1 and "its keys are: ?[2J??x" in result.err and "\x1b" not in result.err, result
+
+
 def test_verify_shipped(psp):
     for name, entry in pretrained.shipped().items():
         result = psp("weights", "verify", name)

@@ -16,6 +16,7 @@ from psp_lightning.checkpoints import pretrained
 from psp_lightning.checkpoints.described import KEY, is_safetensors
 from psp_lightning.checkpoints.latents import generator_hash
 from psp_lightning.checkpoints.loading import resolve
+from psp_lightning.utils.errors import clean
 
 if TYPE_CHECKING:
     from psp_lightning.checkpoints.export import Part
@@ -141,8 +142,7 @@ def _origin(facts: Mapping[str, Any]) -> list[str]:
 
 def _line(value: Any) -> str:
     """A file's own words: on one line, of bounded length."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    return clean(" ".join(str(value).split()), 300)
 
 
 def _ours(part: Part, path: Path) -> dict[str, str]:

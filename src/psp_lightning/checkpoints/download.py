@@ -178,7 +178,7 @@ def _fetch(entry: Record, url: str, folder: Path, progress: Progress | None) -> 
     if entry.sha256 is not None:
         found = _sha256(part)
         if not found.startswith(entry.sha256):
-            part.unlink()
+            _drop(part)
             raise _failure(
                 entry,
                 folder,
@@ -205,7 +205,7 @@ def _refuse_page(entry: Record, folder: Path, part: Path) -> None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head and not start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return
-    part.unlink()
+    _drop(part)
     if not head:
         raise _failure(entry, folder, "the server gave an empty file")
     if any(word in start for word in QUOTA):
@@ -257,6 +257,12 @@ def _fetch_http(entry: Record, url: str, folder: Path, part: Path, progress: Pro
         time.sleep(PAUSE * 2 ** (failures - 1))
 
 
+def _drop(part: Path) -> None:
+    """What was downloaded is not the file: nothing of it is gone on from."""
+    for path in (part, _tag_file(part)):
+        path.unlink(missing_ok=True)
+
+
 def _tag_file(part: Path) -> Path:
     return part.with_name(part.name + ".tag")
 
@@ -289,7 +295,6 @@ def _continue(entry: Record, url: str, folder: Path, part: Path, progress: Progr
             start = 0
         if "html" in (headers.get("Content-Type") or ""):
             part.write_bytes(answer.read(PAGE_LIMIT))
-            _tag_file(part).unlink(missing_ok=True)
             _refuse_page(entry, folder, part)
         length = headers.get("Content-Length")
         total = start + int(length) if length is not None and length.isdigit() else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psp_lightning.cli._settings import choice, command, new_file, parse
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.errors import UserError, clean, suggest
 
 if TYPE_CHECKING:
     from psp_lightning.checkpoints.foreign import Imported
@@ -131,12 +131,12 @@ def _read(file: str, values: dict[str, str]) -> Imported:
 def described(imported: Imported) -> None:
     """Print what a network is."""
     for name, text in imported.summary():
-        print(f"{name:<11} {text}")
+        print(f"{clean(name):<11} {clean(text, 400)}")
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
     """Print columns."""
-    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    lines = [[clean(str(cell)) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         cells = zip(line, widths, strict=True)
@@ -146,7 +146,7 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
 def remarks(notes: Iterable[str]) -> None:
     """Print what a user should know."""
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {clean(note, 400)}")
 
 
 def inspect(arguments: list[str]) -> None:
@@ -157,7 +157,7 @@ def inspect(arguments: list[str]) -> None:
     imported = _read(file, values)
     described(imported)
     for key, value in imported.facts.items():
-        print(f"{key:<11} {str(value)[:200]}")
+        print(f"{clean(key):<11} {clean(str(value), 200)}")
     table(imported.rows, ("part", "tensors", "result"))
     remarks(imported.notes)
 
