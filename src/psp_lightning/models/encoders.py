@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.irse import IRSEBody
 from psp_lightning.models.registry import register_encoder
+from psp_lightning.ops._dispatch import is_captured
 from psp_lightning.utils.errors import UserError
 
 COARSE, MIDDLE = 3, 7  # styles 0-2 come from the 1/16 map, 3-6 from the 1/8 map, the others from the 1/4 map
@@ -77,6 +78,38 @@ def _check_styles(name: str, n_styles: int) -> None:
         raise UserError(f"{name} n_styles={n_styles}: it must be 1 or more (2 * log2(output size) - 2).")
 
 
+class StridedConv(nn.Conv2d):
+    """`nn.Conv2d` whose weight gradient, in float32 on the CPU, is computed from tensors in plain order (NCHW).
+
+    oneDNN's channels_last kernel for it takes three times as long where a stride of two meets a large map.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if plain or is_captured() or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
+        return _StridedConv.apply(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[no-any-return]
+
+
+class _StridedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = (stride, padding, (1, 1), False, (0, 0), 1)
+        ctx.bias_sizes = None if bias is None else [len(bias)]
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        settings = (ctx.bias_sizes, *ctx.settings)
+        backward = torch.ops.aten.convolution_backward  # which has a derivative again
+        dx = backward(dy, x, weight, *settings, [True, False, False])[0] if ctx.needs_input_grad[0] else None
+        mask = [False, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+        _, dw, db = backward(dy.contiguous(), x.contiguous(), weight.contiguous(), *settings, mask)
+        return dx, dw, db, None, None
+
+
 class MapToStyle(nn.Module):
     """Feature map to one style: strided convolutions down to 1x1, then a linear layer.
 
@@ -86,9 +119,10 @@ class MapToStyle(nn.Module):
     def __init__(self, in_channels: int, style_dim: int, side: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for _ in range(side.bit_length() - 1):
-            layers += [nn.Conv2d(in_channels, style_dim, 3, 2, 1), nn.LeakyReLU(0.01)]
-            in_channels = style_dim
+        while side > 1:
+            conv = StridedConv if side >= 64 else nn.Conv2d
+            layers += [conv(in_channels, style_dim, 3, 2, 1), nn.LeakyReLU(0.01)]
+            in_channels, side = style_dim, side // 2
         self.convs = nn.Sequential(*layers)
         self.linear = EqualisedLinear(style_dim, style_dim)
 

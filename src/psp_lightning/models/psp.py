@@ -5,6 +5,7 @@ Source: Richardson et al., pSp (arXiv:2008.00951), section 3: `pSp(x) = G(E(x) +
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import psp_lightning.models.encoders  # noqa: F401  fills the registry that from_description reads
 from psp_lightning.models.frozen import freeze
+from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.registry import ENCODERS, GENERATORS
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.errors import UserError, suggest
@@ -135,6 +137,32 @@ class PSP(nn.Module):
             )
         mixed[:, indices] = (alpha * inject + (1 - alpha) * w_plus)[:, indices].to(mixed.dtype)
         return mixed
+
+    def for_inference(self, dtype: torch.dtype = torch.float32, pack: bool = True) -> PSP:
+        """A copy that encodes and decodes faster, for inference where it is made: not to be trained, moved or saved.
+
+        BatchNorm is folded into the encoder's convolutions, tensors are channels_last, constants are computed once.
+
+        Args:
+            dtype: float32: results agree with this network's to 1e-4 of their largest value. bfloat16: encoder and
+                generator (from 16 px on) compute in it; of an image in [-1, 1] the mean difference is below 2/255.
+                Both give float32 codes and images.
+            pack: see `FusedEncoder`.
+
+        Raises:
+            UserError: another dtype.
+        """
+        from psp_lightning.models.fused import FusedEncoder
+
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(f"for_inference takes torch.float32 or torch.bfloat16, not {dtype}.")
+        encoder: nn.Module = self.encoder
+        if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: of a generator alone
+            encoder = FusedEncoder(encoder, dtype, pack)
+        generator = copy.deepcopy(self.generator).to(memory_format=torch.channels_last)
+        if dtype != torch.float32 and isinstance(generator, HalfPrecision):
+            generator.use_half(16, dtype)
+        return PSP(encoder, generator, self.latent_avg, self.start_from_latent_avg, self.source).eval()
 
     def describe(self) -> dict[str, Any]:
         """Plain values that rebuild this network (without weights) through `from_description`."""

@@ -18,7 +18,7 @@ from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.registry import register_generator
 from psp_lightning.ops import blur_padding, fir_kernel, modconv_epilogue, modulated_convolution, upfirdn2d
-from psp_lightning.ops._dispatch import use_op
+from psp_lightning.ops._dispatch import is_captured, use_op
 from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
 from psp_lightning.utils.errors import UserError
 
@@ -47,8 +47,7 @@ def is_constant(layer: nn.Module) -> bool:
     Not while a graph is captured, which is to hold the weights and not what was computed of them, nor under torch.func,
     whose tensors must not be kept.
     """
-    captured = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if layer.training or captured:
+    if layer.training or is_captured():
         return False
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
 

@@ -55,6 +55,12 @@ def use_op(x: Tensor) -> bool:
     return kernels() is not None
 
 
+def is_captured() -> bool:
+    """Whether a graph is being captured, or torch.func differentiates: no place for what is kept between calls."""
+    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return tracing or torch._C._are_functorch_transforms_active()
+
+
 @contextmanager
 def registered() -> Iterator[None]:
     """Within it every call goes to the registered operators, on the CPU too: to test them and to trace them there."""

@@ -1,0 +1,153 @@
+"""Networks for inference: the same codes and images as the plain ones; how the structure of the gains stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from psp_lightning.models.encoders import (
+    Encoder4Editing,
+    EncoderIntoW,
+    EncoderIntoWPlus,
+    GradualStyleEncoder,
+    StridedConv,
+)
+from psp_lightning.models.fused import Affine, FoldedConv, FusedEncoder
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.registry import ENCODERS
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.errors import UserError
+
+SMALL = dict(style_dim=32, in_channels=4, input_size=32, blocks=(1, 2, 1, 1), width=8)
+CLASSES = [GradualStyleEncoder, Encoder4Editing, EncoderIntoW, EncoderIntoWPlus]
+
+
+def build(cls, **kwargs):
+    torch.manual_seed(0)
+    styles = {} if cls is EncoderIntoW else {"n_styles": 8}
+    net = cls(**{**SMALL, **styles, **kwargs})
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after a training
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return net.eval()
+
+
+def source(batch=3, channels=4, side=32):
+    return torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def network(**kwargs):
+    return PSP(build(GradualStyleEncoder, **kwargs), Generator.seeded(0, output_size=32, style_dim=32, n_mapping=2,
+               max_channels=16), torch.linspace(-1, 1, 32)).eval()  # fmt: skip
+
+
+def relative(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("mode", ["ir", "ir_se"])
+@torch.no_grad()
+def test_fused_encoder_equals_the_plain_one(cls, mode, pack):
+    net, x = build(cls, mode=mode), source()
+    expected = net(x)
+    fused = FusedEncoder(net, pack=pack)
+    for batch in (3, 1, 2):  # weights are reordered for the first
+        assert relative(fused(x[:batch]), expected[:batch]) < 1e-4
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+    assert torch.equal(net(x), expected), "the plain one must stay as it is"
+
+
+def test_every_registered_encoder_is_tested():
+    ours = {name for name, cls in ENCODERS.items() if cls.__module__.startswith("psp_lightning.")}
+    assert ours == {cls.__name__ for cls in CLASSES}
+
+
+@torch.no_grad()
+def test_fused_encoder_in_bfloat16():
+    net, x = build(GradualStyleEncoder), source()
+    codes = FusedEncoder(net, torch.bfloat16)(x)
+    assert codes.dtype == torch.float32 and relative(codes, net(x)) < 0.05
+
+
+@torch.no_grad()
+def test_layers_of_a_fused_encoder():
+    fused = FusedEncoder(build(GradualStyleEncoder))
+    unit = fused.network.body[0].res_layer
+    assert isinstance(unit[0], Affine), "zero padding comes between this BatchNorm and its convolution"
+    assert isinstance(unit[1], FoldedConv) and unit[1].bias is None
+    assert isinstance(unit[3], FoldedConv) and unit[3].bias is not None and isinstance(unit[4], nn.Identity)
+    assert fused.n_styles == 8 and fused.in_channels == 4
+    fused.train()(source())  # nothing in it trains
+    assert not [p for p in fused.parameters() if p.requires_grad and p.shape == (8,)]
+
+
+def test_a_fused_network_refuses_what_it_cannot():
+    net = network().for_inference()
+    for wrong, message in ((lambda: net.describe(), "not saved"), (lambda: net.double(), "not moved or cast")):
+        with pytest.raises(UserError, match=message):
+            wrong()
+    with pytest.raises(UserError, match="bfloat16"):
+        network().for_inference(torch.float16)
+    with pytest.raises(UserError, match="32x32 sources"):
+        net.encode(source(side=64))
+
+
+def test_own_layers_are_left_as_they_are():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Doubled(4, 6, 3), nn.BatchNorm2d(6), nn.Dropout(), nn.Flatten(), nn.LazyLinear(5)).eval()
+    x = source()
+    with torch.no_grad():
+        assert relative(FusedEncoder(net)(x), net(x)) < 1e-4
+        assert relative(FusedEncoder(net, torch.bfloat16)(x), net(x)) < 0.05
+
+
+@torch.no_grad()
+def test_network_for_inference():
+    net, x = network(), source()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    codes, image = net.encode(x), net(x)
+    fast = net.for_inference()
+    assert relative(fast.encode(x), codes) < 1e-4 and relative(fast(x), image) < 1e-4
+    assert relative(fast.for_inference()(x), image) < 1e-4
+    half = net.for_inference(torch.bfloat16)
+    result = half(x)
+    assert result.dtype == torch.float32 and half.encode(x).dtype == torch.float32
+    error = (result - image).abs() * 127.5 / image.abs().max()
+    assert error.mean() < 2 and error.max() < 20, (float(error.mean()), float(error.max()))
+    assert net.generator.half_from is None
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_strided_convolution_has_the_gradients_of_conv2d():
+    torch.manual_seed(0)
+    ours = StridedConv(3, 5, 3, 2, 1).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(3, 5, 3, 2, 1)
+    plain.load_state_dict(ours.state_dict())
+    x = source(2, 3, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for create_graph in (False, True):
+        found = []
+        for layer in (ours, plain):
+            inputs = (x, layer.weight, layer.bias)
+            first = torch.autograd.grad(layer(x).square().sum(), inputs, create_graph=create_graph)
+            second = torch.autograd.grad(first[0].square().sum(), inputs[:2]) if create_graph else ()
+            found.append([*first, *second])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_large_maps_use_it_and_keep_their_keys():
+    with torch.device("meta"):
+        net = GradualStyleEncoder(10, 32, blocks=(1, 1, 1, 1), width=8)
+    assert isinstance(net.styles[9].convs[0], StridedConv) and type(net.styles[9].convs[2]) is nn.Conv2d
+    assert type(net.styles[3].convs[0]) is nn.Conv2d
+    assert {"styles.9.convs.0.weight", "styles.9.convs.10.bias"} <= set(net.state_dict())
