@@ -6,12 +6,10 @@ The header's metadata holds one entry, `psp_lightning`, a JSON object with `kind
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 
 KEY, FORMAT = "psp_lightning", 1
@@ -80,22 +79,11 @@ def save_described(
     path = Path(path)
     metadata = {KEY: json.dumps({**description, "kind": kind, "format": FORMAT}, sort_keys=True, allow_nan=False)}
     stored = {name: _stored(name, t.detach().cpu(), dtype) for name, t in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(stored, name, metadata=metadata)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        if isinstance(error, SafetensorError):
-            reason = "cannot be written, the disk is probably full"
-            raise OSError(errno.ENOSPC, reason, os.fspath(path)) from error
-        raise
+    with replacing(path) as part:
+        try:
+            save_file(stored, part, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC, "cannot be written, the disk is probably full") from error
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
