@@ -33,6 +33,7 @@ from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +222,8 @@ def build_trainer(cfg: DictConfig, spec: Any, resume_step: int | None) -> pl.Tra
     strategy = options.pop("strategy")
     options["accelerator"], devices = resolve_devices(options["accelerator"], options["devices"])
     options["devices"] = devices
+    if computes_on_cpu(options["accelerator"]):
+        keep_freed_memory()
     local = devices if isinstance(devices, int) else len(devices)
     check_launched(local)
     world = local * options["num_nodes"]

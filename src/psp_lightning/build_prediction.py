@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,9 @@ from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, P
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "resize": (int, 1, 2**15),
     "batch_size": (int, 1, math.inf),
@@ -92,9 +95,10 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         raise UserError(f"format={cfg.format} is unknown.{suggest(cfg.format, FORMATS)} Choose from: {options}")
     if cfg.precision not in PRECISIONS:
         raise UserError(f"precision={cfg.precision} is unknown. Choose from: {', '.join(PRECISIONS)}")
-    for key in ("side_by_side", "sheet", "overwrite", "any_generator"):
+    for key in ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]} must be true or false.")
+    _check_speed(cfg)
     if cfg.latents not in (True, False, "safetensors", "npz"):
         raise UserError(f"latents={cfg.latents} must be true, false, safetensors or npz.")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
@@ -120,6 +124,26 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     skipped = [writer.record(i, "skipped", writer.outputs_of(files[i]), 0.0) for i, skip in enumerate(done) if skip]
     todo = [i for i, skip in enumerate(done) if not skip]
     return PredictionPlan(files, todo, skipped, output / "manifest.jsonl", writer)
+
+
+def _check_speed(cfg: DictConfig) -> None:
+    """Raise a UserError for settings of speed that do not go together or lack something here."""
+    mixed = str(cfg.precision).endswith("-mixed")
+    if cfg.precision == "bf16" and not cfg.fuse:
+        raise UserError("precision=bf16 goes with fuse=true; without it take precision=bf16-mixed.")
+    if cfg.cuda_graphs and (cfg.accelerator in ("cpu", "mps") or not torch.cuda.is_available()):
+        raise UserError("cuda_graphs=true needs a CUDA device; leave it out.")
+    if cfg.cuda_graphs and (mixed or cfg.compile):
+        raise UserError("cuda_graphs=true goes with precision=32-true or bf16, and without compile=true.")
+    if cfg.compile and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        raise UserError("compile=true needs a C++ compiler: install g++, or name one in CXX.")
+
+
+def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
+    """The network as the settings of speed want it; autocast takes the plain one."""
+    if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
+        return net.to(memory_format=torch.channels_last)
+    return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
 
 
 def holds_latents(path: Any) -> bool:
@@ -202,6 +226,8 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
     """
     quiet()
     import_plugins(cfg.plugins)
+    if computes_on_cpu(cfg.accelerator):
+        keep_freed_memory()
     latents = None
     if holds_latents(cfg.input):
         net = load_decoder(cfg.ckpt)
@@ -221,15 +247,19 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
     with torch.inference_mode():
         inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
     space, average = ("w_plus", None) if latents is None else (latents.space, latents.lacking(net))
-    module = LitPredictor(net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average)
     digest = generator_hash(net.generator) if cfg.latents else None
+    net = _for_inference(cfg, net)
+    module = LitPredictor(
+        net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average, cfg.compile,
+        cfg.cuda_graphs, cfg.batch_size,
+    )  # fmt: skip
     writer = _writer(cfg, plan.files, spec, digest, latents is not None)
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
     world = devices if isinstance(devices, int) else len(devices)
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
-        precision=cfg.precision,
+        precision="32-true" if cfg.precision == "bf16" else cfg.precision,
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank takes its own share below
         callbacks=[writer] + ([PredictionBar()] if cfg.progress_bar else []),
@@ -243,5 +273,6 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         batch_size=cfg.batch_size,
         num_workers=0 if latents is not None else cfg.num_workers,
         collate_fn=collate_inputs,
+        pin_memory=torch.cuda.is_available(),
     )
     return Prediction(trainer, module, loader, writer)

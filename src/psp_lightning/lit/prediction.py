@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class LitPredictor(pl.LightningModule):
         composite: inpainting: keep the known pixels.
         space: of the codes, where batches hold `latents` instead of `source`.
         average: (n_styles, style_dim), added to codes that lack it.
+        compile: compile encoding and decoding for batches of `batch_size`.
+        cuda_graphs: on CUDA, replay them as graphs for batches of `batch_size`.
+        batch_size: of all batches but the last.
     """
 
     inject: Tensor | None
@@ -57,9 +60,17 @@ class LitPredictor(pl.LightningModule):
         composite: bool = False,
         space: str = "w_plus",
         average: Tensor | None = None,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        batch_size: int = 1,
     ) -> None:
         super().__init__()
         self.net = net
+        self.encode: Callable[[Tensor], Tensor] = net.encode
+        self.decode: Callable[[Tensor], Tensor] = net.decode
+        if compile or cuda_graphs:
+            self.encode = FixedBatch(net.encode, batch_size, compile, cuda_graphs)
+            self.decode = FixedBatch(net.decode, batch_size, compile, cuda_graphs)
         self.latent_mask = list(latent_mask or ())
         self.alpha, self.size, self.composite, self.space = alpha, size, composite, space
         self.register_buffer("inject", inject, persistent=False)
@@ -73,13 +84,13 @@ class LitPredictor(pl.LightningModule):
         if "latents" in batch:
             w_plus = to_w_plus(batch["latents"], self.space, self.net.generator, self.average)
         else:
-            w_plus = self.net.encode(batch["source"])
+            w_plus = self.encode(batch["source"])
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = w_plus
             if inject is not None:
                 mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
-            image = self.net.decode(mixed).float()
+            image = self.decode(mixed).float()
             if self.composite:
                 image = _composite(image, batch["known"], batch["source"][:, 3:])
             if self.size is not None:
@@ -96,6 +107,47 @@ def _composite(image: Tensor, known: Tensor, hole: Tensor) -> Tensor:
     known = F.interpolate(known, size=size, mode="bilinear", align_corners=False, antialias=True)
     hole = F.interpolate(hole, size=size, mode="nearest")
     return image * hole + known * (1 - hole)
+
+
+class FixedBatch:
+    """Calls a function with batches of one size, which it was compiled or captured for; a smaller one is filled up.
+
+    Args:
+        function: of tensors whose samples are independent; it must not wait for the device.
+        batch: the size.
+        compile: compile it at the first call.
+        graph: on CUDA capture it at the first call and replay it from then on.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], batch: int, compile: bool, graph: bool) -> None:
+        self.function = torch.compile(function, dynamic=False) if compile else function
+        self.batch, self.wants_graph = batch, graph
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._given: Tensor | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n = len(x)
+        if n < self.batch:
+            x = torch.cat([x, x[-1:].expand(self.batch - n, *x.shape[1:])])
+        return (self._replay(x) if self.wants_graph and x.is_cuda else self.function(x))[:n]
+
+    def _replay(self, x: Tensor) -> Tensor:
+        if self._graph is None:
+            self._given = x.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is decided or built at a first call is no part of the graph
+                for _ in range(3):
+                    self.function(self._given)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = self.function(self._given)
+        assert self._given is not None and self._result is not None
+        self._given.copy_(x)
+        self._graph.replay()
+        return self._result.clone()  # the next replay writes there
 
 
 class PredictionWriter(Callback):

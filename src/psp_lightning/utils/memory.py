@@ -9,6 +9,13 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+def computes_on_cpu(accelerator: str) -> bool:
+    """Whether the setting means the CPU here."""
+    import torch
+
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep the memory of freed tensors for the next ones; whether it could be arranged.
 

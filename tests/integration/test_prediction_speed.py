@@ -1,0 +1,91 @@
+"""psp-predict's settings of speed: what they write is what the plain network gives, within their bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from psp_lightning.build_prediction import _check_speed
+from psp_lightning.lit.prediction import FixedBatch
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.memory import keep_freed_memory
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network and three pictures."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("speed")
+    generator = Generator.seeded(0, output_size=32, style_dim=32, n_mapping=2, max_channels=16)
+    encoder = GradualStyleEncoder(generator.n_styles, 32, 3, 32, blocks=(1, 1, 1, 1), width=8)
+    net = PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": 32})
+    torch.save({"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}},
+               folder / "n.ckpt")  # fmt: skip
+    (folder / "in").mkdir()
+    for i in range(3):
+        array = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / "in" / f"{i}.png")
+    return folder
+
+
+def written(psp, inputs: Path, output: Path, *settings: str) -> np.ndarray:
+    done = psp("predict", f"ckpt={inputs / 'n.ckpt'}", f"input={inputs / 'in'}", f"output={output}", "batch_size=2",
+               "num_workers=0", "progress_bar=false", "accelerator=cpu", *settings)  # fmt: skip
+    assert done.code == 0, done.err
+    return np.stack([np.asarray(Image.open(path), np.int16) for path in sorted(output.glob("*.png"))])
+
+
+def test_fast_paths_write_the_same_pictures(psp, inputs: Path, tmp_path: Path) -> None:
+    plain = written(psp, inputs, tmp_path / "plain", "fuse=false")
+    assert len(plain) == 3
+    fused = np.abs(written(psp, inputs, tmp_path / "fused") - plain)
+    assert fused.max() <= 1 and fused.mean() < 0.01, "float32 differs by the rounding of single levels"
+    half = np.abs(written(psp, inputs, tmp_path / "half", "precision=bf16") - plain)
+    assert half.mean() < 2 and half.max() < 24, (half.mean(), half.max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "bf16", "fuse": False}, "bf16-mixed"),
+        ({"cuda_graphs": True, "accelerator": "cpu"}, "CUDA device"),
+        ({"compile": True}, "C[+][+] compiler"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    plain = {"precision": "32-true", "fuse": True, "compile": False, "cuda_graphs": False, "accelerator": "auto"}
+    _check_speed(OmegaConf.create(plain))
+    with pytest.raises(UserError, match=said):
+        _check_speed(OmegaConf.create({**plain, **settings}))
+
+
+def test_a_smaller_batch_is_filled_up() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return 2 * x
+
+    call = FixedBatch(function, 4, compile=False, graph=True)  # a graph is for CUDA tensors alone
+    for n in (4, 1, 3):
+        x = torch.randn(n, 3, 5)
+        assert torch.equal(call(x), 2 * x)
+    assert seen == [(4, 3, 5)] * 3
+
+
+def test_freed_memory_is_kept_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSP_KEEP_MEMORY", "0")
+    assert not keep_freed_memory()
+    monkeypatch.delenv("PSP_KEEP_MEMORY")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
