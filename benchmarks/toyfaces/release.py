@@ -49,7 +49,8 @@ def main() -> None:
         if run := getattr(options, task):
             net = load_psp(run / "checkpoints" / "last.ckpt")
             given = yaml.safe_load((run / "overrides.yaml").read_text())
-            given = [item for item in given if not item.startswith(("run=", "paths.", "trainer.enable_progress_bar"))]
+            aside = ("run=", "resume=", "paths.", "trainer.enable_progress_bar")  # they do not change the weights
+            given = [item for item in given if not item.startswith(aside)]
             made_by = " ".join(["psp-train", *given])
             save_psp(FOLDER / f"{task}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
     for name, entry in release(FOLDER).items():
