@@ -194,10 +194,17 @@ def test_turned_by_exif(tmp_path: Path) -> None:
         FolderImages(tmp_path)
 
 
-def test_floating_point_pixels_name_the_file(tmp_path: Path) -> None:
+def test_floating_point_pixels_are_refused_before_training(tmp_path: Path) -> None:
     write(tmp_path / "a.tif", mode="F", colour=0.5)
-    with pytest.raises(UserError, match=r"a\.tif.*floating-point"):
-        FolderImages(tmp_path)[0]
+    with pytest.raises(UserError, match=r"a\.tif.*floating-point.*replace it"):
+        FolderImages(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_of_an_animation_the_first_picture_counts(suffix: str, tmp_path: Path) -> None:
+    first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], lossless=True)
+    assert FolderImages(tmp_path).pixels(0)[0, 0].tolist() == [255, 0, 0]
 
 
 # --- broken files

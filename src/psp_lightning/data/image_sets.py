@@ -87,11 +87,13 @@ class FolderImages(ImageSet):
         limit: use the first so many only.
 
     Pictures are turned upright by their EXIF entry; grey ones become RGB; transparent pixels are put on white; 16 bits
-    become 8. All headers are read when the set is made, so that a file that is no image is found before anything is
-    trained; a file whose pixels turn out to be damaged later is an error that names it.
+    become 8; an animation gives its first picture. All headers are read when the set is made, so that a file that is
+    no image is found before anything is trained; a file whose pixels turn out to be damaged later is an error that
+    names it.
 
     Raises:
-        UserError: no images; a file that is none; several sizes and no `fit`; a size that is no power of two.
+        UserError: no images; a file that is none, or has floating-point pixels; several sizes and no `fit`; a size that
+            is no power of two.
     """
 
     def __init__(
@@ -156,6 +158,8 @@ def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no stated range")
             told = "exif" in image.info or image.format == "TIFF"  # of others `getexif` would decode the whole file
             turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
