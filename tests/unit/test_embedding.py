@@ -78,6 +78,11 @@ def test_id_loss_takes_an_embedding(file: Path) -> None:
     assert torch.allclose(loss.similarity(x, images(3, seed=1)), expected, atol=1e-6)
 
 
+def test_weights_beside_an_embedding_are_refused(file: Path) -> None:
+    with pytest.raises(UserError, match=r"other\.pth does not go with .*leave one of them out"):
+        IDLoss(str(file), weights="other.pth")
+
+
 def test_unknown_identity_network_says_what_there_is() -> None:
     with pytest.raises(UserError, match="ir_se50, facenet, and files of embeddings"):
         IDLoss("ir_se5")

@@ -67,7 +67,7 @@ class IDLoss(SimilarityLoss):
         weights: the network's file; None looks in the weights folder. Not with an embedding.
 
     Raises:
-        UserError: see `load_face_network`.
+        UserError: see `load_face_network`; `weights` beside an embedding.
 
     Source: pSp, section 3.2, eq. 3, with ArcFace (Deng et al. 2019); crop and pooling as in its code at commit
         5cfff38, against which the numbers were checked.
@@ -77,6 +77,11 @@ class IDLoss(SimilarityLoss):
         super().__init__()
         self.input_size: int | None = INPUT_SIZE.get(backbone)
         if "/" in backbone or backbone.endswith(".safetensors"):
+            if weights is not None:
+                raise UserError(
+                    f"loss.id.weights={weights} does not go with loss.id.backbone={backbone}, which is a file already: "
+                    "leave one of them out."
+                )
             self.network = freeze(load_embedding(backbone))
         else:
             self.network = load_face_network(backbone, weights)
