@@ -183,12 +183,14 @@ def test_recipes_that_make_no_sense(options: dict[str, Any], words: str) -> None
         Recipe(**options)
 
 
+@pytest.mark.filterwarnings("error")  # a message of PyTorch's before the error would confuse
 def test_a_value_that_is_not_finite_is_named() -> None:
     module = build()
     batch = {"path": ["a.png", "b.png"]}
     module._refuse_non_finite({"loss_g": torch.tensor(1.0)}, batch)
+    loss = torch.tensor(float("nan"), requires_grad=True) * 1
     with pytest.raises(UserError, match=r"'loss_d' became nan at step 1\. Files of the batch: a\.png, b\.png"):
-        module._refuse_non_finite({"loss_g": torch.tensor(1.0), "loss_d": torch.tensor(float("nan"))}, batch)
+        module._refuse_non_finite({"loss_g": torch.tensor(1.0), "loss_d": loss}, batch)
 
 
 def test_weights_of_another_network() -> None:

@@ -300,7 +300,7 @@ class LitGenerator(pl.LightningModule):
             return
         name = next(key for key, value in row.items() if not torch.isfinite(value))
         raise UserError(
-            f"'{name}' became {float(row[name])} at step {self._step + 1}. Files of the batch: "
+            f"'{name}' became {float(row[name].detach())} at step {self._step + 1}. Files of the batch: "
             f"{', '.join(map(str, batch['path'][:4]))}, ... The last checkpoint is intact: check these files, lower "
             "optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN takes its weights."
         )
