@@ -149,6 +149,7 @@ def test_a_failed_part_can_be_repeated(psp, networks: list[str], tmp_path: Path)
         (["steps=many"], ["steps=many", "whole number"]),
         (["steps=0"], ["steps=0", "at least 1"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
+        (["seed=01"], ["seed=01", "trained on"]),
         (["out="], ["out=", "no value"]),
         (["train='a"], ["train='a", "quotation mark"]),
         (["superres=nowhere.ckpt"], ["nowhere.ckpt"]),

@@ -16,6 +16,7 @@ from psp_lightning.utils.errors import UserError, suggest
 
 TASKS = ("inversion", "sketch2face", "seg2face", "superres")
 NUMBERS = {"steps": 300, "seed": 100}
+TRAINED_ON = (1, 2, 11)  # seeds of faces: the encoders' and the generator's, of validation, the identity network's
 HELP = """psp-demo [out=demo] [steps=300] [seed=100]
 
 Shows on this machine, in a few minutes and without a download, what the package does:
@@ -28,7 +29,7 @@ Each part prints the command that it runs. A second run replaces what the first 
 
 out     folder, made if missing
 steps   training steps
-seed    of the drawn faces; the trainings use others
+seed    of the drawn faces; not 1, 2 or 11, whose faces the networks were trained on
 
 Networks of your own, each a run folder or a file as in psp-predict ckpt=...:
 inversion, sketch2face, seg2face, superres     default: toyfaces/inversion and so on, part of the package
@@ -80,6 +81,8 @@ def _parse(arguments: list[str]) -> Settings:
                 raise UserError(f"{key}={value} is not a whole number.") from None
             if settings.numbers[key] < least:
                 raise UserError(f"{key}={value} must be at least {least}.")
+            if key == "seed" and settings.numbers[key] in TRAINED_ON:
+                raise UserError(f"seed={value} draws faces that the networks were trained on: choose another.")
     return settings
 
 
