@@ -43,8 +43,8 @@ class Comparison:
         self.overrides, self.rounds = overrides or [], rounds
         self.bfloat16 = device == "cuda" or machine.has_bfloat16()
 
-    def job(self, row: Row, sides: list[str], kind: str | None = None) -> Job:
-        """What a worker sets up for sides of a row."""
+    def job(self, row: Row, side: str, kind: str | None = None) -> Job:
+        """What a worker sets up for one side of a row."""
         suffix = "safetensors" if self.clone is None else "pt"  # ours, or the reference's layout
         files = {
             "psp": f"psp_{row.size}.{suffix}",
@@ -55,17 +55,17 @@ class Comparison:
         files = {name: str(self.scratch / file) for name, file in files.items()}
         if self.clone is not None:
             files["clone"] = str(self.clone)
-        return Job(kind or row.kind, row.size, row.batch, sides, self.device, files, self.overrides)
+        return Job(kind or row.kind, row.size, row.batch, side, self.device, files, self.overrides)
 
     def once(self, row: Row, side: str, kind: str) -> Any:
         """What a worker finds that does one thing and ends."""
-        with worker(self.job(row, [side], kind)) as process:
+        with worker(self.job(row, side, kind)) as process:
             process.ready()
-            return process.ask("run", side, seed=0)["result"]
+            return process.ask("run", seed=0)["result"]
 
     def write_weights(self, row: Row) -> None:
         """Random weights for the row, once; the reference writes the network's, where there is one."""
-        files = self.job(row, []).files
+        files = self.job(row, FLOAT32).files
         if self.clone is not None and not Path(files["psp"]).exists():
             self.once(row, REFERENCE, "weights")
         if not all(Path(files[name]).exists() for name in ("psp", "alexnet", "ir_se50")):
@@ -83,53 +83,57 @@ class Comparison:
         return self.measure_sides(row)
 
     def measure_sides(self, row: Row) -> dict[str, Any]:
-        """Set up all sides, compare their outputs, then let them take turns."""
-        found: dict[str, Any] = {"sides": {}, "notes": []}
+        """Set up the sides, compare their outputs, then let them take turns."""
+        found: dict[str, Any] = {"sides": {}, "agreement": {}, "notes": []}
         able = [side for side in row.sides if side != BFLOAT16 or self.bfloat16]
-        groups = [able] if row.shared else [[side] for side in able]
-        if self.clone is not None:
-            groups.insert(0, [REFERENCE])
+        base = [] if self.clone is None else [REFERENCE]
+        outputs: dict[str, Path] = {}
+        seed = random.randrange(2**31)
         with ExitStack() as stack:
-            processes = [stack.enter_context(worker(self.job(row, group))) for group in groups]
             workers: dict[str, Worker] = {}
-            for group, process in zip(groups, processes, strict=True):
-                found["notes"] += process.ready()["notes"]
-                workers |= dict.fromkeys(group, process)
-            seed = random.randrange(2**31)
-            outputs = {side: self.scratch / f"{row.name}.{i}.out" for i, side in enumerate(workers)}
-            for side, path in outputs.items():
-                workers[side].ask("check", side, seed=seed, path=str(path))
-            found["agreement"] = compare(outputs, row, self.device)
-            for side, runs in self.take_turns(row, workers).items():
-                seconds = [run["seconds"] for run in runs]
-                peak = max(run["peak"] for run in runs)
-                found["sides"][side] = {"seconds": seconds, **report.spread(seconds), "peak": peak}
-                if lowest := workers[side].ask("floor", side):
-                    of_floor = found["sides"][side]["median"] / lowest["floor_seconds"]
-                    found["sides"][side] |= {"floor": of_floor, **lowest}
+            for phase in [[side] for side in able] if row.apart else [able]:
+                new = [side for side in [*base, *phase] if side not in workers]
+                workers |= {side: stack.enter_context(worker(self.job(row, side))) for side in new}
+                for side in new:
+                    found["notes"] += workers[side].ready()["notes"]
+                for side in new:  # also a warm-up
+                    outputs[side] = self.scratch / f"{row.name}.{len(outputs)}.out"
+                    workers[side].ask("check", seed=seed, path=str(outputs[side]))
+                    if row.kind == "train":  # an optimizer's first step sets up its state
+                        workers[side].ask("run", seed=seed)
+                found["agreement"] |= compare(outputs, row, self.device)
+                self.take_turns(row, {side: workers[side] for side in [*base, *phase]}, found["sides"])
+                for side in phase:
+                    workers.pop(side).close()
         for side in row.sides:
             found["sides"].setdefault(side, {"not_measured": NO_BFLOAT16})
         report.ratios(found["sides"])
         return found
 
-    def take_turns(self, row: Row, workers: dict[str, Worker]) -> dict[str, list[dict[str, Any]]]:
-        """Runs of each side, round by round. What `check` ran was the warm-up; an optimizer's first step sets up its
-        state, so that training has a further round that does not count."""
+    def take_turns(self, row: Row, workers: dict[str, Worker], sides: dict[str, Any]) -> None:
+        """Run the workers in turns, round by round, and put the figures of each side into `sides`."""
         least, most = (self.rounds, self.rounds) if self.rounds else row.rounds
-        first = 1 if row.kind == "train" else 0
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
-        sides = list(workers)
+        names = list(workers)
         start = time.monotonic()
-        for turn in range(first + most):
-            if turn >= first + least and time.monotonic() - start > row.seconds:
+        for turn in range(most):
+            if turn >= least and time.monotonic() - start > row.seconds:
                 break
             seed = random.randrange(2**31)
-            shift = turn % len(sides)  # so that no side always runs behind the same one
-            for side in sides[shift:] + sides[:shift]:
-                run = workers[side].ask("run", side, seed=seed)
-                if turn >= first:
-                    runs[side].append(run)
-        return runs
+            shift = turn % len(names)  # so that no side always runs behind the same one
+            for side in names[shift:] + names[:shift]:
+                runs[side].append(workers[side].ask("run", seed=seed))
+        for side, of_side in runs.items():
+            seconds = [run["seconds"] for run in of_side]
+            figures: dict[str, Any] = {"seconds": seconds, "peak": max(run["peak"] for run in of_side)}
+            if side == REFERENCE and side in sides:  # an earlier phase's
+                figures["seconds"] = sides[side]["seconds"] + seconds
+                figures["peak"] = max(figures["peak"], sides[side]["peak"])
+            elif side != REFERENCE and REFERENCE in runs:
+                figures["beside"] = [run["seconds"] for run in runs[REFERENCE]]
+            sides[side] = {**figures, **report.spread(figures["seconds"])}
+            if lowest := workers[side].ask("floor"):
+                sides[side] |= {"floor": sides[side]["median"] / lowest["floor_seconds"], **lowest}
 
 
 @contextmanager

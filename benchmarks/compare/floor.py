@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,9 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.compare.rows import FLOAT32, Job
-
-if TYPE_CHECKING:
-    from psp_lightning import PSP
+from psp_lightning import PSP
 
 
 def best(run: Callable[[], Any], device: str, times: int = 10) -> float:
@@ -41,15 +39,20 @@ def _wait(device: str) -> None:
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
     """Operations a second of the product of two square matrices; on a GPU with TensorFloat-32 where convolutions have
-    it. Written as a convolution too, of which the better counts: on some processors another library computes it."""
-    n = side or (8192 if device == "cuda" else 2048)
+    it. On a CPU the better of that and a 3x3 convolution, which another library computes, with wider instructions on
+    some processors."""
+    n = side or (8192 if device == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    pixels = a.view(1, n, 1, n).contiguous(memory_format=torch.channels_last)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    seconds = min(best(lambda: a @ b, device), best(lambda: F.conv2d(pixels, b.view(n, n, 1, 1)), device))
+    product = 2 * n**3 / best(lambda: a @ b, device)
     torch.backends.cuda.matmul.allow_tf32 = before
-    return 2 * n**3 / seconds
+    if device != "cpu":
+        return product
+    channels, pixels = n // 2, 32
+    x, w = (torch.randn(shape).to(dtype) for shape in ((1, channels, pixels, pixels), (channels, channels, 3, 3)))
+    x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
+    return max(product, 2 * (channels * pixels * 3) ** 2 / best(lambda: F.conv2d(x, w, padding=1), device))
 
 
 def bandwidth(device: str, size: int | None = None) -> float:
@@ -88,20 +91,30 @@ class Layers(TorchDispatchMode):
         self.found.append((work, sum(tensor.numel() for tensor in tensors)))
 
 
-def floor(net: PSP, job: Job, side: str) -> dict[str, float]:
+def floor(description: Mapping[str, Any], job: Job) -> dict[str, float]:
     """The least seconds of source to image: layer by layer the larger of operations over the matrix rate and bytes
-    over the bandwidth. Nothing is computed: the network is traced as torch.compile sees it, so that nothing that it has
-    precomputed for this device counts.
+    over the bandwidth.
+
+    Nothing is computed and no memory is taken: the plain network is traced as torch.compile sees it, so that nothing
+    counts that is arranged for this device.
+
+    Args:
+        description: `PSP.describe()` of the network.
+        job: size of the batch, side and device.
 
     Returns:
         `floor_seconds`, `operations`, `bytes`, `rate` (operations a second) and `bandwidth` (bytes a second).
     """
-    dtype = torch.float32 if side == FLOAT32 else torch.bfloat16
+    dtype = torch.float32 if job.side == FLOAT32 else torch.bfloat16
     rate, speed = matrix_rate(job.device, dtype), bandwidth(job.device)
-    size: int = net.encoder.input_size  # type: ignore[assignment]
     tracing = mock.patch.object(torch.compiler, "is_compiling", lambda: True)
-    with torch.no_grad(), tracing, FakeTensorMode(allow_non_fake_inputs=True), Layers() as layers:
-        net(torch.empty(job.batch, 3, size, size, device=job.device))
+    with torch.no_grad(), tracing, FakeTensorMode():
+        with torch.device(job.device):
+            net = PSP.from_description(description).eval()
+        side: int = net.encoder.input_size  # type: ignore[assignment]
+        x = torch.empty(job.batch, 3, side, side, device=job.device)
+        with Layers() as layers:
+            net(x)
     width = dtype.itemsize
     return {
         "floor_seconds": sum(max(work / rate, width * elements / speed) for work, elements in layers.found),

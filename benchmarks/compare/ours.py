@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from psp_lightning.utils.images import save_atomic, to_pil
 TERMS = ("l2", "lpips", "id", "w_norm")
 
 
-def precision(side: str, device: str) -> Any:
-    """Autocast as Lightning's `bf16-mixed` sets it up, or nothing."""
-    return torch.autocast(device, torch.bfloat16) if side in (BFLOAT16, GRAPH) else contextlib.nullcontext()
+def is_half(side: str) -> bool:
+    """Whether a side computes in bfloat16."""
+    return side in (BFLOAT16, GRAPH)
 
 
 def write_weights(job: Job) -> None:
@@ -54,20 +52,21 @@ def write_weights(job: Job) -> None:
         torch.save(torchvision.models.alexnet(weights=None).state_dict(), job.files["alexnet"])
 
 
-def prepare(job: Job) -> dict[str, Case]:
+def prepare(job: Job) -> Case:
     """Ours of a row: prediction as psp-predict runs it, training as psp-train does."""
     if job.kind == "weights":
-        return {side: Case(lambda seed: None, lambda _: write_weights(job), lambda _: {}) for side in job.sides}
+        return Case(lambda seed: None, lambda _: write_weights(job), lambda _: {})
     if job.kind == "kernels":
-        return {side: Case(lambda seed: None, lambda _: measure_kernels(job), lambda _: {}) for side in job.sides}
-    if job.kind == "train":
-        return _training(job)
-    net = PSP.from_checkpoint(job.files["psp"], job.device).to(memory_format=torch.channels_last)
-    return {side: _inference(job, side, net) for side in job.sides}
+        return Case(lambda seed: None, lambda _: measure_kernels(job), lambda _: {})
+    return _training(job) if job.kind == "train" else _inference(job)
 
 
-def _inference(job: Job, side: str, net: PSP) -> Case:
-    size: int = net.encoder.input_size  # type: ignore[assignment]
+def _inference(job: Job) -> Case:
+    plain = PSP.from_checkpoint(job.files["psp"], job.device)
+    description = plain.describe()
+    size: int = plain.encoder.input_size  # type: ignore[assignment]
+    net = plain.for_inference(torch.bfloat16 if is_half(job.side) else torch.float32)
+    del plain
 
     def picture(seed: int) -> Tensor:
         return inputs.images(seed, job.batch, size, job.device)
@@ -77,38 +76,15 @@ def _inference(job: Job, side: str, net: PSP) -> Case:
 
     choices: dict[str, Any] = {"generator": (code, net.decode), "encoder": (picture, net.encode_delta)}
     draw, part = choices.get(job.kind, (picture, net))
-
-    @torch.inference_mode()
-    def run(x: Tensor) -> Tensor:
-        with precision(side, job.device):
-            return part(x)
-
+    run: Callable[[Tensor], Tensor] = torch.inference_mode()(part)
     if job.kind == "predict":
         return Case(lambda seed: Path(job.files["images"]), lambda folder: parts(run, net, folder), lambda _: {})
-    timed = captured(run, draw(0)) if side == GRAPH else run
-    lowest = (lambda: floor(net, job, side)) if job.kind == "image" else None
-    return Case(draw, timed, lambda x: {"output": timed(x).float().cpu()}, floor=lowest)
+    if job.side == GRAPH:
+        from psp_lightning.lit.prediction import FixedBatch  # psp-predict cuda_graphs=true
 
-
-def captured(run: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """`run` as a CUDA graph for inputs like `example`."""
-    given = example.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries choose their algorithms outside the capture
-        for _ in range(3):
-            run(given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run(given)
-
-    def replay(x: Tensor) -> Tensor:
-        given.copy_(x)
-        graph.replay()
-        return result
-
-    return replay
+        run = torch.inference_mode()(FixedBatch(net, job.batch, compile=False, graph=True))
+    lowest = (lambda: floor(description, job)) if job.kind == "image" else None
+    return Case(draw, run, lambda x: {"output": run(x).float().cpu()}, floor=lowest)
 
 
 def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 8, batch: int = 8) -> dict[str, float]:
@@ -155,7 +131,7 @@ def module_for(job: Job) -> Any:
         return build_module(cfg, build_data(cfg)).to(job.device)
 
 
-def _training(job: Job) -> dict[str, Case]:
+def _training(job: Job) -> Case:
     module = module_for(job)
     size = module.net.encoder.input_size
     optimizer = module.configure_optimizers()
@@ -164,16 +140,19 @@ def _training(job: Job) -> dict[str, Case]:
         image = inputs.images(seed, job.batch, size, job.device)
         return {"source": image, "target": image, "path": [""] * job.batch}
 
-    def run(side: str, batch: dict[str, Any]) -> None:  # the order of Lightning's closure
-        with precision(side, job.device):
+    def precision() -> torch.autocast:  # Lightning's for `bf16-mixed`
+        return torch.autocast(job.device, torch.bfloat16, enabled=is_half(job.side))
+
+    def run(batch: dict[str, Any]) -> None:  # the order of Lightning's closure
+        with precision():
             loss = module.training_step(batch, 0)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    def check(side: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def check(batch: dict[str, Any]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # of the generator's noise
-        with precision(side, job.device):
+        with precision():
             total, values, _ = module.evaluate(batch, module.noise)
         total.backward()
         gradient = module.net.encoder.latlayer1.weight.grad.detach().clone().cpu().contiguous()
@@ -181,4 +160,4 @@ def _training(job: Job) -> dict[str, Case]:
         terms = {name: value.cpu() for name, value in values.items() if name in module.losses.terms}
         return {**terms, "loss": total.detach().cpu(), "gradient": gradient}
 
-    return {side: Case(batch, partial(run, side), partial(check, side)) for side in job.sides}
+    return Case(batch, run, check)

@@ -18,7 +18,7 @@ from benchmarks.compare.worker import ROOT, WorkerError
 if TYPE_CHECKING:
     from benchmarks.compare.__main__ import Comparison
 
-PRECISION = {FLOAT32: "32-true", BFLOAT16: "bf16-mixed"}
+PRECISION = {FLOAT32: "32-true", BFLOAT16: "bf16"}
 IMPORTS = {
     "torch alone": "import torch",
     "import psp_lightning": "import psp_lightning",
@@ -69,7 +69,7 @@ def measure_prediction(comparison: Comparison, row: Row) -> dict[str, Any]:
     write_images(many, n)
     write_images(one, 1)
     found: dict[str, Any] = {"sides": {}, "notes": []}
-    checkpoint = comparison.job(row, []).files["psp"]
+    checkpoint = comparison.job(row, FLOAT32).files["psp"]
     accelerator = "gpu" if comparison.device == "cuda" else "cpu"
     for side, precision in PRECISION.items():
         if side == BFLOAT16 and not comparison.bfloat16:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.compare import inputs
-from benchmarks.compare.rows import REFERENCE, Job
+from benchmarks.compare.rows import Job
 from benchmarks.compare.worker import Case
 
 NEEDED = ("models/psp.py", "models/stylegan2/model.py", "training/coach.py", "options/train_options.py")
@@ -210,12 +210,12 @@ def coach(job: Job) -> Any:
     return made
 
 
-def prepare(job: Job) -> dict[str, Case]:
+def prepare(job: Job) -> Case:
     """The reference's side of a row, as its scripts run it: `inference.py`, `Coach.train`."""
     notes = enter(Path(job.files["clone"]), job.device)
     case = _prepare(job)
     case.notes += notes
-    return {REFERENCE: case}
+    return case
 
 
 def _prepare(job: Job) -> Case:

@@ -24,14 +24,16 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(sides: Mapping[str, Any]) -> None:
-    """Add to each side of a row how it compares with the reference: `faster`, and the ratio of every single round
-    (neighbours in time) as `faster_spread`; `memory`, share of the reference's peak."""
+    """Add to each side of a row how it compares with the reference: `faster`, ratio of the medians, and the ratio of
+    every single round as `faster_spread`, both with the reference's runs of the same rounds (`beside`); `memory`,
+    share of the reference's peak."""
     base = sides.get(REFERENCE)
-    for name, side in sides.items():
-        if base is None or name == REFERENCE or "median" not in side:
+    for side in sides.values():
+        if base is None or "beside" not in side:
             continue
-        side["faster"] = base["median"] / side["median"]
-        side["faster_spread"] = spread([a / b for a, b in zip(base["seconds"], side["seconds"], strict=True)])
+        beside = side["beside"]
+        side["faster"] = statistics.median(beside) / side["median"]
+        side["faster_spread"] = spread([a / b for a, b in zip(beside, side["seconds"], strict=True)])
         if base.get("peak") and side.get("peak"):
             side["memory"] = side["peak"] / base["peak"]
 

@@ -17,7 +17,7 @@ class Job:
         kind: generator, encoder, image (source to image), train (one optimizer step), or a kind without a reference.
         size: side of the generator's images.
         batch: images a run.
-        sides: `REFERENCE` alone, or precisions of ours.
+        side: `REFERENCE`, or the precision of ours.
         device: cpu or cuda.
         files: weights by name, and `clone` for the reference.
         overrides: further settings of psp-train for `train`.
@@ -26,7 +26,7 @@ class Job:
     kind: str
     size: int
     batch: int
-    sides: list[str]
+    side: str
     device: str
     files: dict[str, str]
     overrides: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Row:
         rounds: fewest and most rounds after the warm-up.
         seconds: no further round starts after so long.
         files: images of the prediction.
-        shared: our sides share one process, and with it network and optimizer, to leave room for the reference's.
+        apart: our sides are measured one after the other, each against the reference, to leave room in memory.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Row:
     rounds: tuple[int, int] = (3, 15)
     seconds: float = 30.0
     files: int = 0
-    shared: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ def rows(scale: Scale, device: str) -> list[Row]:
         Row(f"image-{large}-b{many}", f"image to image {large} px, batch {many}", "image", large, many,
             aims=aims(None, {BFLOAT16: Aim(faster=8, floor=2)}), rounds=(2, 15)),
         Row(f"train-{small}", f"training step {small} px, batch {batch}", "train", small, batch,
-            aims=aims({FLOAT32: Aim(faster=3), BFLOAT16: Aim(faster=5)}), shared=True),
+            aims=aims({FLOAT32: Aim(faster=3), BFLOAT16: Aim(faster=5)}), apart=True),
         Row(f"train-{large}", f"training step {large} px, batch {batch}", "train", large, batch,
             aims=aims({FLOAT32: Aim(faster=5, memory=0.6), BFLOAT16: Aim(faster=8, memory=0.6)},
-                      {BFLOAT16: Aim(faster=4, memory=0.5)}), shared=True),
+                      {BFLOAT16: Aim(faster=4, memory=0.5)}), rounds=(2, 15), apart=True),
         Row("predict", f"psp-predict, {scale.files} files, {large} px", "predict", large, files=scale.files),
     ]  # fmt: skip
     if device == "cuda":

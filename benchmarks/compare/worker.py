@@ -69,9 +69,9 @@ class Worker:
         """Waits until everything is set up; seconds and notes of the set-up."""
         return self._answer()
 
-    def ask(self, do: str, side: str, **values: Any) -> dict[str, Any]:
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
         """One request and its answer: `run` (seed), `check` (seed, path) or `floor`."""
-        self._send({"do": do, "side": side, **values})
+        self._send({"do": do, **values})
         return self._answer()
 
     def close(self) -> None:
@@ -101,10 +101,7 @@ class Worker:
         code = self._process.wait()
         self._log.seek(0)
         last = self._log.read().decode(errors="replace").strip().splitlines()[-12:]
-        return (
-            f"{self.job.kind} {self.job.size}, {', '.join(self.job.sides)}: worker ended with status {code}.\n"
-            + "\n".join(last)
-        )
+        return f"{self.job.kind} {self.job.size}, {self.job.side}: worker ended with status {code}.\n" + "\n".join(last)
 
 
 # --- the process itself
@@ -136,9 +133,9 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
 
 
-def prepare(job: Job) -> dict[str, Case]:
-    """The sides' own set-up; modules are imported here, so that one side's do not weigh on the other."""
-    if job.sides == [REFERENCE]:
+def prepare(job: Job) -> Case:
+    """The side's own set-up; modules are imported here, so that one side's do not weigh on the other."""
+    if job.side == REFERENCE:
         from benchmarks.compare import reference
 
         return reference.prepare(job)
@@ -156,13 +153,11 @@ def work(job: Job, answer: Callable[[dict[str, Any]], None], requests: IO[str]) 
             torch.cuda.synchronize()
 
     start = time.perf_counter()
-    cases = prepare(job)
+    case = prepare(job)
     wait()
-    notes = [note for case in cases.values() for note in case.notes]
-    answer({"seconds": time.perf_counter() - start, "notes": notes})
+    answer({"seconds": time.perf_counter() - start, "notes": case.notes})
     for line in requests:
         request = json.loads(line)
-        case = cases[request["side"]]
         if request["do"] == "run":
             inputs = case.draw(request["seed"])
             wait()
@@ -190,6 +185,10 @@ def main() -> None:
         out.flush()
 
     job = Job(**json.loads(sys.stdin.readline()))
+    if job.side != REFERENCE and job.device == "cpu":  # as our commands do
+        from psp_lightning.utils.memory import keep_freed_memory
+
+        keep_freed_memory()
     work(job, answer, sys.stdin)
 
 

@@ -33,7 +33,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     net = PSP(encoder, generator, torch.randn(32), source={"kind": "rgb", "size": 64})
     content = {"psp": net.describe(), "state_dict": {f"net.{key}": value for key, value in net.state_dict().items()}}
     save_atomic(content, files["psp"])
-    write_weights(Job("weights", 32, 1, [FLOAT32], "cpu", files))
+    write_weights(Job("weights", 32, 1, FLOAT32, "cpu", files))
     return files
 
 

@@ -33,7 +33,7 @@ def module(weights: dict[str, str], overrides: list[str]) -> Any:
     from benchmarks.compare.ours import module_for
     from benchmarks.compare.rows import FLOAT32, Job
 
-    return module_for(Job("train", 32, 2, [FLOAT32], "cpu", weights, overrides))
+    return module_for(Job("train", 32, 2, FLOAT32, "cpu", weights, overrides))
 
 
 def batch(n: int) -> dict[str, Any]:
