@@ -202,27 +202,22 @@ def main(argv: list[str] | None = None) -> int:
                 found = comparison.measure(row)
             except WorkerError as error:
                 failed = True
+                found = {"sides": {}, "failed": str(error)}
                 print(f"  failed: {error}", file=sys.stderr)
-                continue
             results["rows"][row.name] = {"title": row.title, **found}
             for line in report.table({row.name: results["rows"][row.name]}, [row]).splitlines()[2:]:
                 print(f"  {line}", flush=True)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
-    absent = (
-        []
-        if device == "cuda"
-        else [row for row in rows(scale_for("cuda", False, None), "cuda") if row.aims or row.kind == "kernels"]
-    )
-    text = report.markdown(results, wanted, absent)
+    on_gpu = rows(scale_for("cuda", False, None), "cuda") if device == "cpu" else []
+    text = report.markdown(results, wanted, [row for row in on_gpu if row.aims or row.kind == "kernels"])
     print("\n" + text)
     whole = given.only is None and not given.quick and clone is not None
     if given.out is not None or whole:
         for path in report.save(given.out or RESULTS, f"compare_{device}", results, text):
             print(path)
     if whole and given.out is None:
-        report.refresh(
-            PAGE, "\n".join(path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("compare_*.md")))
-        )
+        kept = sorted(RESULTS.glob("compare_*.md"))
+        report.refresh(PAGE, "\n".join(path.read_text(encoding="utf-8") for path in kept))
     return int(failed)
 
 

@@ -28,7 +28,9 @@ def has_bfloat16() -> bool:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of a work tree, or None."""
+    """The git commit of a clone, or None: a folder without git of its own has none, also within another clone."""
+    if not (folder / ".git").exists():
+        return None
     try:
         done = subprocess.run(
             ["git", "-C", os.fspath(folder), "rev-parse", "--short=10", "HEAD"],

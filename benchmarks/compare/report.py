@@ -85,14 +85,14 @@ def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for row in rows:
         found = measured.get(row.name)
         if row.kind == "kernels":
-            if found is None:
+            if found is None or "failed" in found:
                 aim = f">= {OF_COPY:.0%} of the copy bandwidth; >= {FASTER:g}x plain PyTorch: not measured"
                 lines.append(_line([row.title, "", "not measured", "", "", "", "", aim]))
             continue  # has a table of its own
         sides: Mapping[str, Any] = {} if found is None else found["sides"]
         names = list(sides) or [side for side in row.sides if side in row.aims] or [""]
         for i, name in enumerate(names):
-            side = sides.get(name, {})
+            side = sides.get(name, {"not_measured": "failed"} if found is not None and "failed" in found else {})
             aim = "; ".join(verdicts(row.aims[name], side)) if name in row.aims else ""
             lines.append(_line([row.title if i == 0 else "", name, *_side_cells(side), aim]))
     return "\n".join(lines)
@@ -127,7 +127,9 @@ def details(measured: Mapping[str, Any]) -> str:
 def markdown(results: Mapping[str, Any], rows: Sequence[Row], absent: Sequence[Row]) -> str:
     """The whole report."""
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    text = [f"Measured {results['date']}: {machine}.", table(results["rows"], rows)]
+    clones = {"this library": results.get("commit"), "the reference": results.get("reference_commit")}
+    at = "".join(f", {name} at commit {commit}" for name, commit in clones.items() if commit)
+    text = [f"Measured {results['date']}: {machine}{at}.", table(results["rows"], rows)]
     text += [kernel_table(found["kernels"]) for found in results["rows"].values() if "kernels" in found]
     if absent:
         text += ["Rows that need a GPU, not measured:", table({}, absent)]

@@ -136,8 +136,9 @@ def test_table_has_aims_beside_ratios_and_marks_what_was_not_measured():
         BFLOAT16: {"not_measured": "not measured: the processor has no bfloat16"},
     }
     report.ratios(sides)
-    lines = report.table({"r": {"sides": sides}}, [row, Row("s", "another", "image", 32)]).splitlines()
-    assert len(lines) == 2 + 3 + 1
+    rows = [row, Row("s", "another", "image", 32), Row("t", "broken", "image", 32)]
+    lines = report.table({"r": {"sides": sides}, "t": {"sides": {}, "failed": "why"}}, rows).splitlines()
+    assert len(lines) == 2 + 3 + 1 + 1 and lines[6].startswith("| broken |") and "failed" in lines[6]
     assert ">= 2x: met; <= 50% memory: missed" in lines[3] and "4.00x" in lines[3] and "60 MiB (60%)" in lines[3]
     assert "no bfloat16" in lines[4] and ">= 4x: not measured; <= 2x floor: not measured" in lines[4]
     assert lines[5].startswith("| another |") and "not measured" in lines[5]
