@@ -45,10 +45,12 @@ def check_numbers(cfg: DictConfig, table: dict[str, tuple[type, float, float]]) 
         value = OmegaConf.select(cfg, key)
         if value is None:
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or (kind is int and value != int(value)) or not low <= value <= high:
             limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise UserError(f"{key}={value} must be a {'whole ' if kind is int else ''}number, {limits}.")
+        if kind is int and isinstance(value, float):  # 1e4, 16.0: what takes it wants an int
+            OmegaConf.update(cfg, key, int(value))
 
 
 def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
