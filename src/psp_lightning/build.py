@@ -160,7 +160,8 @@ def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
     Raises:
         UserError: the file is missing or of another network.
 
-    Source: pSp's training code; with other than three input channels its first layer keeps its random weights.
+    Source: pSp's training code; with other than three input channels its first layer keeps its random weights. Weights
+    for an image beside the source (ReStyle) start at zero.
     """
     state = read(find(name) if name == "ir_se50" else name)
     shared: tuple[str, ...] = ("body.", "input_layer.")
@@ -168,7 +169,8 @@ def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
         shared = ("body.",)
         state = {key: value for key, value in state.items() if not key.startswith("input_layer.")}
     own = [key for key in encoder.state_dict() if not key.startswith(shared)]
-    return load_strict(encoder, state, own, ["output_layer.*"], what="backbone of the encoder")
+    adapt = ["input_layer.0.weight"]
+    return load_strict(encoder, state, own, ["output_layer.*"], "backbone of the encoder", adapt)
 
 
 def build_losses(cfg: DictConfig) -> CompositeLoss:

@@ -326,7 +326,7 @@ def contents():
         "extra_key": ({**good, "state_dict": {**state, "encoder.more": torch.zeros(1)}}, "1 unexpected: encoder.more"),
         "wrong_shape": ({**good, "state_dict": wide}, r"latlayer1\.bias \(\(7,\) instead of \(64,\)\)"),
         "other_encoder": ({**good, "opts": {"encoder_type": "HyperEncoder"}}, "HyperEncoder. is not supported"),
-        "restyle": ({**good, "opts": {"encoder_type": "BackboneEncoder"}}, "ReStyle checkpoint.*psp-weights import"),
+        "restyle": ({**good, "opts": {"encoder_type": "ResNetBackboneEncoder"}}, "ReStyle checkpoint.*psp-weights"),
         "wrong_encoder": ({**good, "opts": {"encoder_type": FOREIGN["EncoderIntoW"]}}, "p.pt"),
         "opts_is_list": ({**good, "opts": [1]}, "'opts' are a list"),
         "average_is_list": ({**good, "latent_avg": [1.0]}, "'latent_avg' is a list"),

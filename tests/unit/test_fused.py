@@ -11,6 +11,8 @@ from psp_lightning.models.encoders import (
     EncoderIntoW,
     EncoderIntoWPlus,
     GradualStyleEncoder,
+    ReStyleEncoder,
+    ReStyleEncoder4Editing,
     StridedConv,
 )
 from psp_lightning.models.fused import Affine, FoldedConv, FusedEncoder
@@ -20,7 +22,8 @@ from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
 SMALL = dict(style_dim=32, in_channels=4, input_size=32, blocks=(1, 2, 1, 1), width=8)
-CLASSES = [GradualStyleEncoder, Encoder4Editing, EncoderIntoW, EncoderIntoWPlus]
+RESTYLE = [ReStyleEncoder, ReStyleEncoder4Editing]
+CLASSES = [GradualStyleEncoder, Encoder4Editing, EncoderIntoW, EncoderIntoWPlus, *RESTYLE]
 
 
 def build(cls, **kwargs):
@@ -55,12 +58,13 @@ def relative(actual, expected):
 @torch.no_grad()
 def test_fused_encoder_equals_the_plain_one(cls, mode, pack):
     net, x = build(cls, mode=mode), source()
-    expected = net(x)
+    image = [source(1, 3, 64)] if cls in RESTYLE else []
+    expected = net(x, *image)
     fused = FusedEncoder(net, pack=pack)
     for batch in (3, 1, 2):  # weights are reordered for the first
-        assert relative(fused(x[:batch]), expected[:batch]) < 1e-4
+        assert relative(fused(x[:batch], *image), expected[:batch]) < 1e-4
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    assert torch.equal(net(x), expected), "the plain one must stay as it is"
+    assert torch.equal(net(x, *image), expected), "the plain one must stay as it is"
 
 
 def test_every_registered_encoder_is_tested():

@@ -218,16 +218,16 @@ def test_e4e_adds_its_differences_to_the_first_style():
 
 
 @pytest.mark.parametrize(
-    ("encoder_type", "opts", "change"),
+    ("encoder_type", "opts", "change", "reason"),
     [
-        ("BackboneEncoder", {}, None),
-        ("ProgressiveBackboneEncoder", {}, None),
-        ("GradualStyleEncoder", {"n_iters_per_batch": 5}, None),
-        ("ResNetBackboneEncoder", {}, "conv1.weight"),
-        ("", {}, "latlayer"),
+        ("BackboneEncoder", {"dataset_type": "cars_encode"}, None, "256x192"),
+        ("GradualStyleEncoder", {"n_iters_per_batch": 5}, None, "encoder is pSp's"),
+        ("ResNetBackboneEncoder", {}, "conv1.weight", "ResNet-34"),
+        ("ResNetProgressiveBackboneEncoder", {}, None, "ResNet-34"),
+        ("", {}, "latlayer", "do not say which encoder"),
     ],
 )
-def test_of_restyle_the_generator_is_taken(tmp_path, encoder_type, opts, change):
+def test_of_other_restyle_networks_the_generator_is_taken(tmp_path, encoder_type, opts, change, reason):
     net = psp()
     content = released(net, encoder_type, **opts)
     if change == "latlayer":
@@ -236,8 +236,9 @@ def test_of_restyle_the_generator_is_taken(tmp_path, encoder_type, opts, change)
         content["state_dict"][f"encoder.{change}"] = torch.ones(1)
     found = import_file(saved(content, tmp_path / "p.pt"))
     assert found.kind == "generator" and torch.equal(found.latent_avg, net.latent_avg[0])
-    assert "only its generator" in found.notes[0] and any("ReStyle" in result for _, _, result in found.rows)
-    with pytest.raises(UserError, match="ReStyle checkpoint.*psp-weights import"):
+    assert "only its generator" in found.notes[0] and reason in found.notes[0]
+    assert any("no such encoder here" in result for _, _, result in found.rows) and "ReStyle" in found.source
+    with pytest.raises(UserError, match=f"ReStyle checkpoint.*{reason}.*psp-weights import"):
         load_psp(tmp_path / "p.pt")
 
 
@@ -594,4 +595,5 @@ def test_the_package_never_unpickles():
 
 
 def test_encoder_types_are_known():
-    assert set(convert.ENCODER_NAMES) & set(convert.ITERATIVE) == set()
+    assert not set(convert.ENCODER_NAMES) & set(convert.RESTYLE)
+    assert not set(convert.RESTYLE_RESNET) & {*convert.ENCODER_NAMES, *convert.RESTYLE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
+from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder, ReStyleEncoder
 from psp_lightning.models.irse import FaceEmbedder, IRSEBody
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import ENCODERS, GENERATORS, register_encoder
@@ -177,7 +177,8 @@ def test_every_encoder_rebuilds_from_its_config(cls):
     again = ENCODERS[cls](**net.config).eval()
     again.load_state_dict(net.state_dict())
     x = torch.randn(2, 4, 32, 32)
-    assert torch.equal(net(x), again(x)) and again.config == net.config
+    image = [torch.randn(1, 3, 64, 64)] if hasattr(net, "iterations") else []
+    assert torch.equal(net(x, *image), again(x, *image)) and again.config == net.config
     assert net.in_channels == 4 and net.input_size == 32
     for wrong, message in (
         (torch.randn(1, 3, 32, 32), "4 channels, got 3"),
@@ -185,10 +186,10 @@ def test_every_encoder_rebuilds_from_its_config(cls):
         (torch.randn(4, 32, 32), "batch"),
     ):
         with pytest.raises(UserError, match=message):
-            net(wrong)
+            net(wrong, *image)
 
 
-@pytest.mark.parametrize("cls", [GradualStyleEncoder, EncoderIntoWPlus])
+@pytest.mark.parametrize("cls", [GradualStyleEncoder, EncoderIntoWPlus, ReStyleEncoder])
 def test_encoder_arguments(cls):
     for wrong, message in (
         (dict(n_styles=8, input_size=100), "power of two"),

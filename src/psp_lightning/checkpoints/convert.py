@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psp_lightning.models.encoders import IMAGE_CHANNELS
 from psp_lightning.models.irse import BLOCKS
 from psp_lightning.utils.errors import UserError, clean
 
@@ -26,11 +27,9 @@ ENCODER_NAMES: dict[str, str] = {
     "SingleStyleCodeEncoder": "EncoderIntoW",
 }
 
-# encoder_type of ReStyle (commit 5e80276): they look at the source and the last output, several times
-ITERATIVE = (
-    "BackboneEncoder", "ResNetBackboneEncoder", "ProgressiveBackboneEncoder", "ResNetProgressiveBackboneEncoder",
-    "ResNetGradualStyleEncoder",
-)  # fmt: skip
+# encoder_type of ReStyle (commit 5e80276), which looks at the source and the last output, several times
+RESTYLE = {"BackboneEncoder": "ReStyleEncoder", "ProgressiveBackboneEncoder": "ReStyleEncoder4Editing"}
+RESTYLE_RESNET = ("ResNetBackboneEncoder", "ResNetProgressiveBackboneEncoder", "ResNetGradualStyleEncoder")
 
 # pSp's dataset_type -> kind of source
 SOURCE_KINDS: dict[str, str] = {
@@ -110,11 +109,29 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def is_iterative(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> bool:
-    """Whether an encoder is one of ReStyle's, which refine their codes in several passes."""
-    if "n_iters_per_batch" in opts or opts.get("encoder_type") in ITERATIVE or "conv1.weight" in encoder_state:
-        return True
-    return "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
+def project(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
+    """Which project an encoder is of: `pSp`, `e4e` or `ReStyle`, whose encoders make several passes."""
+    kind = opts.get("encoder_type")
+    one_map = "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
+    if "n_iters_per_batch" in opts or kind in (*RESTYLE, *RESTYLE_RESNET) or "conv1.weight" in encoder_state or one_map:
+        return "ReStyle"
+    return "e4e" if kind == "Encoder4Editing" else "pSp"
+
+
+def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str | None:
+    """What of an encoder of ReStyle this library does not have, a clause; None: it can be built, or is another's."""
+    kind = opts.get("encoder_type")
+    if project(encoder_state, opts) != "ReStyle":
+        return None
+    if kind in RESTYLE_RESNET or "conv1.weight" in encoder_state:
+        return "its encoder has a ResNet-34 for body, which this library does not build"
+    if opts.get("dataset_type") == "cars_encode":
+        return "its sources are of 256x192 pixels, and this library takes squares"
+    if kind in RESTYLE:
+        return None
+    if "latlayer1.weight" in encoder_state:
+        return "its encoder is pSp's, run in several passes, which this library does with ReStyle's own encoders alone"
+    return f"its opts do not say which encoder it has (encoder_type: {' or '.join(RESTYLE)})"
 
 
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:
@@ -134,24 +151,25 @@ def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, An
             encoder_type = "BackboneEncoderUsingLastLayerIntoWPlus"
         else:
             encoder_type = "BackboneEncoderUsingLastLayerIntoW"
-    if not isinstance(encoder_type, str) or encoder_type not in ENCODER_NAMES:
+    names = ENCODER_NAMES | RESTYLE
+    if not isinstance(encoder_type, str) or encoder_type not in names:
         named = clean(str(encoder_type), 60)
-        raise UserError(f"Encoder type {named!r} is not supported; supported: {', '.join(ENCODER_NAMES)}.")
+        raise UserError(f"Encoder type {named!r} is not supported; supported: {', '.join(names)}.")
 
     units = sorted(int(k.split(".")[1]) for k in state if re.fullmatch(r"body\.\d+\.res_layer\.3\.weight", k))
     widths = [int(state[f"body.{i}.res_layer.3.weight"].shape[0]) for i in units]
     blocks = tuple(count for _, count in sorted(Counter(widths).items()))
     depth = next((d for d, b in BLOCKS.items() if b == blocks), None)
     result: dict[str, Any] = {
-        "class": ENCODER_NAMES[encoder_type],
-        "in_channels": int(state["input_layer.0.weight"].shape[1]),
+        "class": names[encoder_type],
+        "in_channels": int(state["input_layer.0.weight"].shape[1]) - (IMAGE_CHANNELS if encoder_type in RESTYLE else 0),
         "input_size": 256,
         "n_layers": depth or 50,
         "mode": "ir_se" if "body.0.res_layer.5.fc1.weight" in state else "ir",
         "blocks": None if depth else list(blocks),
         "width": int(state["input_layer.0.weight"].shape[0]),
     }
-    if encoder_type in ("GradualStyleEncoder", "Encoder4Editing"):
+    if encoder_type in ("GradualStyleEncoder", "Encoder4Editing", *RESTYLE):
         heads = [k for k in state if re.fullmatch(r"styles\.\d+\.linear\.weight", k)]
         halvings = [k for k in state if re.fullmatch(r"styles\.0\.convs\.\d+\.weight", k)]
         result |= {

@@ -68,7 +68,7 @@ class Part(nn.Module):
         self.net, self.what = net, what
         if what == "generator":
             self.net = PSP(nn.Identity(), net.generator)
-        elif what == "encoder":
+        elif what == "encoder" and not hasattr(net.encoder, "iterations"):  # whose passes take the generator
             self.net = PSP(net.encoder, Sizes(net.generator), net.latent_avg, net.start_from_latent_avg)
         self.eval()
         self.input = "w_plus" if what == "generator" else "source"
@@ -120,8 +120,10 @@ class FixedShapes(TorchFunctionMode):
     def _pool(self, input: Tensor, output_size: Any) -> Tensor:
         height, width = self._shape(input)[-2:]
         rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
-        if rows is None or columns is None or (height % rows == 0 and width % columns == 0):
+        if rows is None or columns is None:
             return F.adaptive_avg_pool2d(input, output_size)
+        if height % rows == 0 and width % columns == 0:  # without the shape of the input, which ONNX may have lost
+            return F.avg_pool2d(input, (height // rows, width // columns))
         return averages(height, rows) @ input @ averages(width, columns).t()
 
 

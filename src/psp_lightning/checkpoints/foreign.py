@@ -93,9 +93,9 @@ class Imported:
         ]
         if isinstance(self.net, PSP):
             encoder: Any = self.net.encoder
-            lines.insert(
-                1, ("encoder", f"{type(encoder).__name__}, {encoder.in_channels} channels of {encoder.input_size} px")
-            )
+            passes = f", {encoder.iterations} passes" if hasattr(encoder, "iterations") else ""
+            text = f"{type(encoder).__name__}, {encoder.in_channels} channels of {encoder.input_size} px{passes}"
+            lines.insert(1, ("encoder", text))
             lines.append(("source", ", ".join(f"{k}: {v}" for k, v in self.net.source.items() if v) or "not said"))
         if self.facts.get("activation_clamp") is not None:
             lines.append(("clamp", f"activations at +-{self.facts['activation_clamp']}"))
@@ -288,21 +288,17 @@ def _published(content: Mapping[str, Any], what: str, in_channels: int | None) -
     encoder, decoder = convert.select(state, "encoder."), convert.select(state, "decoder.")
     if encoder and convert.is_generator_state(decoder):
         opts = io._options(content)
-        iterative = convert.is_iterative(encoder, opts)
-        if not iterative and what == "all":
+        name, reason = convert.project(encoder, opts), convert.why_not_built(encoder, opts)
+        if reason is None and what == "all":
             net = io.released(content, in_channels)
-            name = "e4e" if opts.get("encoder_type") == "Encoder4Editing" else "pSp"
             given = {f"encoder.{k}": v for k, v in encoder.items()} | {f"generator.{k}": v for k, v in decoder.items()}
             rows = _rows(net, given, ["latent_avg", "generator.noises.*"], ["encoder.input_layer.0.weight"])
             return Imported(f"released {name} checkpoint", net, average="the file's", rows=rows + _unused(content))
-        result = _alone(decoder, io.latent_average(content), "ReStyle checkpoint" if iterative else "pSp checkpoint")
-        why = "ReStyle's encoder refines in several passes" if iterative else "what=generator"
+        result = _alone(decoder, io.latent_average(content), f"{name} checkpoint")
+        why = "what=generator" if what == "generator" else "no such encoder here"
         result.rows += [("encoder", len(encoder), f"not used: {why}"), *_unused(content)]
-        if iterative:
-            result.notes.append(
-                "only its generator and average latent were imported: its encoder looks at the image of the codes "
-                "so far and refines them several times, which this library has no network for."
-            )
+        if what != "generator":
+            result.notes.append(f"only its generator and average latent were imported: {reason}.")
         return result
     for key in ("g_ema", "g", "generator", "G_ema", "netG_ema"):
         if isinstance(content.get(key), Mapping):

@@ -106,7 +106,7 @@ def _options(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
-    """The network of a released pSp or e4e checkpoint.
+    """The network of a released pSp, e4e or ReStyle checkpoint.
 
     Args:
         content: of the file, see `read`.
@@ -114,24 +114,29 @@ def released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
             `psp_lightning.checkpoints.loading.adapt_channels`.
 
     Raises:
-        UserError: something else, with what it is; an encoder of ReStyle; tensors that do not fit each other.
+        UserError: something else, with what it is; an encoder that is not built here; tensors that do not fit each
+            other.
     """
     state = tensors_of(content)
     encoder_state, decoder_state = convert.select(state, "encoder."), convert.select(state, "decoder.")
     if not encoder_state or not convert.is_generator_state(decoder_state):
         raise UserError(f"this is no pSp checkpoint. {_what_else(content, state)}")
     opts = _options(content)
-    if convert.is_iterative(encoder_state, opts):
+    if reason := convert.why_not_built(encoder_state, opts):
         raise UserError(
-            "this is a ReStyle checkpoint, whose encoder looks at its own output and refines the codes several times; "
-            "this library has no such encoder. Its generator and average latent: psp-weights import FILE out=..."
+            f"this is a ReStyle checkpoint: {reason}. Its generator and average latent: psp-weights import FILE out=..."
         )
     described = convert.infer_encoder(encoder_state, opts.get("encoder_type"))
     adapted = in_channels is not None and in_channels != described["in_channels"]
+    restyle = opts.get("encoder_type") in convert.RESTYLE
+    if restyle and adapted:
+        raise UserError(f"in_channels={in_channels} is not for ReStyle's encoders, which take an image as well.")
+    if restyle and "n_iters_per_batch" in opts:
+        described["iterations"] = opts["n_iters_per_batch"]
     if in_channels is not None:
         described["in_channels"] = in_channels
     average = latent_average(content)
-    start = bool(opts.get("start_from_latent_avg", average is not None))
+    start = restyle or bool(opts.get("start_from_latent_avg", average is not None))  # ReStyle does not ask the option
     if start and average is None:
         raise UserError("it starts from the average latent but holds no 'latent_avg'.")
     generator = convert.infer_generator(decoder_state)

@@ -20,6 +20,7 @@ from psp_lightning.models.registry import register_encoder
 from psp_lightning.ops._dispatch import is_captured
 from psp_lightning.utils.errors import UserError
 
+IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it
 COARSE, MIDDLE = 3, 7  # styles 0-2 come from the 1/16 map, 3-6 from the 1/8 map, the others from the 1/4 map
 
 
@@ -35,11 +36,13 @@ class _Encoder(IRSEBody):
         mode: str,
         blocks: Sequence[int] | None,
         width: int,
+        more_channels: int = 0,
     ) -> None:
         for name, value in (("style_dim", style_dim), ("in_channels", in_channels), ("width", width)):
             if value < 1:
                 raise UserError(f"{type(self).__name__} {name}={value}: it must be 1 or more.")
-        super().__init__(in_channels, n_layers, mode, blocks, width)
+        super().__init__(in_channels + more_channels, n_layers, mode, blocks, width)
+        self.in_channels = in_channels  # of the source
         self.style_dim, self.input_size = style_dim, input_size
         self.config: dict[str, Any] = {
             "style_dim": style_dim,
@@ -205,8 +208,12 @@ class Encoder4Editing(GradualStyleEncoder):
 
     def forward(self, x: Tensor) -> Tensor:
         """As of `GradualStyleEncoder`."""
-        codes = super().forward(x)  # (B, n_styles, style_dim)
-        return torch.cat([codes[:, :1], codes[:, :1] + codes[:, 1:]], dim=1)
+        return _add_to_first(super().forward(x))
+
+
+def _add_to_first(codes: Tensor) -> Tensor:
+    """(B, n_styles, style_dim): the first style, and the others with it added."""
+    return torch.cat([codes[:, :1], codes[:, :1] + codes[:, 1:]], dim=1)
 
 
 @register_encoder
@@ -272,3 +279,72 @@ class EncoderIntoWPlus(_Encoder):
         x = self.body(self.input_layer(x))  # (B, 512, 16, 16)
         x = self.output_layer_2(x)  # (B, style_dim)
         return self.linear(x).unflatten(1, (self.n_styles, self.style_dim))
+
+
+@register_encoder
+class ReStyleEncoder(_Encoder):
+    """ReStyle's encoder: all styles from the last feature map, refined in several passes.
+
+    A pass sees the source and the image of the codes so far, and gives what is added to them; `PSP` makes the passes.
+
+    Args:
+        iterations: passes, 1 to 100; published are 5.
+        in_channels: of the source; the first layer takes the image's three after them.
+
+    Other arguments as of `GradualStyleEncoder`; `input_size` from 32.
+
+    Source: Alaluf et al., ReStyle (arXiv:2104.02699), section 3; its code, commit 5e80276, `BackboneEncoder`.
+    """
+
+    def __init__(
+        self,
+        n_styles: int,
+        style_dim: int = 512,
+        in_channels: int = 3,
+        input_size: int = 256,
+        iterations: int = 5,
+        n_layers: int = 50,
+        mode: str = "ir_se",
+        blocks: Sequence[int] | None = None,
+        width: int = 64,
+    ) -> None:
+        _check_size("ReStyleEncoder", input_size, 32)
+        _check_styles("ReStyleEncoder", n_styles)
+        if not isinstance(iterations, int) or not 1 <= iterations <= 100:
+            raise UserError(f"ReStyleEncoder iterations={iterations}: it must be 1 to 100; published is 5.")
+        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width, IMAGE_CHANNELS)
+        self.config = {"n_styles": n_styles, "iterations": iterations, **self.config}
+        self.n_styles, self.iterations = n_styles, iterations
+        self.styles = nn.ModuleList(MapToStyle(self.widths[3], style_dim, input_size // 16) for _ in range(n_styles))
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        """One pass.
+
+        Args:
+            x: the source, (B, in_channels, input_size, input_size) float.
+            image: of the codes so far, (B or 1, 3, H, W) in about [-1, 1]; it is pooled to the source's size.
+
+        Returns:
+            (B, n_styles, style_dim), to be added to these codes.
+
+        Raises:
+            UserError: when the source has another shape, or the image is not of three channels.
+        """
+        self._check(x)
+        if image.shape[1] != IMAGE_CHANNELS:
+            raise UserError(f"ReStyle's encoder looks at images of 3 channels, the generator makes {image.shape[1]}.")
+        image = F.adaptive_avg_pool2d(image, self.input_size).expand(x.shape[0], -1, -1, -1)
+        x = self.body(self.input_layer(torch.cat([x, image], dim=1)))  # (B, 512, 16, 16)
+        return torch.stack([head(x) for head in self.styles], 1)
+
+
+@register_encoder
+class ReStyleEncoder4Editing(ReStyleEncoder):
+    """`ReStyleEncoder` over e4e: in every pass the other heads' styles are differences from the first's.
+
+    Source: `ProgressiveBackboneEncoder` of ReStyle's code, in its last stage of training.
+    """
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        """As of `ReStyleEncoder`."""
+        return _add_to_first(super().forward(x, image))

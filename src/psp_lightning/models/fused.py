@@ -35,7 +35,7 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype = torch.float32, pack: bool = True) -> None:
         super().__init__()
-        for name in ("n_styles", "style_dim", "in_channels", "input_size"):
+        for name in ("n_styles", "style_dim", "in_channels", "input_size", "iterations"):
             if hasattr(encoder, name):
                 setattr(self, name, getattr(encoder, name))
         self.dtype = dtype
@@ -48,11 +48,11 @@ class FusedEncoder(nn.Module):
         raise UserError("A fused encoder is not saved or described: use the network that it was made of.")
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """As of the encoder that this was made of, in float32."""
         half = self.dtype if self.dtype != torch.float32 else None
-        with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
-            codes = self.network(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(inputs[0].device.type, dtype=half, enabled=half is not None):
+            codes = self.network(*[x.contiguous(memory_format=torch.channels_last) for x in inputs])
         return codes.to(torch.float32) if codes.dtype in (torch.bfloat16, torch.float16) else codes
 
 

@@ -75,9 +75,21 @@ class PSP(nn.Module):
     def encode_delta(self, x: Tensor) -> Tensor:
         """Source (B, C, input_size, input_size) to the encoder's codes (B, n_styles, style_dim), without the average.
 
+        An encoder with `iterations` is called so many times, with the source and the image of the codes so far (first:
+        of the average), and its codes are summed up. Gradients go through the codes of all passes, not through images.
+
         Raises:
             UserError: when the source has another shape than the encoder was built for.
+
+        Source of the passes: Alaluf et al., ReStyle (arXiv:2104.02699), section 3.
         """
+        if hasattr(self.encoder, "iterations"):
+            delta = self.latent_avg.new_zeros(1, self.n_styles, self.style_dim)
+            for _ in range(self.encoder.iterations):  # type: ignore[arg-type]
+                with torch.no_grad():
+                    image = self.decode(self._add_average(delta))
+                delta = delta + self.encoder(x, image)
+            return delta
         delta = self.encoder(x)
         if delta.ndim == 2:  # an encoder into W gives one style for all layers
             delta = delta.unsqueeze(1).expand(-1, self.n_styles, -1)
@@ -85,7 +97,9 @@ class PSP(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Source (B, C, input_size, input_size) to w_plus (B, n_styles, style_dim); errors as of `encode_delta`."""
-        delta = self.encode_delta(x)
+        return self._add_average(self.encode_delta(x))
+
+    def _add_average(self, delta: Tensor) -> Tensor:
         return delta + self.latent_avg if self.start_from_latent_avg else delta
 
     def decode(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:

@@ -25,7 +25,8 @@ def register_encoder(cls: ClassT) -> ClassT:
     """Class decorator: makes an encoder loadable by its class name.
 
     An encoder has `.config` (a dict of plain values that rebuilds it: `cls(**config)`), `.in_channels`, `.input_size`,
-    and maps (B, in_channels, input_size, input_size) to (B, n_styles, style_dim) or (B, style_dim).
+    and maps (B, in_channels, input_size, input_size) to (B, n_styles, style_dim) or (B, style_dim). One that has
+    `.iterations`, a number of passes, is called with the image of its codes so far as well, see `PSP.encode_delta`.
     """
     return _register(ENCODERS, cls)
 
