@@ -27,6 +27,7 @@ from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
 INF = float("inf")
 NUMBERS: dict[str, tuple[type, float, float]] = {
@@ -230,6 +231,8 @@ def _trainer(cfg: DictConfig, resume_step: int | None) -> pl.Trainer:
     strategy = options.pop("strategy")
     options["accelerator"], devices = resolve_devices(options["accelerator"], options["devices"])
     options["devices"] = devices
+    if computes_on_cpu(options["accelerator"]):
+        keep_freed_memory()
     world = (devices if isinstance(devices, int) else len(devices)) * options["num_nodes"]
     local = len(devices) if isinstance(devices, list) else devices
     check_launched(local)
