@@ -127,7 +127,7 @@ def _checkpoint_of(path: str) -> dict[str, Any] | None:
 
 
 def _is_of_a_generator(content: Mapping[str, Any]) -> bool:
-    return "generator" in content and "psp" not in content
+    return {"generator", "state_dict"} <= content.keys() and "psp" not in content
 
 
 def _start_from(module: LitGenerator, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,3 +247,11 @@ def test_tiles() -> None:
     grid = tile(images, 3)
     assert grid.shape == (3, 4, 6)
     assert grid[0, ::2, ::2].tolist() == [[-1.0, 0.0, 0.5], [1.0, -0.5, 1.0]]
+
+
+def test_a_checkpoint_without_weights_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    from psp_lightning.build_generator import _start_from
+
+    torch.save({"generator": {}}, file := tmp_path / "half.ckpt")
+    with pytest.raises(UserError, match=r"half\.ckpt"):
+        _start_from(build(), str(file))
