@@ -599,3 +599,17 @@ def test_the_package_never_unpickles():
 def test_encoder_types_are_known():
     assert not set(convert.ENCODER_NAMES) & set(convert.RESTYLE)
     assert not set(convert.RESTYLE_RESNET) & {*convert.ENCODER_NAMES, *convert.RESTYLE}
+
+
+def test_a_safetensors_file_that_begins_as_a_pickle_does(tmp_path: Path) -> None:
+    """Its first byte is the lowest of the header's length; 0x80 begins every pickle."""
+    generator, file = Generator(8, style_dim=4, n_mapping=1, max_channels=4), tmp_path / "generator.safetensors"
+    for n in range(0, 512, 8):
+        save_generator(file, generator, {"data": "x" * n})
+        if file.read_bytes()[0] == 0x80:
+            break
+    else:
+        pytest.fail("no length of the description gave such a header")
+    assert import_file(file).net.config == generator.config
+    with pytest.raises(UserError, match="is a safetensors file"):
+        read(file)

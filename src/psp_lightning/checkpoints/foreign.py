@@ -168,15 +168,15 @@ def import_file(
 def _read(file: Path, label: int | None, what: str, in_channels: int | None) -> Imported:
     with open(file, "rb") as stream:
         head = stream.read(512)
-    if head.startswith(b"\x80") and not head.startswith(LEGACY_TORCH):
-        content = read_pickle(file)
-        with understanding(file):
-            return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
-    if is_safetensors(file):
+    if is_safetensors(file):  # first: the length that it begins with may be a pickle's first byte
         content = _safetensors(file)
         if content is None:
             _no_label(label, file)
             return _own_file(file)
+    elif head.startswith(b"\x80") and not head.startswith(LEGACY_TORCH):
+        content = read_pickle(file)
+        with understanding(file):
+            return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
     else:
         content = io.read(file)
         if head.startswith(b"PK"):

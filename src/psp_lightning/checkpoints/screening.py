@@ -28,11 +28,11 @@ def check_file(path: Path) -> None:
         raise UserError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from None
     if not head:
         raise UserError(f"Checkpoint {path} is empty. Download or copy it again.")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
+        raise UserError(f"{path} is a safetensors file, but a checkpoint written by torch.save is needed here.")
     other = other_kind(head, path.suffix)
     if other is not None:
         raise UserError(f"{path} {other}")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        raise UserError(f"{path} is a safetensors file, but a checkpoint written by torch.save is needed here.")
     if head.startswith(b"PK"):
         _check_archive(path)
 
