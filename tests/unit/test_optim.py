@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from psp_lightning.optim import Ranger
+from psp_lightning.optim import Ranger, ranger
 from psp_lightning.utils.errors import UserError
 
 
@@ -72,3 +72,36 @@ def test_state_is_plain(tmp_path):
 def test_unusable_options_are_named(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Ranger([nn.Parameter(torch.ones(1))], **options)
+
+
+def run(parameters, gradients, **options):
+    """Parameters after a step with each of the gradients."""
+    parameters = [nn.Parameter(p.clone()) for p in parameters]
+    optimizer = Ranger(parameters, lr=1e-2, **options)
+    for step in gradients:
+        for p, gradient in zip(parameters, step, strict=True):
+            p.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("batch", [1, 1 << 20])
+def test_the_fused_step_is_radams(monkeypatch, options, batch):
+    """Also for gradients in another order in memory, for parameters that join late, and few parameters at a time."""
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    parameters = [torch.randn(4, 3, 3, 3).contiguous(**last), torch.randn(4, 3, 3, 3), torch.randn(5), torch.randn(2)]
+    gradients = [[torch.randn(p.shape) for p in parameters] for _ in range(15)]
+    for i, step in enumerate(gradients):
+        step[1] = step[1].contiguous(**last)
+        step[3] = step[3] if i > 4 else None
+    monkeypatch.setattr(ranger, "CPU_BATCH", batch)
+    found = run(parameters, gradients, **options)
+    calls = []
+    monkeypatch.setattr(ranger, "adamw", lambda *args, **kwargs: calls.append(args))
+    run(parameters, gradients[:7], **options)
+    assert calls, "the fused step was never taken"
+    monkeypatch.setattr(ranger, "_can_fuse", lambda p, state: False)
+    for a, b in zip(found, run(parameters, gradients, **options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
+from torch.optim.radam import radam
 
 from psp_lightning.utils.errors import UserError
+
+CPU_BATCH = 1 << 20  # numbers
 
 
 class Ranger(torch.optim.RAdam):
@@ -64,24 +70,77 @@ class Ranger(torch.optim.RAdam):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            slow = {}
             for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is None:
-                        continue
-                    if p.grad.ndim > 1:
-                        p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.grad.ndim)), keepdim=True))
-                    if not self.state[p]:  # RAdam sets up its own state on finding none: the copy joins it below
-                        slow[p] = p.detach().clone()
-            super().step()
-            for p, start in slow.items():
-                self.state[p]["slow"] = start
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is None:
-                        continue
-                    state = self.state[p]
-                    if int(state["step"]) % group["k"] == 0:  # `step` lies on the CPU: nothing waits
-                        state["slow"].lerp_(p, group["alpha"])
-                        p.copy_(state["slow"])
+                for params in self._batches(group["params"]):
+                    for p in params:
+                        if p.grad is not None and p.grad.ndim > 1:
+                            p.grad.sub_(p.grad.mean(dim=tuple(range(1, p.grad.ndim)), keepdim=True))
+                    self._rectified_adam(params, group)
+                    due = [p for p in params if int(self.state[p]["step"]) % group["k"] == 0]  # on the CPU: no waiting
+                    if due:
+                        slow = [self.state[p]["slow"] for p in due]
+                        torch._foreach_lerp_(slow, due, group["alpha"])
+                        torch._foreach_copy_(due, slow)
         return loss
+
+    def _batches(self, params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters that have a gradient and went as many steps, all of a device at once; on the CPU few at a time, so
+        that each finds its gradient in the processor's cache."""
+        alike: dict[Any, list[Tensor]] = {}
+        for p in params:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:  # as RAdam's own
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["slow"] = p.detach().clone()
+            alike.setdefault((p.device, p.dtype, int(state["step"]), _can_fuse(p, state)), []).append(p)
+        for (device, *_), found in alike.items():
+            batch: list[Tensor] = []
+            for p in found:
+                batch.append(p)
+                if device.type == "cpu" and sum(q.numel() for q in batch) >= CPU_BATCH:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+    def _rectified_adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """RAdam's step; on the CPU, once it is rectified, as Adam's, which PyTorch has in one pass over memory: its
+        learning rate takes the rectification, its epsilon the place that RAdam gives it."""
+        states = [self.state[p] for p in params]
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        averages, squares, steps = ([state[key] for state in states] for key in keys)
+        gradients = [p.grad for p in params]
+        beta1, beta2 = group["betas"]
+        lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
+        step = int(steps[0]) + 1
+        rectification = _rectification(step, beta2)
+        if rectification and params[0].device.type == "cpu" and _can_fuse(params[0], states[0]):
+            adamw(
+                params, gradients, averages, squares, [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[arg-type]
+                beta1=beta1, beta2=beta2, lr=lr * rectification, weight_decay=decay / rectification,
+                eps=eps / math.sqrt(1 - beta2**step),
+            )  # fmt: skip
+        else:
+            radam(
+                params, gradients, averages, squares, steps, True,  # type: ignore[arg-type]
+                beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps,
+            )  # fmt: skip
+
+
+def _rectification(step: int, beta2: float) -> float:
+    """RAdam's factor (equation 4 of its paper); 0 in the first steps, which go without the second moment."""
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    if length <= 5:
+        return 0.0
+    return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+
+
+def _can_fuse(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether all tensors of a parameter lie in memory in one order, which PyTorch's fused Adam takes for granted."""
+    tensors = (p.grad, state["exp_avg"], state["exp_avg_sq"])
+    return all(t.stride() == p.stride() and t.dtype == p.dtype for t in tensors if t is not None)
