@@ -143,12 +143,15 @@ def _training(job: Job) -> Case:
     def precision() -> torch.autocast:  # Lightning's for `bf16-mixed`
         return torch.autocast(job.device, torch.bfloat16, enabled=is_half(job.side))
 
-    def run(batch: dict[str, Any]) -> None:  # the order of Lightning's closure
-        with precision():
-            loss = module.training_step(batch, 0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def run(batch: dict[str, Any]) -> None:
+        def closure() -> Tensor:  # as Lightning's
+            with precision():
+                loss = module.training_step(batch, 0)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        module.optimizer_step(0, 0, optimizer, closure)
 
     def check(batch: dict[str, Any]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # of the generator's noise

@@ -83,6 +83,19 @@ def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path) -> None:
     assert optimized == {id(p) for p in lit.net.encoder.parameters()}
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_live_no_longer_than_until_their_step(tmp_path: Path, accumulate: int) -> None:
+    """They would take memory through the next forward pass; but those that are added up must stay."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+            seen.append(any(p.grad is not None for p in pl_module.parameters()))
+
+    trainer(tmp_path, 2, [Watch()], accumulate_grad_batches=accumulate).fit(module(), data(8))
+    assert seen == ([False] * 2 if accumulate == 1 else [False, True] * 2)
+
+
 def test_batch_norm_policy() -> None:
     def modes(lit: LitPSP) -> set[bool]:
         return {m.training for m in lit.net.encoder.modules() if isinstance(m, nn.BatchNorm2d)}

@@ -181,6 +181,13 @@ class LitPSP(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step, behind which the gradients are given back: Lightning would keep them through the next forward pass,
+        when memory is shortest."""
+        super().optimizer_step(*args, **kwargs)
+        for p in self.net.encoder.parameters():
+            p.grad = None
+
     def train(self, mode: bool = True) -> LitPSP:
         """Train mode, except for what is frozen."""
         super().train(mode)
