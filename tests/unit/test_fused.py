@@ -13,7 +13,6 @@ from psp_lightning.models.encoders import (
     GradualStyleEncoder,
     ReStyleEncoder,
     ReStyleEncoder4Editing,
-    StridedConv,
 )
 from psp_lightning.models.fused import Affine, FoldedConv, FusedEncoder
 from psp_lightning.models.psp import PSP
@@ -130,28 +129,3 @@ def test_network_for_inference():
     assert error.mean() < 2 and error.max() < 20, (float(error.mean()), float(error.max()))
     assert net.generator.half_from is None
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-def test_strided_convolution_has_the_gradients_of_conv2d():
-    torch.manual_seed(0)
-    ours = StridedConv(3, 5, 3, 2, 1).to(memory_format=torch.channels_last)
-    plain = nn.Conv2d(3, 5, 3, 2, 1)
-    plain.load_state_dict(ours.state_dict())
-    x = source(2, 3, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
-    for create_graph in (False, True):
-        found = []
-        for layer in (ours, plain):
-            inputs = (x, layer.weight, layer.bias)
-            first = torch.autograd.grad(layer(x).square().sum(), inputs, create_graph=create_graph)
-            second = torch.autograd.grad(first[0].square().sum(), inputs[:2]) if create_graph else ()
-            found.append([*first, *second])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_heads_of_large_maps_use_it_and_keep_their_keys():
-    with torch.device("meta"):
-        net = GradualStyleEncoder(10, 32, blocks=(1, 1, 1, 1), width=8)
-    assert isinstance(net.styles[9].convs[0], StridedConv) and type(net.styles[9].convs[2]) is nn.Conv2d
-    assert type(net.styles[3].convs[0]) is nn.Conv2d
-    assert {"styles.9.convs.0.weight", "styles.9.convs.10.bias"} <= set(net.state_dict())

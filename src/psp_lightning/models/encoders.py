@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.irse import IRSEBody
 from psp_lightning.models.registry import register_encoder
-from psp_lightning.ops._dispatch import is_captured
+from psp_lightning.ops.strided_conv import strided_conv
 from psp_lightning.utils.errors import UserError
 
 IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it
@@ -82,35 +82,14 @@ def _check_styles(name: str, n_styles: int) -> None:
 
 
 class StridedConv(nn.Conv2d):
-    """`nn.Conv2d` whose weight gradient, in float32 on the CPU, is computed from tensors in plain order (NCHW).
+    """3x3 convolution with a stride of two; a type of its own because of `strided_conv`."""
 
-    oneDNN's channels_last kernel for it takes three times as long where a stride of two meets a large map.
-    """
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if plain or is_captured() or not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return super().forward(x)
-        return _StridedConv.apply(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[no-any-return]
-
-
-class _StridedConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.settings = (stride, padding, (1, 1), False, (0, 0), 1)
-        ctx.bias_sizes = None if bias is None else [len(bias)]
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        settings = (ctx.bias_sizes, *ctx.settings)
-        backward = torch.ops.aten.convolution_backward  # which has a derivative again
-        dx = backward(dy, x, weight, *settings, [True, False, False])[0] if ctx.needs_input_grad[0] else None
-        mask = [False, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        _, dw, db = backward(dy.contiguous(), x.contiguous(), weight.contiguous(), *settings, mask)
-        return dx, dw, db, None, None
+        assert self.bias is not None
+        return strided_conv(x, self.weight, self.bias)
 
 
 class MapToStyle(nn.Module):
@@ -123,8 +102,7 @@ class MapToStyle(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         while side > 1:
-            conv = StridedConv if side >= 64 else nn.Conv2d
-            layers += [conv(in_channels, style_dim, 3, 2, 1), nn.LeakyReLU(0.01)]
+            layers += [StridedConv(in_channels, style_dim), nn.LeakyReLU(0.01)]
             in_channels, side = style_dim, side // 2
         self.convs = nn.Sequential(*layers)
         self.linear = EqualisedLinear(style_dim, style_dim)

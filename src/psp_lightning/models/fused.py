@@ -150,7 +150,7 @@ def _fuse(module: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module:
         return FoldedConv(module, None, dtype, pack)  # type: ignore[arg-type]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
         return Affine(module, dtype)
-    if type(module) is nn.PReLU:
+    if isinstance(module, nn.PReLU):
         layer = nn.PReLU(module.num_parameters)
         layer.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
         return layer

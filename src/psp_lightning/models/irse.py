@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psp_lightning.ops.prelu import prelu
 from psp_lightning.utils.errors import UserError
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {
@@ -41,6 +42,13 @@ def resolve_blocks(n_layers: int, mode: str, blocks: Sequence[int] | None) -> tu
     return BLOCKS[n_layers]
 
 
+class PReLU(nn.PReLU):
+    """`nn.PReLU` of one slope a channel, faster in training on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return prelu(x, self.weight)
+
+
 class SqueezeExcite(nn.Module):
     """Channel attention: global average, bottleneck of `channels // 16`, sigmoid gate."""
 
@@ -51,7 +59,8 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        # not x.mean: its gradient would be written out in full, and in another order in memory than x's
+        gate = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])  # (B, C, 1, 1)
         return x * self.fc2(F.relu(self.fc1(gate))).sigmoid()
 
 
@@ -70,7 +79,7 @@ class ResidualUnit(nn.Module):
         layers: list[nn.Module] = [
             nn.BatchNorm2d(in_channels),
             nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False),
-            nn.PReLU(out_channels),
+            PReLU(out_channels),
             nn.Conv2d(out_channels, out_channels, 3, stride, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         ]
@@ -109,7 +118,7 @@ class IRSEBody(nn.Module):
         self.widths = tuple(width * 2**i for i in range(4))
         self.stage_ends = tuple(sum(counts[: i + 1]) for i in range(4))
         self.input_layer = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
+            nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), PReLU(width)
         )
         units: list[nn.Module] = []
         channels = width

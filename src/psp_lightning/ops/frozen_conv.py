@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psp_lightning.ops.modulated_conv import demodulation_from_energy
+from psp_lightning.ops.slices import slices
 from psp_lightning.ops.upfirdn import adjoint_padding, upfirdn2d_ref
 
 
@@ -75,9 +76,11 @@ def _forward(
         y, demod = _convolve(x, style, weight, energy, blur, padding)
         # The gain commutes with the leaky ReLU: on the factors it costs nothing. In place, because fresh memory costs
         # more than the arithmetic.
-        y.mul_((demod * gain)[:, :, None, None].to(y.dtype)).add_((noise * gain).to(y.dtype))
-        y.add_((bias * gain)[:, None, None].to(y.dtype))
-        return F.leaky_relu_(y, negative_slope)
+        factor, noise, bias = (demod * gain)[:, :, None, None], noise * gain, (bias * gain)[:, None, None]
+        factor, noise, bias = (t.to(y.dtype) for t in (factor, noise, bias))
+        for rows in slices(y):
+            F.leaky_relu_(y[rows].mul_(factor).add_(noise[rows]).add_(bias), negative_slope)
+        return y
 
 
 class _FrozenStyledConv(torch.autograd.Function):
@@ -100,25 +103,49 @@ def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor
     x, style, weight, energy, noise, bias, blur, y = saved
     padding, slope, gain = settings
     demod = demodulation_from_energy(energy, style)
-    wide = style.dtype
-    du = torch.ops.aten.leaky_relu_backward(dy, y, slope, True)  # without the gain
-    d_style = None
-    if need[1]:
-        # Sums over pixels of du * demod * conv: of du times the activation's argument (dy * y), less noise and bias.
-        sums = (dy * y).sum((2, 3), dtype=wide) - du.sum((2, 3), dtype=wide) * (bias * gain).to(wide)
-        sums -= (du * noise.to(du.dtype)).sum((2, 3), dtype=wide) * gain  # (B, O)
-        d_style = -(sums * demod.square()) @ energy * style
-    du.mul_((demod * gain)[:, :, None, None].to(du.dtype))
+    du, sums = _before_activation(dy, y, noise * gain, bias * gain, demod * gain, slope, need[1])
     if blur is None:
         dx = F.conv_transpose2d(du, weight, padding=weight.shape[-1] // 2)
     else:
         size = [2 * (side - 1) + weight.shape[-1] for side in x.shape[2:]]
         adjoint = adjoint_padding(size, dy.shape[2:], (1, 1), (1, 1), (*padding, *padding), blur.shape)
-        dx = F.conv2d(upfirdn2d_ref(du, blur, padding=adjoint, flip=True), weight, stride=2)
+        du = upfirdn2d_ref(du, blur, padding=adjoint, flip=True)
+        dx = F.conv2d(du, weight, stride=2)
     del du
-    if d_style is not None:
-        d_style += (dx * x).sum((2, 3), dtype=wide)
-    return dx.mul_(style[:, :, None, None].to(dx.dtype)) if need[0] else None, d_style
+    d_style = None if sums is None else -(sums * demod.square()) @ energy * style
+    factor = style[:, :, None, None].to(dx.dtype)
+    for rows in slices(dx):
+        if d_style is not None:
+            d_style += (dx[rows].to(style.dtype) * x[rows]).sum((2, 3))
+        dx[rows].mul_(factor)
+    return dx if need[0] else None, d_style
+
+
+def _before_activation(
+    dy: Tensor, y: Tensor, noise: Tensor, bias: Tensor, factor: Tensor, slope: float, with_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient in front of the demodulation, and (B, C) sums over pixels for the demodulation's own.
+
+    These are sums of du * gain * demod * conv, where du is the gradient in front of gain and activation: of du times
+    the activation's argument, which is dy * y, less noise and bias. Slice by slice: what lies between two passes stays
+    in the processor's cache, and half precision is widened there.
+    """
+    wide = factor.dtype
+    du = torch.empty_like(y)
+    factor = factor[:, :, None, None]
+    sums = dy.new_zeros(y.shape[:2], dtype=wide) if with_sums else None
+    for rows in slices(y):
+        d, v = dy[rows].to(wide), y[rows].to(wide)
+        before = torch.ops.aten.leaky_relu_backward(d, v, slope, True)
+        if sums is not None:
+            total = before.sum((2, 3))
+            sums += (d * v).sum((2, 3)) - total * bias.to(wide)
+            sums -= (before * noise[rows].to(wide)).sum((2, 3))
+        if du.dtype == wide:
+            torch.mul(before, factor, out=du[rows])
+        else:  # `out` of another type is far slower
+            du[rows].copy_(before.mul_(factor))
+    return du, sums
 
 
 def _composed(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -148,5 +175,25 @@ def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if x.is_contiguous():
             return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
-        rows = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))  # (B, HW, O)
+        rows: Tensor = _RowProduct.apply(x.permute(0, 2, 3, 1).flatten(1, 2), weight)  # (B, HW, O)
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class _RowProduct(torch.autograd.Function):
+    """`rows @ weight^T` of batches, whose gradient of the weight is the product that is fast for three long columns."""
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(rows, weight.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            d_rows = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
+            d_weight = torch.bmm(dy.transpose(1, 2), rows) if ctx.needs_input_grad[1] else None
+        return d_rows, d_weight
