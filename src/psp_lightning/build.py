@@ -30,6 +30,7 @@ from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.module import LitPSP
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
+from psp_lightning.models.irse import checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError
@@ -145,6 +146,10 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         log.info("%s", load_backbone(net.encoder, cfg.model.backbone))
     if cfg.init_from is not None:
         log.info("%s", load_strict(net, load_psp(cfg.init_from).state_dict(), what=f"init_from={cfg.init_from}"))
+    if cfg.model.checkpointing:
+        if cfg.model.compile:
+            raise UserError("model.checkpointing=true does not go with model.compile=true: leave one of them out.")
+        checkpoint_units(net.encoder)
     if cfg.model.compile:
         net.encoder.compile()  # in place: the keys of the state dict stay clean
     return net

@@ -97,7 +97,9 @@ def test_resume_is_bit_exact(n: int, val_every: int, ranks: int, tmp_path: Path)
         for file in cut_run.glob("order*.txt"):  # what was seen after the checkpoint is seen again
             lines = file.read_text().splitlines()
             file.write_text("".join(line + "\n" for line in lines[:10]))
-        finish(start(tmp_path, "resume=auto" if ranks == 1 else f"resume={cut_run}", "run=cut"))
+        # with the encoder computed again in the backward pass, which changes no number, in one of the cases
+        more = ["model.checkpointing=true"] if n == 10 else []
+        finish(start(tmp_path, "resume=auto" if ranks == 1 else f"resume={cut_run}", "run=cut", *more))
     finally:
         os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].removeprefix(str(tmp_path)).removeprefix(os.pathsep)
     whole_run = tmp_path / "runs" / "inversion" / "whole"

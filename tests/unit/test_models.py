@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder, ReStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder, IRSEBody
+from psp_lightning.models.irse import FaceEmbedder, IRSEBody, checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import ENCODERS, GENERATORS, register_encoder
 from psp_lightning.models.stylegan2 import Generator
@@ -308,3 +308,42 @@ def test_full_size():
     net = PSP(GradualStyleEncoder(18), Generator(1024)).eval()
     image = net(torch.randn(1, 3, 256, 256))
     assert image.shape == (1, 3, 1024, 1024) and image.isfinite().all()
+
+
+def train_step(encoder, x):
+    """Gradients of a step, the state dict behind it, and the bytes kept for the backward pass."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = encoder(x).square().sum()
+    loss.backward()
+    return [p.grad for p in encoder.parameters()], encoder.state_dict(), sum(kept.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cls", [GradualStyleEncoder, EncoderIntoW])
+def test_checkpointing_computes_the_same_with_less_memory(cls, autocast):
+    x, found = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        styles = {"n_styles": 8} if cls is GradualStyleEncoder else {}
+        encoder = cls(**styles, input_size=64, style_dim=8, blocks=(1, 2, 1, 1), width=8).train()
+        if again:
+            checkpoint_units(encoder)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(train_step(encoder, x))
+        assert all(m.momentum == 0.1 for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    (grads, state, kept), (grads_again, state_again, kept_again) = found
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    assert all(torch.equal(value, state_again[key]) for key, value in state.items()), "a batch was counted twice"
+    assert int(state["input_layer.1.num_batches_tracked"]) == int(state["body.0.res_layer.0.num_batches_tracked"]) == 1
+    assert kept_again < 0.6 * kept, (kept_again, kept)
+
+
+def test_checkpointing_needs_units():
+    with pytest.raises(UserError, match="checkpointing=false"):
+        checkpoint_units(torch.nn.Linear(2, 2))

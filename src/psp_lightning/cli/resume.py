@@ -99,6 +99,7 @@ def _newest(settings: dict[str, str | None], family: str) -> Path | None:
 
 # What makes a run the run that it is. Data, trainer and callbacks may change; the log says what did.
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
+FREE = ("model.compile", "model.checkpointing")  # of speed and memory alone
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
@@ -113,7 +114,7 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     before, now = _flat(yaml.safe_load(recorded.read_text())), _flat(OmegaConf.to_container(cfg, resolve=True))
     keys = [key for key in sorted({*before, *now} - {"resume", "init_from", "run"}) if before.get(key) != now.get(key)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
-    if fixed := [lines[key] for key in keys if key.startswith(FIXED)]:
+    if fixed := [lines[key] for key in keys if key.startswith(FIXED) and key not in FREE]:
         raise UserError(
             f"resume= goes on with the run as it was started, which does not allow {'; '.join(fixed)}. Leave this out, "
             f"or start a new run from its weights with init_from={run / LAST}."

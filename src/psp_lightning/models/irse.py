@@ -7,11 +7,15 @@ state dicts load unchanged. Checked against the pSp reference, commit 5cfff38.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from psp_lightning.ops._dispatch import is_captured
 from psp_lightning.ops.prelu import prelu
 from psp_lightning.utils.errors import UserError
 
@@ -65,7 +69,13 @@ class SqueezeExcite(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """BN - conv - PReLU - conv(stride) - BN [- SE], plus a shortcut (strided pick, or 1x1 conv where widths differ)."""
+    """BN - conv - PReLU - conv(stride) - BN [- SE], plus a shortcut (strided pick, or 1x1 conv where widths differ).
+
+    Attributes:
+        checkpointing: keep the input alone for the backward pass and compute the rest again there.
+    """
+
+    checkpointing = False
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, se: bool) -> None:
         super().__init__()
@@ -88,7 +98,46 @@ class ResidualUnit(nn.Module):
         self.res_layer = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.checkpointing or not torch.is_grad_enabled() or is_captured():
+            return self._sum(x)
+        contexts = nullcontext(), _without_statistics(self)
+        settings = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: contexts}
+        return checkpoint(self._sum, x, **settings)  # type: ignore[no-any-return,arg-type]
+
+    def _sum(self, x: Tensor) -> Tensor:
         return self.res_layer(x) + self.shortcut_layer(x)
+
+
+@contextmanager
+def _without_statistics(unit: nn.Module) -> Iterator[None]:
+    """BatchNorm layers that do not count a batch which they have counted already."""
+    norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # not track_running_stats=False, with which other tensors would be kept than at first
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked -= 1
+
+
+def checkpoint_units(encoder: nn.Module) -> None:
+    """Let the encoder's residual units keep less memory for the backward pass, for more time.
+
+    Source: Chen et al. (arXiv:1604.06174).
+
+    Raises:
+        UserError: where it has none.
+    """
+    units = [module for module in encoder.modules() if isinstance(module, ResidualUnit)]
+    if not units:
+        name = type(encoder).__name__
+        raise UserError(f"model.checkpointing=true, but {name} has no residual units. Set model.checkpointing=false.")
+    for unit in units:
+        unit.checkpointing = True
 
 
 class IRSEBody(nn.Module):
