@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.compare import machine, report
 from benchmarks.compare.agreement import compare
 from benchmarks.compare.prediction import measure_import, measure_prediction
-from benchmarks.compare.rows import BFLOAT16, FLOAT32, REFERENCE, Job, Row, rows, scale_for
-from benchmarks.compare.worker import ROOT, Worker, WorkerError
+from benchmarks.compare.rows import BFLOAT16, FLOAT32, REFERENCE, REFERENCE_KEPT, Job, Row, rows, scale_for
+from benchmarks.compare.worker import ROOT, OutOfMemory, Worker, WorkerError
 
 NO_BFLOAT16 = "not measured: the processor has no bfloat16"
 PAGE = ROOT / "docs" / "speed.md"
@@ -85,27 +85,35 @@ class Comparison:
     def measure_sides(self, row: Row) -> dict[str, Any]:
         """Set up the sides, compare their outputs, then let them take turns."""
         found: dict[str, Any] = {"sides": {}, "agreement": {}, "notes": []}
-        able = [side for side in row.sides if side != BFLOAT16 or self.bfloat16]
         base = [] if self.clone is None else [REFERENCE]
+        ours = [side for side in row.sides if base or side != REFERENCE_KEPT]
+        able = [side for side in ours if side != BFLOAT16 or self.bfloat16]
         outputs: dict[str, Path] = {}
         seed = random.randrange(2**31)
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for phase in [[side] for side in able] if row.apart else [able]:
                 new = [side for side in [*base, *phase] if side not in workers]
-                workers |= {side: stack.enter_context(worker(self.job(row, side))) for side in new}
                 for side in new:
-                    found["notes"] += workers[side].ready()["notes"]
-                for side in new:  # also a warm-up
-                    outputs[side] = self.scratch / f"{row.name}.{len(outputs)}.out"
-                    workers[side].ask("check", seed=seed, path=str(outputs[side]))
-                    if row.kind == "train":  # an optimizer's first step sets up its state
-                        workers[side].ask("run", seed=seed)
+                    try:
+                        workers[side] = stack.enter_context(worker(self.job(row, side)))
+                        found["notes"] += workers[side].ready()["notes"]
+                        outputs[side] = self.scratch / f"{row.name}.{len(outputs)}.out"
+                        workers[side].ask("check", seed=seed, path=str(outputs[side]))
+                        for _ in range(row.warmup):
+                            workers[side].ask("run", seed=seed)
+                    except OutOfMemory:
+                        if side != REFERENCE:
+                            raise
+                        base = []  # ours are measured alone
+                        workers.pop(side)
+                        outputs.pop(side, None)
+                        found["sides"][side] = {"not_measured": "out of memory"}
                 found["agreement"] |= compare(outputs, row, self.device)
                 self.take_turns(row, {side: workers[side] for side in [*base, *phase]}, found["sides"])
                 for side in phase:
                     workers.pop(side).close()
-        for side in row.sides:
+        for side in ours:
             found["sides"].setdefault(side, {"not_measured": NO_BFLOAT16})
         report.ratios(found["sides"])
         return found

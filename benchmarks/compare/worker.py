@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.compare.rows import REFERENCE, Job
+from benchmarks.compare.rows import REFERENCE, REFERENCE_KEPT, Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,10 @@ class Case:
 
 class WorkerError(Exception):
     """A worker could not do what it was told; the message holds the end of what it printed."""
+
+
+class OutOfMemory(WorkerError):
+    """The system ended it, or PyTorch was given no memory."""
 
 
 class Worker:
@@ -88,20 +93,22 @@ class Worker:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise WorkerError(self._failure()) from None
+            raise self._failure() from None
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerError(self._failure())
+            raise self._failure()
         return json.loads(line)
 
-    def _failure(self) -> str:
+    def _failure(self) -> WorkerError:
         code = self._process.wait()
         self._log.seek(0)
-        last = self._log.read().decode(errors="replace").strip().splitlines()[-12:]
-        return f"{self.job.kind} {self.job.size}, {self.job.side}: worker ended with status {code}.\n" + "\n".join(last)
+        last = "\n".join(self._log.read().decode(errors="replace").strip().splitlines()[-12:])
+        text = f"{self.job.kind} {self.job.size}, {self.job.side}: worker ended with status {code}.\n{last}"
+        refused = "can't allocate memory" in last or "OutOfMemoryError" in last
+        return OutOfMemory(text) if code == -signal.SIGKILL or refused else WorkerError(text)
 
 
 # --- the process itself
@@ -135,7 +142,7 @@ def reset_peak(device: str) -> None:
 
 def prepare(job: Job) -> Case:
     """The side's own set-up; modules are imported here, so that one side's do not weigh on the other."""
-    if job.side == REFERENCE:
+    if job.side in (REFERENCE, REFERENCE_KEPT):
         from benchmarks.compare import reference
 
         return reference.prepare(job)

@@ -238,6 +238,19 @@ def test_stand_in_takes_turns_and_must_agree(
     )
 
 
+@pytest.mark.slow
+def test_a_reference_without_memory_leaves_ours_alone(weights: dict[str, str], tmp_path: Path):
+    clone = stand_in(tmp_path, 0.0)
+    network = clone / "models" / "psp.py"
+    network.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n" + network.read_text())
+    comparison = command.Comparison("cpu", clone, Path(weights["psp"]).parent, rounds=1)
+    found = comparison.measure(Row("generator", "generator", "generator", 32, sides=(FLOAT32,)))
+    assert found["sides"][REFERENCE] == {"not_measured": "out of memory"}
+    assert found["sides"][FLOAT32]["runs"] == 1 and "faster" not in found["sides"][FLOAT32]
+    table = report.table({"generator": found}, [Row("generator", "generator", "generator", 32)])
+    assert "| reference | out of memory |" in table
+
+
 def test_compiled_operations_are_replaced_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [name for name in sys.modules if name.split(".")[0] == "models"]:

@@ -100,9 +100,11 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.checkpointing or not torch.is_grad_enabled() or is_captured():
             return self._sum(x)
-        contexts = nullcontext(), _without_statistics(self)
-        settings = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: contexts}
-        return checkpoint(self._sum, x, **settings)  # type: ignore[no-any-return,arg-type]
+        again: Tensor = checkpoint(
+            self._sum, x, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _without_statistics(self)),
+        )  # fmt: skip
+        return again
 
     def _sum(self, x: Tensor) -> Tensor:
         return self.res_layer(x) + self.shortcut_layer(x)
