@@ -35,7 +35,7 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if device != "cpu" or not trained or weight.numel() < WIDE or not 0 < pixels <= _most_pixels(dtype):
         return F.conv2d(x, weight, bias, 2, 1)
     with torch.autocast(device, enabled=False):
-        return _MatrixConv.apply(x.to(dtype), weight.to(dtype), bias.to(dtype))  # type: ignore[no-any-return]
+        return _MatrixConv.apply(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
 
 
 def _most_pixels(dtype: torch.dtype) -> float:
@@ -47,16 +47,18 @@ def _most_pixels(dtype: torch.dtype) -> float:
 
 class _MatrixConv(torch.autograd.Function):
     """The product of the pixels' neighbourhoods with the weights, which need no reordering where they are
-    channels_last."""
+    channels_last. Weights are cast to x's dtype, in the backward pass again: copies of all would take memory."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        y = x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(weight))
+        size = (batch, len(weight), (height + 1) // 2, (width + 1) // 2)
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        matrix = _matrix(weight).to(x.dtype).t()
         for some in _few(x):
-            rows = product(_neighbourhoods(x[some]), _matrix(weight).t()).add_(bias)
-            y[some] = rows.view_as(y[some])
-        return y.permute(0, 3, 1, 2)
+            pixels = y[some].permute(0, 2, 3, 1)
+            pixels.copy_(product(_neighbourhoods(x[some]), matrix).view_as(pixels)).add_(bias.to(x.dtype))
+        return y  # no view: an activation in place may follow
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -67,7 +69,7 @@ class _MatrixConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad
-        matrix = _matrix(weight)
+        matrix = _matrix(weight).to(x.dtype)
         dx, dw, db = [], None, None
         with torch.autocast(dy.device.type, enabled=False):
             for some in _few(x):
@@ -78,9 +80,9 @@ class _MatrixConv(torch.autograd.Function):
                     part = product(rows.t(), _neighbourhoods(x[some]))
                     dw = part if dw is None else dw + part
             if need[2]:
-                db = dy.sum((0, 2, 3))
+                db = dy.sum((0, 2, 3)).to(weight.dtype)
         if dw is not None:
-            dw = dw.view(len(dw), 3, 3, -1).permute(0, 3, 1, 2)
+            dw = dw.to(weight.dtype).view(len(dw), 3, 3, -1).permute(0, 3, 1, 2)
         return torch.cat(dx) if len(dx) > 1 else dx[0] if dx else None, dw, db
 
 
