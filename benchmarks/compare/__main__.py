@@ -83,9 +83,20 @@ class Comparison:
         return self.measure_sides(row)
 
     def measure_sides(self, row: Row) -> dict[str, Any]:
-        """Set up the sides, compare their outputs, then let them take turns."""
+        """Set up the sides, compare their outputs, then let them take turns; where the reference has too little memory,
+        ours alone."""
+        try:
+            return self.measure_beside(row, [] if self.clone is None else [REFERENCE])
+        except OutOfMemory as error:
+            if error.side != REFERENCE:
+                raise
+        found = self.measure_beside(row, [])
+        found["sides"] = {REFERENCE: {"not_measured": "out of memory"}, **found["sides"]}
+        return found
+
+    def measure_beside(self, row: Row, base: list[str]) -> dict[str, Any]:
+        """Our sides and those of `base`: the reference, or none."""
         found: dict[str, Any] = {"sides": {}, "agreement": {}, "notes": []}
-        base = [] if self.clone is None else [REFERENCE]
         ours = [side for side in row.sides if base or side != REFERENCE_KEPT]
         able = [side for side in ours if side != BFLOAT16 or self.bfloat16]
         outputs: dict[str, Path] = {}
@@ -95,20 +106,12 @@ class Comparison:
             for phase in [[side] for side in able] if row.apart else [able]:
                 new = [side for side in [*base, *phase] if side not in workers]
                 for side in new:
-                    try:
-                        workers[side] = stack.enter_context(worker(self.job(row, side)))
-                        found["notes"] += workers[side].ready()["notes"]
-                        outputs[side] = self.scratch / f"{row.name}.{len(outputs)}.out"
-                        workers[side].ask("check", seed=seed, path=str(outputs[side]))
-                        for _ in range(row.warmup):
-                            workers[side].ask("run", seed=seed)
-                    except OutOfMemory:
-                        if side != REFERENCE:
-                            raise
-                        base = []  # ours are measured alone
-                        workers.pop(side)
-                        outputs.pop(side, None)
-                        found["sides"][side] = {"not_measured": "out of memory"}
+                    workers[side] = stack.enter_context(worker(self.job(row, side)))
+                    found["notes"] += workers[side].ready()["notes"]
+                    outputs[side] = self.scratch / f"{row.name}.{len(outputs)}.out"
+                    workers[side].ask("check", seed=seed, path=str(outputs[side]))
+                    for _ in range(row.warmup):
+                        workers[side].ask("run", seed=seed)
                 found["agreement"] |= compare(outputs, row, self.device)
                 self.take_turns(row, {side: workers[side] for side in [*base, *phase]}, found["sides"])
                 for side in phase:
@@ -160,6 +163,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", type=Path, help="clone of eladrich/pixel2style2pixel; without it: ours alone")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows (or what their names begin with)")
     parser.add_argument("--out", type=Path, help="folder of compare_DEVICE.json and .md (default: benchmarks/results)")
+    parser.add_argument("--update", action="store_true", help="put the rows of --only into the kept results")
     parser.add_argument("--quick", action="store_true", help="small sizes, a minute or two: to see that it runs")
     parser.add_argument("--files", type=int, help="images for psp-predict (default: 200 on a GPU, 16 on a CPU)")
     parser.add_argument("--rounds", type=int, help="rounds of every row (default: as time allows, 2 to 15)")
@@ -188,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if lacking := missing(given.reference):
             sys.exit(f"--reference {given.reference} is no clone of eladrich/pixel2style2pixel: no {lacking[0]}.")
+    if given.update and (given.only is None or given.quick or given.out or given.reference is None):
+        sys.exit("--update goes with --only and --reference, and not with --quick or --out.")
     scale = scale_for(device, given.quick, given.files)
     every = rows(scale, device)
     wanted = chosen(every, given.only)
@@ -216,10 +222,13 @@ def main(argv: list[str] | None = None) -> int:
             for line in report.table({row.name: results["rows"][row.name]}, [row]).splitlines()[2:]:
                 print(f"  {line}", flush=True)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    if given.update:
+        results = report.updated(RESULTS / f"compare_{device}.json", results)
+        wanted = every
     on_gpu = rows(scale_for("cuda", False, None), "cuda") if device == "cpu" else []
     text = report.markdown(results, wanted, [row for row in on_gpu if row.aims or row.kind == "kernels"])
     print("\n" + text)
-    whole = given.only is None and not given.quick and clone is not None
+    whole = given.update or given.only is None and not given.quick and clone is not None
     if given.out is not None or whole:
         for path in report.save(given.out or RESULTS, f"compare_{device}", results, text):
             print(path)

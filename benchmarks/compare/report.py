@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.rows import REFERENCE, Aim, Row
+from benchmarks.compare.rows import FLOAT32, REFERENCE, Aim, Row
 
 MIB = 1 << 20
 
@@ -113,13 +114,31 @@ def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def updated(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The kept results with the rows of `results` in place of their own; each of these rows says when it was measured.
+
+    Raises:
+        SystemExit: there are none, or they are another machine's.
+    """
+    if not path.is_file():
+        sys.exit(f"--update: there is no {path.name} yet. Run it once without --only.")
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    if kept["machine"] != results["machine"]:
+        sys.exit(f"--update: {path.name} was measured on another machine or with other versions.")
+    said = {key: results[key] for key in ("date", "commit")}
+    return {**kept, "rows": {**kept["rows"], **{name: {**row, **said} for name, row in results["rows"].items()}}}
+
+
 def details(measured: Mapping[str, Any]) -> str:
     """What the rows say beside their times: how far outputs agree, notes, parts of the prediction, kernels."""
     lines, notes = [], []
     for found in measured.values():
+        if "date" in found:
+            lines.append(f"- {found['title']}: measured {found['date']} at commit {found['commit']}")
+        base = "the reference" if "median" in found["sides"].get(REFERENCE, {}) else FLOAT32
         for name, differences in found.get("agreement", {}).items():
             said = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
-            lines.append(f"- {found['title']}, {name} against the reference, relative difference: {said}")
+            lines.append(f"- {found['title']}, {name} against {base}, relative difference: {said}")
         notes += found.get("notes", [])
     return "\n".join([*(f"- {note}" for note in dict.fromkeys(notes)), *lines])
 

@@ -44,7 +44,9 @@ class Case:
 
 
 class WorkerError(Exception):
-    """A worker could not do what it was told; the message holds the end of what it printed."""
+    """A worker could not do what it was told; the message holds the end of what it printed, `side` what it was."""
+
+    side: str | None = None
 
 
 class OutOfMemory(WorkerError):
@@ -108,7 +110,9 @@ class Worker:
         last = "\n".join(self._log.read().decode(errors="replace").strip().splitlines()[-12:])
         text = f"{self.job.kind} {self.job.size}, {self.job.side}: worker ended with status {code}.\n{last}"
         refused = "can't allocate memory" in last or "OutOfMemoryError" in last
-        return OutOfMemory(text) if code == -signal.SIGKILL or refused else WorkerError(text)
+        error = OutOfMemory(text) if code == -signal.SIGKILL or refused else WorkerError(text)
+        error.side = self.job.side
+        return error
 
 
 # --- the process itself

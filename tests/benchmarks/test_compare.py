@@ -209,6 +209,24 @@ def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
 # --- the reference's side
 
 
+def test_update_replaces_rows_and_says_when(tmp_path: Path):
+    path = tmp_path / "compare_cpu.json"
+    machine = {"cores": 2}
+    old = {"date": "then", "commit": "a", "machine": machine, "rows": {"x": {"title": "X"}, "y": {"title": "Y"}}}
+    new = {"date": "now", "commit": "b", "machine": machine, "rows": {"y": {"title": "Y", "sides": {}}}}
+    with pytest.raises(SystemExit, match="no compare_cpu.json yet"):
+        report.updated(path, new)
+    path.write_text(json.dumps(old))
+    found = report.updated(path, new)
+    assert found["date"] == "then" and list(found["rows"]) == ["x", "y"] and found["rows"]["x"] == {"title": "X"}
+    assert "- Y: measured now at commit b" in report.details(found["rows"])
+    with pytest.raises(SystemExit, match="another machine"):
+        report.updated(path, {**new, "machine": {"cores": 8}})
+    for wrong in (["--update"], ["--update", "--only", "encoder"], ["--update", "--only", "encoder", "--quick"]):
+        with pytest.raises(SystemExit, match="--update goes with --only and --reference"):
+            command.main(wrong)
+
+
 def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path):
     assert reference.missing(tmp_path)[0] == "models/psp.py"
     assert reference.missing(stand_in(tmp_path)) == []

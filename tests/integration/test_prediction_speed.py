@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +93,22 @@ def test_freed_memory_is_kept_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("PSP_KEEP_MEMORY")
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_whatever_its_size() -> None:
+    """Also more than 2 GiB at once, which a training step at 1024 px leaves behind. None of it is touched here."""
+    program = (
+        "import ctypes, re\n"
+        "from pathlib import Path\n"
+        "from psp_lightning.utils.memory import keep_freed_memory\n"
+        "assert keep_freed_memory()\n"
+        "library = ctypes.CDLL(None)\n"
+        "library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
+        "library.free.argtypes = [ctypes.c_void_p]\n"
+        "library.free(library.malloc(5 << 30))\n"
+        "print(re.search(r'VmData:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PSP_KEEP_MEMORY"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 > 5 << 30, "the freed block went back to the system"

@@ -27,4 +27,5 @@ def keep_freed_memory() -> bool:
     if os.environ.get("PSP_KEEP_MEMORY") == "0" or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    # -1: never. The largest number, 2 GiB, is less than a training step at 1024 px leaves behind.
+    return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, -1))
