@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         "quick": given.quick,
         "rows": {},
     }
+    kept = report.to_update(RESULTS / f"compare_{device}.json", results) if given.update else {}
     failed = False
     with tempfile.TemporaryDirectory(prefix="compare") as scratch:
         comparison = Comparison(device, clone, Path(scratch), rounds=given.rounds)
@@ -223,8 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {line}", flush=True)
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
     if given.update:
-        results = report.updated(RESULTS / f"compare_{device}.json", results)
-        wanted = every
+        results, wanted = report.updated(kept, results), every
     on_gpu = rows(scale_for("cuda", False, None), "cuda") if device == "cpu" else []
     text = report.markdown(results, wanted, [row for row in on_gpu if row.aims or row.kind == "kernels"])
     print("\n" + text)
@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         for path in report.save(given.out or RESULTS, f"compare_{device}", results, text):
             print(path)
     if whole and given.out is None:
-        kept = sorted(RESULTS.glob("compare_*.md"))
-        report.refresh(PAGE, "\n".join(path.read_text(encoding="utf-8") for path in kept))
+        pages = sorted(RESULTS.glob("compare_*.md"))
+        report.refresh(PAGE, "\n".join(path.read_text(encoding="utf-8") for path in pages))
     return int(failed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.compare.rows import FLOAT32, REFERENCE, Row
+from benchmarks.compare.rows import FLOAT32, REFERENCE, REFERENCE_KEPT, Row
 from benchmarks.compare.worker import WorkerError
 
 # Allowed differences of values and of gradients. Rounding in all layers of a random network adds up in gradients.
@@ -31,12 +31,13 @@ def compare(outputs: Mapping[str, Path], row: Row, device: str) -> dict[str, dic
         if name == base:
             continue
         given, found[name] = torch.load(path), {}
+        exact = name in (FLOAT32, REFERENCE_KEPT)
         for key, right in expected.items():
             difference = (given[key].double() - right.double()).abs()
-            scale = right.double().abs().max() if name == FLOAT32 or right.numel() == 1 else right.double().std()
-            value = difference.max() if name == FLOAT32 else difference.mean()
+            scale = right.double().abs().max() if exact or right.numel() == 1 else right.double().std()
+            value = difference.max() if exact else difference.mean()
             found[name][key] = float(value / scale.clamp_min(1e-30))
-            bounds = MEAN if name != FLOAT32 else LARGEST if device == "cpu" else LARGEST_TF32
+            bounds = MEAN if not exact else LARGEST if device == "cpu" else LARGEST_TF32
             bound = bounds[key == "gradient"]
             if not found[name][key] <= bound:
                 raise WorkerError(

@@ -28,12 +28,13 @@ def has_bfloat16() -> bool:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of a clone, or None: a folder without git of its own has none, also within another clone."""
+    """The git commit of a clone, with "-dirty" where files differ from it, or None: a folder without git of its own has
+    none, also within another clone."""
     if not (folder / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", os.fspath(folder), "rev-parse", "--short=10", "HEAD"],
+            ["git", "-C", os.fspath(folder), "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty"],
             capture_output=True,
             text=True,
             timeout=20,

@@ -114,19 +114,27 @@ def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def updated(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept results with the rows of `results` in place of their own; each of these rows says when it was measured.
+def to_update(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The kept results, in which rows of a run like `results` may take the place of their own.
 
     Raises:
-        SystemExit: there are none, or they are another machine's.
+        SystemExit: there are none, or they are of another machine or reference.
     """
     if not path.is_file():
         sys.exit(f"--update: there is no {path.name} yet. Run it once without --only.")
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept["machine"] != results["machine"]:
-        sys.exit(f"--update: {path.name} was measured on another machine or with other versions.")
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, what in (("machine", "machine or with other versions"), ("reference_commit", "reference")):
+        if kept[key] != results[key]:
+            sys.exit(f"--update: {path.name} was measured on another {what}. Run it once without --only.")
+    return kept
+
+
+def updated(kept: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Kept results with the rows of `results` in place of their own; each says when it was measured. A row that failed
+    replaces none."""
     said = {key: results[key] for key in ("date", "commit")}
-    return {**kept, "rows": {**kept["rows"], **{name: {**row, **said} for name, row in results["rows"].items()}}}
+    rows = {name: {**row, **said} for name, row in results["rows"].items() if "failed" not in row}
+    return {**kept, "rows": {**kept["rows"], **rows}}
 
 
 def details(measured: Mapping[str, Any]) -> str:
@@ -135,7 +143,7 @@ def details(measured: Mapping[str, Any]) -> str:
     for found in measured.values():
         if "date" in found:
             lines.append(f"- {found['title']}: measured {found['date']} at commit {found['commit']}")
-        base = "the reference" if "median" in found["sides"].get(REFERENCE, {}) else FLOAT32
+        base = "the reference" if "median" in found.get("sides", {}).get(REFERENCE, {}) else FLOAT32
         for name, differences in found.get("agreement", {}).items():
             said = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
             lines.append(f"- {found['title']}, {name} against {base}, relative difference: {said}")

@@ -109,7 +109,9 @@ class Worker:
         self._log.seek(0)
         last = "\n".join(self._log.read().decode(errors="replace").strip().splitlines()[-12:])
         text = f"{self.job.kind} {self.job.size}, {self.job.side}: worker ended with status {code}.\n{last}"
-        refused = "can't allocate memory" in last or "OutOfMemoryError" in last
+        refused = any(
+            word in last for word in ("can't allocate memory", "OutOfMemoryError", "MemoryError", "bad_alloc")
+        )
         error = OutOfMemory(text) if code == -signal.SIGKILL or refused else WorkerError(text)
         error.side = self.job.side
         return error

@@ -153,6 +153,10 @@ def test_kernel_table():
     assert "90%" in lines[2] and lines[2].endswith("| met |") and lines[3].endswith("| missed |")
 
 
+def test_details_know_rows_without_sides():
+    assert report.details({"kernels": {"title": "kernels", "kernels": []}}) == ""
+
+
 def test_report_without_a_gpu_lists_its_rows_as_not_measured(tmp_path: Path):
     absent = [row for row in rows(Scale(train_batch=8, files=200), "cuda") if row.aims or row.kind == "kernels"]
     results = {"date": "2000-01-01", "machine": {"processor": "P", "cores": 2}, "rows": {}}
@@ -209,20 +213,39 @@ def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
 # --- the reference's side
 
 
-def test_update_replaces_rows_and_says_when(tmp_path: Path):
+def test_update_replaces_rows_and_says_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "compare_cpu.json"
     machine = {"cores": 2}
-    old = {"date": "then", "commit": "a", "machine": machine, "rows": {"x": {"title": "X"}, "y": {"title": "Y"}}}
-    new = {"date": "now", "commit": "b", "machine": machine, "rows": {"y": {"title": "Y", "sides": {}}}}
+    old = {
+        "date": "then",
+        "commit": "a",
+        "machine": machine,
+        "reference_commit": "r",
+        "rows": {"x": {"title": "X"}, "y": {"title": "Y"}},
+    }
+    new = {
+        "date": "now",
+        "commit": "b",
+        "machine": machine,
+        "reference_commit": "r",
+        "rows": {"y": {"title": "Y", "sides": {}}},
+    }
     with pytest.raises(SystemExit, match="no compare_cpu.json yet"):
-        report.updated(path, new)
+        report.to_update(path, new)
     path.write_text(json.dumps(old))
-    found = report.updated(path, new)
+    found = report.updated(report.to_update(path, new), new)
     assert found["date"] == "then" and list(found["rows"]) == ["x", "y"] and found["rows"]["x"] == {"title": "X"}
     assert "- Y: measured now at commit b" in report.details(found["rows"])
-    with pytest.raises(SystemExit, match="another machine"):
-        report.updated(path, {**new, "machine": {"cores": 8}})
-    for wrong in (["--update"], ["--update", "--only", "encoder"], ["--update", "--only", "encoder", "--quick"]):
+    failed = {**new, "rows": {"x": {"title": "X", "sides": {}, "failed": "killed"}}}
+    assert report.updated(old, failed)["rows"] == old["rows"], "a row that failed replaces none"
+    for key, said in (("machine", "another machine"), ("reference_commit", "another reference")):
+        with pytest.raises(SystemExit, match=said):
+            report.to_update(path, {**new, key: "x"})
+    both, out = ["--only", "encoder", "--reference", str(tmp_path)], ["--out", str(tmp_path)]
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(reference, "missing", lambda clone: [])
+    for wrong in ([], both[:2], both[2:], [*both, "--quick"], [*both, *out]):
+        wrong = ["--update", *wrong]
         with pytest.raises(SystemExit, match="--update goes with --only and --reference"):
             command.main(wrong)
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psp_lightning.models.encoders import GradualStyleEncoder, StridedConv
+from psp_lightning.models.encoders import GradualStyleEncoder, MapToStyle, StridedConv
 from psp_lightning.models.irse import PReLU
 from psp_lightning.ops import product as product_module
 from psp_lightning.ops import strided_conv as module
+from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
 from psp_lightning.ops.prelu import _PReLU, prelu
 from psp_lightning.ops.product import product
 from psp_lightning.ops.slices import slices
@@ -22,10 +23,10 @@ def draw(*shape, dtype=torch.float32, seed=0):
 
 
 def gradients(function, inputs, second=False):
-    """Result, first derivatives of its squared sum, and on demand those of the first one's squared sum."""
+    """Result y, first derivatives of the sum of (y + 1)^2, and on demand those of the first one's squared sum."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs)
-    first = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=second)
+    first = torch.autograd.grad((y.float() + 1).square().sum(), inputs, create_graph=second)
     more = torch.autograd.grad(first[0].square().sum(), inputs[:2]) if second else ()
     return [y.detach(), *[t.detach() for t in first], *more]
 
@@ -43,7 +44,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(module, "PIXELS", 8)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 4), (8, 8), (9, 7)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 1), (5, 4), (8, 8), (9, 7)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("second", [False, True])
 def test_strided_convolution_is_conv2d(narrow, size, channels_last, second):
@@ -99,6 +100,44 @@ def test_everything_else_goes_to_pytorch(monkeypatch, case):
     layer.to(dtype)(x.to(dtype).requires_grad_())
 
 
+def test_strided_convolution_of_what_pytorch_alone_takes():
+    layer = StridedConv(342, 342)
+    assert layer(draw(342, 4, 4)).shape == (342, 2, 2), "no batch"
+    with pytest.raises(RuntimeError):
+        layer(draw(1, 342, 4, 4).bfloat16())
+    assert layer.to("meta")(torch.empty(1, 342, 4, 4, device="meta")).shape == (1, 342, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["prelu", "strided_conv", "layer", "to_rgb"])
+def test_many_gradients_at_once(narrow, name):
+    """By vmap, as torch.autograd.functional.jacobian(vectorize=True) has them."""
+    x, style, weight = draw(2, 3, 4, 4), draw(2, 3, seed=1), draw(3, 3, 3, 3, seed=2)
+    energy, noise, bias = weight.square().sum((2, 3)), draw(1, 1, 4, 4, seed=3), draw(3, seed=4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    function, inputs = {
+        "prelu": (prelu, (x, bias)),
+        "strided_conv": (strided_conv, (x, weight, bias)),
+        "layer": (lambda x, s: frozen_styled_conv(x, s, weight, energy, noise, bias), (x, style)),
+        "to_rgb": (lambda x, s: frozen_to_rgb(x, s, weight[:, :, :1, :1]), (last, style)),
+    }[name]
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    many = draw(5, *y.shape, seed=5)
+    found = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(many):
+        for a, b in zip(found, torch.autograd.grad(y, inputs, one, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_may_be_hooked():
+    """The output of a convolution is what a hook sees, and stays what it is."""
+    layer, seen = MapToStyle(3, 4, 4), []
+    layer.convs[0].register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    layer.convs[0].register_full_backward_hook(lambda *_: None)
+    layer(draw(2, 3, 4, 4)).sum().backward()
+    assert torch.equal(*seen[0])
+
+
 def test_wide_heads_take_the_product(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "product", lambda a, b: calls.append((a.shape, b.shape)) or a @ b)
@@ -118,7 +157,7 @@ def test_heads_keep_their_keys():
 def test_prelu_is_pytorchs(monkeypatch, channels_last, second, size):
     monkeypatch.setattr("psp_lightning.ops.slices.SLICE", size)
     x, weight = draw(2, 3, 5, 4), torch.tensor([0.25, -0.5, 1.5])
-    x[0, 0, 0, 0] = 0
+    x[0, 0, 0, 0] = 1 if second else 0  # there PyTorch's derivative of second order is that of the other side
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     found = gradients(prelu, (x, weight), second)
@@ -128,7 +167,8 @@ def test_prelu_is_pytorchs(monkeypatch, channels_last, second, size):
 
 def test_prelu_of_half_precision_sums_its_slopes_gradient_in_full():
     x, weight = draw(4, 2, 64, 64).bfloat16(), torch.full((2,), 0.25)
-    found = gradients(prelu, (x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(prelu, (x, weight))
     exact = gradients(F.prelu, (x.float(), weight))
     assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32
     assert_near([t.float() for t in found], exact, 0.01)

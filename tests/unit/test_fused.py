@@ -15,6 +15,7 @@ from psp_lightning.models.encoders import (
     ReStyleEncoder4Editing,
 )
 from psp_lightning.models.fused import Affine, FoldedConv, FusedEncoder
+from psp_lightning.models.irse import PReLU
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import ENCODERS
 from psp_lightning.models.stylegan2 import Generator
@@ -129,3 +130,14 @@ def test_network_for_inference():
     assert error.mean() < 2 and error.max() < 20, (float(error.mean()), float(error.max()))
     assert net.generator.half_from is None
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_users_own_activation_is_kept():
+    class Shifted(PReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    layer, x = nn.Sequential(Shifted(3), PReLU(3)), source()[:, :3]
+    fused = FusedEncoder(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), layer(x))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder, ReStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder, IRSEBody, checkpoint_units
+from psp_lightning.models.irse import FaceEmbedder, IRSEBody, ResidualUnit, SqueezeExcite, checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import ENCODERS, GENERATORS, register_encoder
 from psp_lightning.models.stylegan2 import Generator
@@ -344,6 +344,28 @@ def test_checkpointing_computes_the_same_with_less_memory(cls, autocast):
     assert kept_again < 0.6 * kept, (kept_again, kept)
 
 
+def test_checkpointing_of_several_backward_passes_and_frozen_parts():
+    x, found = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        unit = ResidualUnit(4, 8, 2, True)
+        unit.shortcut_layer.requires_grad_(False)
+        unit.res_layer[0].momentum = None  # a cumulative average
+        unit.checkpointing = again
+        for _ in range(3):
+            loss = unit(x).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        found.append([*unit.state_dict().values(), *[p.grad for p in unit.parameters() if p.grad is not None]])
+        assert int(unit.shortcut_layer[1].num_batches_tracked) == 3 and unit.res_layer[0].momentum is None
+    assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_checkpointing_needs_units():
     with pytest.raises(UserError, match="checkpointing=false"):
         checkpoint_units(torch.nn.Linear(2, 2))
+
+
+def test_squeeze_of_large_maps_in_half_precision_is_finite():
+    layer = SqueezeExcite(16).half()
+    assert layer(torch.full((1, 16, 128, 128), 5.0).half()).isfinite().all()

@@ -74,6 +74,28 @@ def test_unusable_options_are_named(options):
         Ranger([nn.Parameter(torch.ones(1))], **options)
 
 
+def test_options_of_radam_that_a_group_sets_hold():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Ranger([{"params": [p], "maximize": True}, {"params": [q]}], lr=0.1)
+    for _ in range(9):
+        p.grad, q.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    assert (p > 1).all() and (q < 1).all()
+
+
+def test_complex_parameters_and_sparse_gradients():
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = Ranger([p], lr=0.1)
+    for _ in range(9):
+        p.grad = torch.ones(2, dtype=torch.complex64)
+        optimizer.step()
+    assert (p.real < 1).all()
+    q = nn.Parameter(torch.ones(2))
+    q.grad = torch.ones(2).to_sparse()
+    with pytest.raises(UserError, match="no sparse gradients"):
+        Ranger([q]).step()
+
+
 def run(parameters, gradients, **options):
     """Parameters after a step with each of the gradients."""
     parameters = [nn.Parameter(p.clone()) for p in parameters]

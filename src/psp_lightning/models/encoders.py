@@ -102,7 +102,7 @@ class MapToStyle(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         while side > 1:
-            layers += [StridedConv(in_channels, style_dim), nn.LeakyReLU(0.01, inplace=True)]
+            layers += [StridedConv(in_channels, style_dim), nn.LeakyReLU(0.01)]
             in_channels, side = style_dim, side // 2
         self.convs = nn.Sequential(*layers)
         self.linear = EqualisedLinear(style_dim, style_dim)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from psp_lightning.models.encoders import StridedConv
 from psp_lightning.models.equalised import EqualisedLinear
+from psp_lightning.models.irse import PReLU
 from psp_lightning.utils.errors import UserError
 
 CONVOLUTIONS = (nn.Conv2d, StridedConv)  # a user's own subclass may compute anything
@@ -150,7 +151,7 @@ def _fuse(module: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module:
         return FoldedConv(module, None, dtype, pack)  # type: ignore[arg-type]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
         return Affine(module, dtype)
-    if isinstance(module, nn.PReLU):
+    if isinstance(module, nn.PReLU) and type(module) in (nn.PReLU, PReLU):
         layer = nn.PReLU(module.num_parameters)
         layer.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
         return layer

@@ -7,8 +7,10 @@ state dicts load unchanged. Checked against the pSp reference, commit 5cfff38.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +65,11 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # not x.mean: its gradient would be written out in full, and in another order in memory than x's
-        gate = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])  # (B, C, 1, 1)
+        if x.device.type == "cpu" and x.dtype != torch.float16:  # whose sums are too large for float16
+            # the gradient of x.mean would be written out in full, and in another order in memory than x's
+            gate = x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])  # (B, C, 1, 1)
+        else:
+            gate = x.mean((2, 3), keepdim=True)
         return x * self.fc2(F.relu(self.fc1(gate))).sigmoid()
 
 
@@ -102,7 +107,7 @@ class ResidualUnit(nn.Module):
             return self._sum(x)
         again: Tensor = checkpoint(
             self._sum, x, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _without_statistics(self)),
+            context_fn=lambda: (nullcontext(), _WithoutStatistics(self)),
         )  # fmt: skip
         return again
 
@@ -110,20 +115,33 @@ class ResidualUnit(nn.Module):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
-@contextmanager
-def _without_statistics(unit: nn.Module) -> Iterator[None]:
-    """BatchNorm layers that do not count a batch which they have counted already."""
-    norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0  # not track_running_stats=False, with which other tensors would be kept than at first
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+class _WithoutStatistics:
+    """Within it BatchNorm layers do not count a batch, which they have counted already; it may be entered again.
+
+    One thread at a time: the layers' settings are their own.
+    """
+
+    lock = threading.RLock()
+
+    def __init__(self, unit: nn.Module) -> None:
+        self.unit = unit
+        self.before: list[tuple[Any, float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        norms = [m for m in self.unit.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        for norm in norms:
+            count = norm.num_batches_tracked
+            self.before.append((norm, norm.momentum, None if count is None else count.clone()))
+            norm.momentum = 0.0  # not track_running_stats=False, with which other tensors would be kept than at first
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, count in self.before:
             norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked -= 1
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)
+        self.before.clear()
+        self.lock.release()
 
 
 def checkpoint_units(encoder: nn.Module) -> None:

@@ -61,6 +61,11 @@ def is_captured() -> bool:
     return tracing or torch._C._are_functorch_transforms_active()
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for many tensors (vmap, `is_grads_batched`), for which nothing may be written in place."""
+    return is_captured() or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 @contextmanager
 def registered() -> Iterator[None]:
     """Within it every call goes to the registered operators, on the CPU too: to test them and to trace them there."""

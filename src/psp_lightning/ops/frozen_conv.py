@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psp_lightning.ops._dispatch import is_batched
 from psp_lightning.ops.modulated_conv import demodulation_from_energy
 from psp_lightning.ops.slices import slices
 from psp_lightning.ops.upfirdn import adjoint_padding, upfirdn2d_ref
@@ -114,6 +115,10 @@ def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor
     del du
     d_style = None if sums is None else -(sums * demod.square()) @ energy * style
     factor = style[:, :, None, None].to(dx.dtype)
+    if is_batched(dy):
+        if d_style is not None:
+            d_style = d_style + (dx.to(style.dtype) * x).sum((2, 3))
+        return dx * factor if need[0] else None, d_style
     for rows in slices(dx):
         if d_style is not None:
             d_style += (dx[rows].to(style.dtype) * x[rows]).sum((2, 3))
@@ -131,8 +136,13 @@ def _before_activation(
     in the processor's cache, and half precision is widened there.
     """
     wide = factor.dtype
-    du = torch.empty_like(y)
     factor = factor[:, :, None, None]
+    if is_batched(dy):
+        d, v, noise, bias = (t.to(wide) for t in (dy, y, noise, bias))
+        before = torch.ops.aten.leaky_relu_backward(d, v, slope, True)
+        total = (d * v - before * noise).sum((2, 3)) - before.sum((2, 3)) * bias
+        return (before * factor).to(y.dtype), total if with_sums else None
+    du = torch.empty_like(y)
     sums = dy.new_zeros(y.shape[:2], dtype=wide) if with_sums else None
     for rows in slices(y):
         d, v = dy[rows].to(wide), y[rows].to(wide)
@@ -175,7 +185,9 @@ def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if x.is_contiguous():
             return torch.bmm(weight, x.flatten(2)).unflatten(2, x.shape[2:])
-        rows: Tensor = _RowProduct.apply(x.permute(0, 2, 3, 1).flatten(1, 2), weight)  # (B, HW, O)
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, I)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        rows = _RowProduct.apply(rows, weight) if wanted else torch.bmm(rows, weight.transpose(1, 2))  # (B, HW, O)
         return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 

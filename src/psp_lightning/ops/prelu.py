@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.ops._dispatch import is_captured
+from psp_lightning.ops._dispatch import is_batched, is_captured
 from psp_lightning.ops.slices import slices
 
 
@@ -23,7 +23,8 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
         As x.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not wanted or x.device.type != "cpu" or x.ndim != 4 or len(weight) != x.shape[1] or is_captured():
+    fits = x.ndim == 4 and len(weight) == x.shape[1] and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
+    if not wanted or x.device.type != "cpu" or not fits or is_captured():
         return F.prelu(x, weight)
     return _PReLU.apply(x, weight)  # type: ignore[no-any-return]
 
@@ -41,7 +42,7 @@ class _PReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         slope = weight[:, None, None]
-        if torch.is_grad_enabled():  # a derivative of this one is wanted
+        if torch.is_grad_enabled() or is_batched(dy):  # a derivative of this one is wanted, or many at once
             below = torch.where(x > 0, 0, dy)
             dx, dw = dy + below * (slope.to(x.dtype) - 1), (below * x).sum((0, 2, 3))
             return dx, dw.to(weight.dtype)

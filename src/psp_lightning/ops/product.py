@@ -20,4 +20,5 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def has_onednn() -> bool:
     """Whether `product` in float32 is oneDNN's; the operator is not a public one of PyTorch's."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    on = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return on and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.ops._dispatch import is_captured
+from psp_lightning.ops._dispatch import is_batched, is_captured
 from psp_lightning.ops.product import has_onednn, product
 
 WIDE = 1 << 20  # weights; below that a convolution's own cost is arithmetic
@@ -28,13 +28,15 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, O, ceil(H / 2), ceil(W / 2)) in autocast's dtype or x's.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    trained = torch.is_grad_enabled() and weight.requires_grad and not is_captured()
-    pixels = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    if device != "cpu" or not trained or weight.numel() < WIDE or not 0 < pixels <= _most_pixels(dtype):
+    trained = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WIDE
+    if x.device.type != "cpu" or x.ndim != 4 or not trained or is_captured():
         return F.conv2d(x, weight, bias, 2, 1)
-    with torch.autocast(device, enabled=False):
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    pixels = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+    if not (autocast or x.dtype == weight.dtype == bias.dtype) or not 0 < pixels <= _most_pixels(dtype):
+        return F.conv2d(x, weight, bias, 2, 1)
+    with torch.autocast("cpu", enabled=False):
         return _MatrixConv.apply(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
 
 
@@ -58,7 +60,7 @@ class _MatrixConv(torch.autograd.Function):
         for some in _few(x):
             pixels = y[some].permute(0, 2, 3, 1)
             pixels.copy_(product(_neighbourhoods(x[some]), matrix).view_as(pixels)).add_(bias.to(x.dtype))
-        return y  # no view: an activation in place may follow
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -69,6 +71,10 @@ class _MatrixConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad
+        if is_batched(dy):
+            settings = ([len(weight)], (2, 2), (1, 1), (1, 1), False, (0, 0), 1)
+            found = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *settings, need)
+            return tuple(t if t is None or i == 0 else t.to(weight.dtype) for i, t in enumerate(found))
         matrix = _matrix(weight).to(x.dtype)
         dx, dw, db = [], None, None
         with torch.autocast(dy.device.type, enabled=False):
@@ -96,7 +102,7 @@ def _neighbourhoods(x: Tensor) -> Tensor:
     """(B, C, H, W) to (pixels of the result, 9 * C)."""
     padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, H + 2, W + 2, C)
     windows = padded.unfold(1, 3, 2).unfold(2, 3, 2)  # (B, H', W', C, 3, 3)
-    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1])
+    return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1]).contiguous()
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -90,9 +90,11 @@ class Ranger(torch.optim.RAdam):
         for p in params:
             if p.grad is None:
                 continue
+            if p.grad.is_sparse:
+                raise UserError("Ranger takes no sparse gradients: build the embedding with sparse=False.")
             state = self.state[p]
             if not state:  # as RAdam's own
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["slow"] = p.detach().clone()
@@ -118,16 +120,20 @@ class Ranger(torch.optim.RAdam):
         lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
         step = int(steps[0]) + 1
         rectification = _rectification(step, beta2)
-        if rectification and params[0].device.type == "cpu" and _can_fuse(params[0], states[0]):
+        usual = not any(group.get(key) for key in ("maximize", "capturable", "differentiable"))
+        usual = usual and group.get("decoupled_weight_decay", True) and params[0].device.type == "cpu"
+        if rectification and usual and _can_fuse(params[0], states[0]):
             adamw(
                 params, gradients, averages, squares, [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[arg-type]
                 beta1=beta1, beta2=beta2, lr=lr * rectification, weight_decay=decay / rectification,
                 eps=eps / math.sqrt(1 - beta2**step),
             )  # fmt: skip
         else:
+            names = ("decoupled_weight_decay", "foreach", "differentiable", "capturable", "maximize")
+            options = {name: group[name] for name in names if name in group}
             radam(
-                params, gradients, averages, squares, steps, True,  # type: ignore[arg-type]
-                beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps,
+                params, gradients, averages, squares, steps, has_complex=any(p.is_complex() for p in params),  # type: ignore[arg-type]
+                beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps, **options,
             )  # fmt: skip
 
 
@@ -142,5 +148,7 @@ def _rectification(step: int, beta2: float) -> float:
 
 def _can_fuse(p: Tensor, state: dict[str, Any]) -> bool:
     """Whether all tensors of a parameter lie in memory in one order, which PyTorch's fused Adam takes for granted."""
+    if p.is_complex():
+        return False
     tensors = (p.grad, state["exp_avg"], state["exp_avg_sq"])
     return all(t.stride() == p.stride() and t.dtype == p.dtype for t in tensors if t is not None)
