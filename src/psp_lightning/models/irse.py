@@ -7,6 +7,7 @@ state dicts load unchanged. Checked against the pSp reference, commit 5cfff38.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -121,14 +122,12 @@ class _WithoutStatistics:
     One thread at a time: the layers' settings are their own.
     """
 
-    lock = threading.RLock()
-
     def __init__(self, unit: nn.Module) -> None:
         self.unit = unit
         self.before: list[tuple[Any, float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        _one_at_a_time().acquire()
         norms = [m for m in self.unit.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         for norm in norms:
             count = norm.num_batches_tracked
@@ -141,7 +140,13 @@ class _WithoutStatistics:
             if count is not None:
                 norm.num_batches_tracked.copy_(count)
         self.before.clear()
-        self.lock.release()
+        _one_at_a_time().release()
+
+
+@functools.cache
+def _one_at_a_time() -> Any:
+    """The lock of `_WithoutStatistics`; made when it is first needed, since importing does no work."""
+    return threading.RLock()
 
 
 def checkpoint_units(encoder: nn.Module) -> None:
