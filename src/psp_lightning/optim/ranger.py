@@ -14,7 +14,7 @@ from torch.optim.radam import radam
 
 from psp_lightning.utils.errors import UserError
 
-CPU_BATCH = 1 << 20  # numbers
+CPU_BATCH = 1 << 20  # numbers that a step takes at a time on the CPU
 
 
 class Ranger(torch.optim.RAdam):
@@ -101,11 +101,13 @@ class Ranger(torch.optim.RAdam):
             alike.setdefault((p.device, p.dtype, int(state["step"]), _can_fuse(p, state)), []).append(p)
         for (device, *_), found in alike.items():
             batch: list[Tensor] = []
+            numbers = 0
             for p in found:
                 batch.append(p)
-                if device.type == "cpu" and sum(q.numel() for q in batch) >= CPU_BATCH:
+                numbers += p.numel()
+                if device.type == "cpu" and numbers >= CPU_BATCH:
                     yield batch
-                    batch = []
+                    batch, numbers = [], 0
             if batch:
                 yield batch
 
