@@ -114,9 +114,10 @@ def test_the_fused_step_is_radams(monkeypatch, options, batch):
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}
     parameters = [torch.randn(4, 3, 3, 3).contiguous(**last), torch.randn(4, 3, 3, 3), torch.randn(5), torch.randn(2)]
+    parameters.append(torch.randn(3, 2, 3, 3).contiguous(**last))
     gradients = [[torch.randn(p.shape) for p in parameters] for _ in range(15)]
     for i, step in enumerate(gradients):
-        step[1] = step[1].contiguous(**last)
+        step[1], step[4] = step[1].contiguous(**last), step[4].contiguous(**last)
         step[3] = step[3] if i > 4 else None
     monkeypatch.setattr(ranger, "CPU_BATCH", batch)
     found = run(parameters, gradients, **options)
@@ -127,3 +128,17 @@ def test_the_fused_step_is_radams(monkeypatch, options, batch):
     monkeypatch.setattr(ranger, "_can_fuse", lambda p, state: False)
     for a, b in zip(found, run(parameters, gradients, **options), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_step_copies_no_gradient():
+    p = nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    optimizer = Ranger([p])
+    for _ in range(7):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    p.grad = torch.randn_like(p)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    names = [event.name for event in profile.events()]
+    assert "aten::_fused_adamw_" in names
+    assert "aten::clone" not in names

@@ -125,8 +125,10 @@ class Ranger(torch.optim.RAdam):
         usual = not any(group.get(key) for key in ("maximize", "capturable", "differentiable"))
         usual = usual and group.get("decoupled_weight_decay", True) and params[0].device.type == "cpu"
         if rectification and usual and _can_fuse(params[0], states[0]):
+            # as they lie in memory: of channels_last gradients the fused kernel would make copies
+            stored = [[_as_stored(t) for t in some] for some in (params, gradients, averages, squares)]  # type: ignore[arg-type]
             adamw(
-                params, gradients, averages, squares, [], steps, fused=True, amsgrad=False, maximize=False,  # type: ignore[arg-type]
+                stored[0], stored[1], stored[2], stored[3], [], steps, fused=True, amsgrad=False, maximize=False,
                 beta1=beta1, beta2=beta2, lr=lr * rectification, weight_decay=decay / rectification,
                 eps=eps / math.sqrt(1 - beta2**step),
             )  # fmt: skip
@@ -154,3 +156,8 @@ def _can_fuse(p: Tensor, state: dict[str, Any]) -> bool:
         return False
     tensors = (p.grad, state["exp_avg"], state["exp_avg_sq"])
     return all(t.stride() == p.stride() and t.dtype == p.dtype for t in tensors if t is not None)
+
+
+def _as_stored(t: Tensor) -> Tensor:
+    """A view with the dimensions in the order of memory."""
+    return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True))
