@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.irse import IRSEBody
 from psp_lightning.models.registry import register_encoder
-from psp_lightning.ops.strided_conv import strided_conv
+from psp_lightning.ops.strided_conv import strided_conv, strided_convs
 from psp_lightning.utils.errors import UserError
 
 IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it
@@ -107,8 +107,27 @@ class MapToStyle(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.linear = EqualisedLinear(style_dim, style_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.convs(x).flatten(1))  # (B, style_dim)
+    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
+        """(B, in_channels, side, side) to (B, style_dim); `first` is what the first convolution gives, if known."""
+        x = self.convs(x) if first is None else self.convs[1:](first)
+        return self.linear(x.flatten(1))
+
+
+def styles(x: Tensor, heads: Sequence[nn.Module]) -> list[Tensor]:
+    """What each of the heads gives for one map, (B, style_dim); their first convolutions are one call."""
+    convs = [conv for conv in map(_first_convolution, heads) if conv is not None and conv.bias is not None]
+    if len(convs) < len(heads):
+        return [head(x) for head in heads]
+    found = strided_convs(x, [conv.weight for conv in convs], [conv.bias for conv in convs])  # type: ignore[misc]
+    return [head(x, y) for head, y in zip(heads, found, strict=True)]
+
+
+def _first_convolution(head: nn.Module) -> StridedConv | None:
+    """That of a `MapToStyle`, where calling it has no other effects than its result."""
+    if not isinstance(head, MapToStyle) or not len(head.convs) or type(head.convs[0]) is not StridedConv:
+        return None
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return None if any(getattr(part, name) for part in (head.convs, head.convs[0]) for name in hooks) else head.convs[0]
 
 
 @register_encoder
@@ -163,10 +182,8 @@ class GradualStyleEncoder(_Encoder):
         _, c1, c2, c3 = self.features(x)  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
         p2 = self._add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
         p1 = self._add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
-        codes = [
-            head(c3 if i < COARSE else p2 if i < MIDDLE else p1)  # (B, style_dim)
-            for i, head in enumerate(self.styles)
-        ]
+        heads = list(self.styles)
+        codes = styles(c3, heads[:COARSE]) + styles(p2, heads[COARSE:MIDDLE]) + styles(p1, heads[MIDDLE:])
         return torch.stack(codes, 1)
 
     @staticmethod
@@ -313,7 +330,7 @@ class ReStyleEncoder(_Encoder):
             raise UserError(f"ReStyle's encoder looks at images of 3 channels, the generator makes {image.shape[1]}.")
         image = F.adaptive_avg_pool2d(image, self.input_size).expand(x.shape[0], -1, -1, -1)
         x = self.body(self.input_layer(torch.cat([x, image], dim=1)))  # (B, 512, 16, 16)
-        return torch.stack([head(x) for head in self.styles], 1)
+        return torch.stack(styles(x, list(self.styles)), 1)
 
 
 @register_encoder

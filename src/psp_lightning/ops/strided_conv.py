@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,16 +29,26 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, O, ceil(H / 2), ceil(W / 2)) in autocast's dtype or x's.
     """
+    return strided_convs(x, [weight], [bias])[0]
+
+
+def strided_convs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """`strided_conv` of one x with several weights; as products they share the copies of x that they take."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if not weights or not all(_pays(x, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)):
+        return [F.conv2d(x, weight, bias, 2, 1) for weight, bias in zip(weights, biases, strict=True)]
+    with torch.autocast("cpu", enabled=False):
+        return list(_MatrixConv.apply(x.to(dtype), *weights, *biases))
+
+
+def _pays(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product in `dtype` is possible and was measured to be faster."""
     trained = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WIDE
     if x.device.type != "cpu" or x.ndim != 4 or not trained or is_captured():
-        return F.conv2d(x, weight, bias, 2, 1)
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        return False
+    alike = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype == bias.dtype
     pixels = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    if not (autocast or x.dtype == weight.dtype == bias.dtype) or not 0 < pixels <= _most_pixels(dtype):
-        return F.conv2d(x, weight, bias, 2, 1)
-    with torch.autocast("cpu", enabled=False):
-        return _MatrixConv.apply(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
+    return alike and 0 < pixels <= _most_pixels(dtype)
 
 
 def _most_pixels(dtype: torch.dtype) -> float:
@@ -48,48 +59,65 @@ def _most_pixels(dtype: torch.dtype) -> float:
 
 
 class _MatrixConv(torch.autograd.Function):
-    """The product of the pixels' neighbourhoods with the weights, which need no reordering where they are
+    """The products of the pixels' neighbourhoods with each weight, which need no reordering where they are
     channels_last. Weights are cast to x's dtype, in the backward pass again: copies of all would take memory."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        size = (batch, len(weight), (height + 1) // 2, (width + 1) // 2)
-        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        matrix = _matrix(weight).to(x.dtype).t()
+    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        n, size = len(parameters) // 2, [(side + 1) // 2 for side in x.shape[2:]]
+        found: list[list[Tensor]] = [[] for _ in range(n)]
         for some in _few(x):
-            pixels = y[some].permute(0, 2, 3, 1)
-            pixels.copy_(product(_neighbourhoods(x[some]), matrix).view_as(pixels)).add_(bias.to(x.dtype))
-        return y
+            near = _neighbourhoods(x[some])
+            for weight, bias, rows in zip(parameters[:n], parameters[n:], found, strict=True):
+                rows.append(product(near, _matrix(weight, x.dtype).t(), bias.to(x.dtype)))
+        return tuple(_cat(rows).view(len(x), *size, -1).permute(0, 3, 1, 2) for rows in found)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: 1 + len(inputs) // 2])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if is_batched(dy):
-            settings = ([len(weight)], (2, 2), (1, 1), (1, 1), False, (0, 0), 1)
-            found = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *settings, need)
-            return tuple(t if t is None or i == 0 else t.to(weight.dtype) for i, t in enumerate(found))
-        matrix = _matrix(weight).to(x.dtype)
-        dx, dw, db = [], None, None
-        with torch.autocast(dy.device.type, enabled=False):
-            for some in _few(x):
-                rows = dy[some].permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
-                if need[0]:
-                    dx.append(_scatter(product(rows, matrix), x[some]))
-                if need[1]:
-                    part = product(rows.t(), _neighbourhoods(x[some]))
-                    dw = part if dw is None else dw + part
-            if need[2]:
-                db = dy.sum((0, 2, 3)).to(weight.dtype)
-        if dw is not None:
-            dw = dw.to(weight.dtype).view(len(dw), 3, 3, -1).permute(0, 3, 1, 2)
-        return torch.cat(dx) if len(dx) > 1 else dx[0] if dx else None, dw, db
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        n, need = len(weights), ctx.needs_input_grad
+        dys = [(i, dy) for i, dy in enumerate(given) if dy is not None]
+        dx: list[Tensor] = []
+        dw: list[Tensor | None] = [None] * n
+        db: list[Tensor | None] = [None] * n
+        if any(is_batched(dy) for _, dy in dys):
+            for i, dy in dys:
+                part, dw[i], db[i] = _convolution_backward(dy, x, weights[i], (need[0], need[1 + i], need[1 + n + i]))
+                dx = [part if not dx else dx[0] + part] if part is not None else dx
+            return dx[0] if dx else None, *dw, *db
+        with torch.autocast(x.device.type, enabled=False):
+            for some in _few(x) if dys else []:
+                near, d_near = None, None
+                for i, dy in dys:
+                    rows = dy[some].permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
+                    if need[0]:
+                        d_near = product(rows, _matrix(weights[i], x.dtype), d_near)
+                    if need[1 + i]:
+                        near = _neighbourhoods(x[some]) if near is None else near
+                        dw[i] = product(rows.t(), near, dw[i])
+                if d_near is not None:
+                    dx.append(_scatter(d_near, x[some]))
+            for i, dy in dys:
+                db[i] = dy.sum((0, 2, 3)).to(weights[i].dtype) if need[1 + n + i] else None
+        for i, d in enumerate(dw):
+            if d is not None:
+                dw[i] = d.to(weights[i].dtype).view(len(d), 3, 3, -1).permute(0, 3, 1, 2)
+        return _cat(dx) if dx else None, *dw, *db
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
+    settings = ([len(weight)], (2, 2), (1, 1), (1, 1), False, (0, 0), 1)
+    dx, *others = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *settings, need)
+    return [dx, *[None if t is None else t.to(weight.dtype) for t in others]]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _few(x: Tensor) -> list[slice]:
@@ -105,9 +133,9 @@ def _neighbourhoods(x: Tensor) -> Tensor:
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, 9 * x.shape[1]).contiguous()
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(O, I, 3, 3) to (O, 9 * I)."""
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1).to(dtype)
 
 
 def _scatter(d: Tensor, x: Tensor) -> Tensor:
