@@ -12,14 +12,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from psp_lightning.models import stylegan2
 from psp_lightning.models.frozen import freeze
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel
+from psp_lightning.ops import fir_kernel, winograd
 from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
 
 TOY = dict(output_size=32, style_dim=32, n_mapping=2, max_channels=16)
 
 
-@pytest.fixture
-def generator():
+@pytest.fixture(params=["direct", "winograd"])
+def generator(request, monkeypatch):
+    if request.param == "winograd":  # also for few channels and tiles
+        monkeypatch.setattr(winograd, "CHANNELS", 1)
+        monkeypatch.setattr(winograd, "TILES", 1)
     net = Generator.seeded(0, **TOY)
     for layer in (net.conv1, *net.convs):
         layer.noise.weight.data.fill_(0.3)
@@ -163,7 +166,7 @@ def test_constants_follow_the_precision_and_are_not_saved(generator):
     image, plain = generator.synthesis(w), len(pickle.dumps(Generator.seeded(0, **TOY)))
     assert list(generator.state_dict()) == keys
     assert len(pickle.dumps(generator)) < 1.3 * plain
-    assert "_constants" not in copy.deepcopy(generator).conv1.conv.__dict__
+    assert "_kept" not in copy.deepcopy(generator).conv1.conv.__dict__
     assert generator.double().synthesis(w.double()).dtype == torch.float64
     torch.testing.assert_close(generator.float().synthesis(w), image)
 

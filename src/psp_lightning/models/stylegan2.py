@@ -8,8 +8,8 @@ truncation are checked against the pSp reference, commit 5cfff38.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from psp_lightning.models.registry import register_generator
 from psp_lightning.ops import blur_padding, fir_kernel, modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.ops._dispatch import is_captured, use_op
 from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
+from psp_lightning.ops.winograd import winograd_pays, winograd_weight
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
+ValueT = TypeVar("ValueT")
 
 
 class PixelNorm(nn.Module):
@@ -94,24 +96,35 @@ class ModulatedConv(nn.Module):
         return style.to(torch.promote_types(style.dtype, torch.float32))
 
     def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What `frozen_styled_conv` takes as weight, in `dtype`, and as energy; computed once, until the weight is
-        another one: loaded, moved, cast or changed in place."""
+        """What `frozen_styled_conv` takes as weight, in `dtype`, and as energy."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            energy = self.weight.to(wide).square().sum((2, 3))  # (O, I)
+            cast = self.weight.to(dtype)
+            return cast.transpose(0, 1).contiguous() if self.blur is not None else cast, energy
+
+        return self._once("constants", dtype, compute)
+
+    def fast(self, x: Tensor) -> Tensor | None:
+        """What `frozen_styled_conv` takes as `fast` for x, where that pays."""
+        if self.blur is not None or not winograd_pays(x, self.weight):
+            return None
+        return self._once("fast", x.dtype, lambda: winograd_weight(self.weight))
+
+    def _once(self, name: str, dtype: torch.dtype, compute: Callable[[], ValueT]) -> ValueT:
+        """What was computed of the weight, until it is another one: loaded, moved, cast or changed in place."""
         weight = self.weight
         key = None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, dtype)
-        known: tuple[Any, tuple[Tensor, Tensor]] | None = self.__dict__.get("_constants")
-        if known is not None and key is not None and known[0] == key:
-            return known[1]
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            energy = weight.to(wide).square().sum((2, 3))  # (O, I)
-            cast = weight.to(dtype)
-            if self.blur is not None:
-                cast = cast.transpose(0, 1).contiguous()
-            self.__dict__["_constants"] = (key, (cast, energy))
-        return cast, energy
+        kept = self.__dict__.setdefault("_kept", {})
+        if key is None or kept.get(name, (None,))[0] != key:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                kept[name] = (key, compute())
+        value: ValueT = kept[name][1]
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_constants"}
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     # The published layout has a leading axis of one on the weight, here only in state dicts: a five-dimensional
     # parameter would make `module.to(memory_format=torch.channels_last)` fail.
@@ -165,7 +178,8 @@ class StyledConv(nn.Module):
                 noise = x.new_empty(size).normal_()
             weight, energy = self.conv.constants(x.dtype)
             noise = self.noise.weight * noise
-            return frozen_styled_conv(x, self.conv.style(w), weight, energy, noise, self.activate.bias, blur, padding)
+            constant = (weight, energy, noise, self.activate.bias, blur, padding, self.conv.fast(x))
+            return frozen_styled_conv(x, self.conv.style(w), *constant)
         x, factor = self.conv(x, w)
         if noise is None:
             noise = x.new_empty(size).normal_()

@@ -18,6 +18,7 @@ from psp_lightning.ops._dispatch import is_batched
 from psp_lightning.ops.modulated_conv import demodulation_from_energy
 from psp_lightning.ops.slices import slices
 from psp_lightning.ops.upfirdn import adjoint_padding, upfirdn2d_ref
+from psp_lightning.ops.winograd import winograd_conv
 
 
 def frozen_styled_conv(
@@ -29,6 +30,7 @@ def frozen_styled_conv(
     bias: Tensor,
     blur: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
+    fast: Tensor | None = None,
     negative_slope: float = 0.2,
     gain: float = 2**0.5,
 ) -> Tensor:
@@ -43,6 +45,7 @@ def frozen_styled_conv(
         bias: (O,).
         blur: low-pass filter behind a transposed convolution of stride two; None: an ordinary convolution.
         padding: of the filter.
+        fast: `winograd_weight(weight)`, with which an ordinary convolution is `winograd_conv`.
         negative_slope: of the leaky ReLU, above zero.
         gain: factor behind the activation, above zero.
 
@@ -51,18 +54,26 @@ def frozen_styled_conv(
 
     Source: StyleGAN2 (arXiv:1912.04958), figure 2, section 2.2, equations 1 and 3, appendix B.
     """
-    arguments = (x, style, weight, energy, noise, bias, blur, padding, negative_slope, gain)
+    arguments = (x, style, weight, energy, noise, bias, blur, fast, padding, negative_slope, gain)
     if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
         return _FrozenStyledConv.apply(*arguments)  # type: ignore[no-any-return]
     return _forward(*arguments)
 
 
 def _convolve(
-    x: Tensor, style: Tensor, weight: Tensor, energy: Tensor, blur: Tensor | None, padding: tuple[int, int]
+    x: Tensor,
+    style: Tensor,
+    weight: Tensor,
+    energy: Tensor,
+    blur: Tensor | None,
+    padding: tuple[int, int],
+    fast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The filtered convolution, and the factors that demodulate it."""
     x = x * style[:, :, None, None].to(x.dtype)
-    if blur is None:
+    if fast is not None:
+        x = winograd_conv(x, fast)
+    elif blur is None:
         x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     else:
         x = upfirdn2d_ref(F.conv_transpose2d(x, weight, stride=2), blur, padding=(*padding, *padding))
@@ -71,10 +82,10 @@ def _convolve(
 
 def _forward(
     x: Tensor, style: Tensor, weight: Tensor, energy: Tensor, noise: Tensor, bias: Tensor, blur: Tensor | None,
-    padding: tuple[int, int], negative_slope: float, gain: float,
+    fast: Tensor | None, padding: tuple[int, int], negative_slope: float, gain: float,
 ) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        y, demod = _convolve(x, style, weight, energy, blur, padding)
+        y, demod = _convolve(x, style, weight, energy, blur, padding, fast)
         # The gain commutes with the leaky ReLU: on the factors it costs nothing. In place, because fresh memory costs
         # more than the arithmetic.
         factor, noise, bias = (demod * gain)[:, :, None, None], noise * gain, (bias * gain)[:, None, None]
@@ -97,15 +108,17 @@ class _FrozenStyledConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(dy.device.type, enabled=False):
             step = _composed if torch.is_grad_enabled() else _gradients
-            return (*step(ctx.saved_tensors, ctx.settings, dy, ctx.needs_input_grad), *[None] * 8)
+            return (*step(ctx.saved_tensors, ctx.settings, dy, ctx.needs_input_grad), *[None] * 9)
 
 
 def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
-    x, style, weight, energy, noise, bias, blur, y = saved
+    x, style, weight, energy, noise, bias, blur, fast, y = saved
     padding, slope, gain = settings
     demod = demodulation_from_energy(energy, style)
     du, sums = _before_activation(dy, y, noise * gain, bias * gain, demod * gain, slope, need[1])
-    if blur is None:
+    if fast is not None and not is_batched(dy):
+        dx = winograd_conv(du, fast, adjoint=True)
+    elif blur is None:
         dx = F.conv_transpose2d(du, weight, padding=weight.shape[-1] // 2)
     else:
         size = [2 * (side - 1) + weight.shape[-1] for side in x.shape[2:]]
@@ -160,7 +173,7 @@ def _before_activation(
 
 def _composed(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
     """The same of operators that have a derivative again."""
-    x, style, weight, energy, noise, bias, blur, _ = saved
+    x, style, weight, energy, noise, bias, blur, *_ = saved
     padding, slope, gain = settings
     y, demod = _convolve(x, style, weight, energy, blur, padding)
     y = y * demod[:, :, None, None].to(y.dtype) + noise.to(y.dtype) + bias[:, None, None].to(y.dtype)

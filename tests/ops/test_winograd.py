@@ -1,0 +1,121 @@
+"""Winograd's convolution against PyTorch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from psp_lightning.models import stylegan2
+from psp_lightning.models.frozen import freeze
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.ops import frozen_conv, winograd
+from psp_lightning.ops.frozen_conv import frozen_styled_conv
+from psp_lightning.ops.winograd import winograd_conv, winograd_pays, winograd_weight
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("numbers", [1, 3000, 1 << 22])
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (16, 4)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolution_and_its_adjoint(monkeypatch, numbers, size, channels_last):
+    """Whatever is computed at a time: rows of tiles of one image, or several images."""
+    monkeypatch.setattr(winograd, "NUMBERS", numbers)
+    x, dy, weight = draw(3, 5, *size), draw(3, 7, *size, seed=1), draw(7, 5, 3, 3, seed=2)
+    if channels_last:
+        x, dy, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, weight))
+    transformed = winograd_weight(weight)
+    assert transformed.shape == (36, 7, 5) and transformed.dtype == torch.float32
+    for found, expected in (
+        (winograd_conv(x, transformed), F.conv2d(x.double(), weight.double(), padding=1)),
+        (winograd_conv(dy, transformed, True), F.conv_transpose2d(dy.double(), weight.double(), padding=1)),
+    ):
+        assert found.shape == expected.shape and found.dtype == torch.float32
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_rounding_errors_are_small_where_many_channels_are_summed():
+    x, weight = draw(1, 512, 16, 16), draw(512, 512, 3, 3, seed=1)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    errors = [(y - exact).square().mean().sqrt() for y in (winograd_conv(x, winograd_weight(weight)), exact.float())]
+    assert errors[0] < 5e-6 * exact.square().mean().sqrt() and errors[0] > errors[1]
+
+
+def test_points_by_hand():
+    """Equation 5 of the source holds for one dimension."""
+    a, g, b = winograd._matrices()
+    d, taps = draw(6, dtype=torch.float64), draw(3, seed=1, dtype=torch.float64)
+    expected = torch.stack([(d[i : i + 3] * taps).sum() for i in range(4)])
+    torch.testing.assert_close(a.t() @ ((g @ taps) * (b @ d)), expected)
+
+
+X, WEIGHT = (2, 256, 32, 32), (256, 256, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "x, weight, pays",
+    [
+        (torch.empty(X), torch.empty(WEIGHT), True),
+        (torch.empty(X, dtype=torch.bfloat16), torch.empty(WEIGHT, dtype=torch.bfloat16), False),
+        (torch.empty(X, dtype=torch.float64), torch.empty(WEIGHT, dtype=torch.float64), False),
+        (torch.empty(X, device="meta"), torch.empty(WEIGHT, device="meta"), False),
+        (torch.empty(X), torch.empty(256, 256, 1, 1), False),
+        (torch.empty(X), torch.empty(128, 256, 3, 3), False),
+        (torch.empty(2, 256, 34, 32), torch.empty(WEIGHT), False),
+        (torch.empty(1, 256, 16, 16), torch.empty(WEIGHT), False),
+        (torch.empty(0, 256, 32, 32), torch.empty(WEIGHT), False),
+    ],
+)
+def test_where_it_is_taken(monkeypatch, x, weight, pays):
+    monkeypatch.setattr(winograd, "has_onednn", lambda: True)
+    assert winograd_pays(x, weight) is pays
+    monkeypatch.setattr(winograd, "has_onednn", lambda: False)
+    assert not winograd_pays(x, weight), "PyTorch's other products are slower"
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_styled_layer(second):
+    weight = draw(6, 5, 3, 3, seed=1)
+    energy, noise, bias = weight.square().sum((2, 3)), draw(1, 1, 8, 8, seed=3), draw(6, seed=4)
+    found = []
+    for fast in (winograd_weight(weight), None):
+        x, style = draw(2, 5, 8, 8).requires_grad_(), draw(2, 5, seed=5).requires_grad_()
+        y = frozen_styled_conv(x, style, weight, energy, noise, bias, fast=fast)
+        first = torch.autograd.grad(y.square().sum(), (x, style), create_graph=second)
+        more = torch.autograd.grad(first[0].square().sum(), (x, style)) if second else ()
+        many = torch.autograd.grad(
+            frozen_styled_conv(x, style, weight, energy, noise, bias, fast=fast),
+            (x, style), draw(3, 2, 6, 8, 8, seed=6), is_grads_batched=True,
+        )  # fmt: skip
+        found.append([y, *first, *more, *many])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
+    """Its layers of 256 channels and more, at 32 px and above, forward and backward; their weights are prepared once,
+    and again when they change."""
+    generator = freeze(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
+    calls, prepared = [], []
+
+    def convolve(x, *arguments, **options):
+        calls.append(x.shape[2])
+        return winograd_conv(x, *arguments, **options)
+
+    def prepare(weight):
+        prepared.append(weight)
+        return winograd_weight(weight)
+
+    monkeypatch.setattr(frozen_conv, "winograd_conv", convolve)
+    monkeypatch.setattr(stylegan2, "winograd_weight", prepare)
+    w = draw(1, 8, 512).requires_grad_()
+    generator.synthesis(w).sum().backward()
+    assert calls == [32, 32] and len(prepared) == 1
+    generator.convs[-1].conv.weight.mul_(2)
+    with torch.no_grad():
+        generator.synthesis(w)
+    assert calls == [32, 32, 32] and len(prepared) == 2
