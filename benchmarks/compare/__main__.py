@@ -22,7 +22,6 @@ from benchmarks.compare.worker import ROOT, OutOfMemory, Worker, WorkerError
 NO_BFLOAT16 = "not measured: the processor has no bfloat16"
 PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MOST_PAUSE = 5.0  # seconds behind a run, in which the system takes back the memory that it freed
 
 
 class Comparison:
@@ -134,8 +133,9 @@ class Comparison:
             seed = random.randrange(2**31)
             shift = turn % len(names)  # so that no side always runs behind the same one
             for side in names[shift:] + names[:shift]:
+                for _ in range(row.before):
+                    workers[side].ask("run", seed=seed)
                 runs[side].append(workers[side].ask("run", seed=seed))
-                time.sleep(min(MOST_PAUSE, runs[side][-1]["seconds"] / 4))
         for side, of_side in runs.items():
             seconds = [run["seconds"] for run in of_side]
             figures: dict[str, Any] = {"seconds": seconds, "peak": max(run["peak"] for run in of_side)}

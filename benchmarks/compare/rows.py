@@ -67,6 +67,7 @@ class Row:
         seconds: no further round starts after so long.
         files: images of the prediction.
         warmup: runs of each side before its first round; what they take does not count.
+        before: runs in each round before the one that counts: training goes step behind step.
         apart: our sides are measured one after the other, each against the reference, to leave room in memory.
     """
 
@@ -81,6 +82,7 @@ class Row:
     seconds: float = 30.0
     files: int = 0
     warmup: int = 1
+    before: int = 0
     apart: bool = False
 
 
@@ -121,7 +123,7 @@ def rows(scale: Scale, device: str) -> list[Row]:
     """All rows for a device, cheap ones first."""
     small, large, batch, many = scale.small, scale.large, scale.train_batch, scale.many
     kept = (REFERENCE_KEPT,) if device == "cpu" else ()
-    training: dict[str, Any] = {"warmup": 7, "apart": True}  # RAdam's first five steps are other ones
+    training: dict[str, Any] = {"warmup": 7, "before": 1, "apart": True}  # RAdam's first five steps are other ones
 
     def aims(cpu: dict[str, Aim] | None = None, cuda: dict[str, Aim] | None = None) -> dict[str, Aim]:
         return _aims(scale, device, cpu, cuda)
