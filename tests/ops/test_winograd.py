@@ -77,6 +77,16 @@ def test_where_it_is_taken(monkeypatch, x, weight, pays):
     assert not winograd_pays(x, weight), "PyTorch's other products are slower"
 
 
+@pytest.mark.parametrize("precision", ["high", "medium", None])
+def test_not_where_products_may_be_of_lower_precision(monkeypatch, precision):
+    def refuse():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(winograd, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", (lambda: precision) if precision else refuse)
+    assert not winograd_pays(torch.empty(X), torch.empty(WEIGHT))
+
+
 @pytest.mark.parametrize("second", [False, True])
 def test_styled_layer(second):
     weight = draw(6, 5, 3, 3, seed=1)

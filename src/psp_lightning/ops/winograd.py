@@ -34,7 +34,15 @@ def winograd_pays(x: Tensor, weight: Tensor) -> bool:
         return False
     batch, _, height, width = x.shape
     sizes = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS and height % 4 == width % 4 == 0
-    return sizes and batch * height * width >= 16 * TILES and has_onednn() and not is_captured()
+    return sizes and batch * height * width >= 16 * TILES and has_onednn() and _is_exact() and not is_captured()
+
+
+def _is_exact() -> bool:
+    """Whether products are in full precision: errors of lower ones would grow, while convolutions have none."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for each backend, which this function of PyTorch's does not answer
+        return False
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
