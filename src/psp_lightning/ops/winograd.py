@@ -6,8 +6,8 @@ the weights are transformed by `B` and `G`, multiplied number by number, and tra
 tiles the multiplications are 36 matrix products.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), section 4, F(4x4, 3x3).
-The points of interpolation are not theirs (0, +-1, +-2): with 0, +-3/4, +-3/2 rounding errors are a third of it, twice
-those of oneDNN's convolution.
+The points of interpolation are not theirs (0, +-1, +-2): with 0, +-3/4, +-3/2 rounding errors are a third of theirs and
+twice those of oneDNN's convolution.
 """
 
 from __future__ import annotations
