@@ -82,6 +82,7 @@ def test_encoders_into_w(encoder: str, psp, tiny: list[str], tmp_path: Path) -> 
     [
         (["experiment=toyfaces_inversio"], "Did you mean 'toyfaces_inversion'?"),
         (["debug=fastt"], "Did you mean 'fast'?"),
+        (["logger=null"], "Choose from: csv, none"),
         (["trainer.accelerator=banana"], "banana"),
         (["trainer.devices=0"], "devices=0"),
         (["loss=[l2]", "loss.l2.weight=0"], "weight 0"),

@@ -76,6 +76,10 @@ def guard(run: Callable[[], object]) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error))
+    except ValueError as error:
+        if "Config group override must be" not in str(error):  # Hydra has no exception of its own for logger=null
+            raise
+        _fail(_no_option(sys.argv[1:]) or str(error))
     except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -119,6 +123,15 @@ def explain(error: Exception) -> str:
 def _unknown_option(group: str, name: str, options: list[str] | None = None) -> str:
     options = options or _shipped(group)
     return f"{group}={name} does not exist.{suggest(name, options)} Choose from: {', '.join(options)}"
+
+
+def _no_option(arguments: list[str]) -> str | None:
+    """The message for the first of the arguments that gives a group a value which names none of its files."""
+    for argument in arguments:
+        group, sign, value = argument.partition("=")
+        if sign and value not in (options := _shipped(group)) and options and value[:1] != "[":
+            return _unknown_option(group, value, options)
+    return None
 
 
 def _shipped(group: str) -> list[str]:
