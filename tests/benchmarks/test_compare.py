@@ -280,6 +280,27 @@ def test_stand_in_takes_turns_and_must_agree(
 
 
 @pytest.mark.slow
+def test_in_training_the_second_step_of_a_turn_counts(tmp_path: Path):
+    asked: list[str] = []
+
+    class Side:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, do: str, **_: object) -> dict[str, float]:
+            if do == "floor":
+                return {}
+            asked.append(self.name)
+            return {"seconds": float(len(asked)), "peak": 1.0}
+
+    row = next(row for row in rows("cpu", QUICK) if row.name.startswith("train"))
+    sides: dict[str, Any] = {}
+    comparison = command.Comparison("cpu", None, tmp_path, rounds=2)
+    comparison.take_turns(row, {REFERENCE: Side(REFERENCE), FLOAT32: Side(FLOAT32)}, sides)  # type: ignore[dict-item]
+    assert asked == [REFERENCE] * 2 + [FLOAT32] * 4 + [REFERENCE] * 2
+    assert sides[REFERENCE]["seconds"] == [2, 8] and sides[FLOAT32]["seconds"] == [4, 6]
+
+
 def test_a_reference_without_memory_leaves_ours_alone(weights: dict[str, str], tmp_path: Path):
     clone = stand_in(tmp_path, 0.0)
     network = clone / "models" / "psp.py"

@@ -142,6 +142,9 @@ CHANGES = {
     "loaded": lambda net, other: net.load_state_dict(other.state_dict()),
     "assigned": lambda net, other: net.load_state_dict(other.state_dict(), assign=True),
     "in place": lambda net, other: [p.copy_(q) for p, q in zip(net.parameters(), other.parameters(), strict=True)],
+    "within data": lambda net, other: [
+        p.data.copy_(q) for p, q in zip(net.parameters(), other.parameters(), strict=True)
+    ],
     "data": lambda net, other: [
         setattr(p, "data", q.data.clone()) for p, q in zip(net.parameters(), other.parameters(), strict=True)
     ],

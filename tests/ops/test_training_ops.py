@@ -179,18 +179,91 @@ def test_convolutions_of_one_map_of_which_only_one_is_used(narrow):
 
 @pytest.mark.parametrize("case", ["plain", "frozen head", "hook", "another layer", "no convolution"])
 def test_heads_of_one_map_are_the_heads(monkeypatch, narrow, case):
-    heads, calls = [MapToStyle(3, 4, 4), MapToStyle(3, 4, 1 if case == "no convolution" else 4)], []
-    x = draw(2, 3, 1, 1) if case == "no convolution" else draw(2, 3, 4, 4)
-    heads = [MapToStyle(3, 3, 1) for _ in heads] if case == "no convolution" else heads
+    side, calls = 1 if case == "no convolution" else 4, []
+    heads, x = [MapToStyle(3, 3, side) for _ in range(2)], draw(2, 3, side, side)
     if case == "frozen head":
         heads[1].requires_grad_(False)
     if case == "hook":
         heads[1].convs[0].register_forward_hook(lambda *_: calls.append(1))
     if case == "another layer":
-        heads[1].convs[0] = nn.Conv2d(3, 4, 3, 2, 1)
+        heads[1].convs[0] = nn.Conv2d(3, 3, 3, 2, 1)
     for a, b in zip(styles(x, heads), [head(x) for head in heads], strict=True):
         torch.testing.assert_close(a, b)
     assert len(calls) == (2 if case == "hook" else 0)
+
+
+HEAD_CHANGES = {
+    "hook": lambda head, heard: head.register_forward_hook(heard),
+    "hook before": lambda head, heard: head.register_forward_pre_hook(heard),
+    "hook behind": lambda head, heard: head.convs.register_full_backward_hook(heard),
+    "hook of the convolution": lambda head, heard: head.convs[0].register_full_backward_pre_hook(heard),
+    "own forward": lambda head, heard: setattr(head, "forward", lambda x: heard() or torch.zeros(2, 4)),
+    "the convolution's own forward": lambda head, heard: setattr(
+        head.convs[0], "forward", lambda x: heard() or torch.zeros(2, 4, 2, 2)
+    ),
+    "the convolutions' own forward": lambda head, heard: setattr(
+        head.convs, "forward", lambda x: heard() or torch.zeros(2, 4, 1, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", list(HEAD_CHANGES))
+def test_what_was_changed_of_a_head_is_called(narrow, change):
+    heads, calls = [MapToStyle(3, 4, 4), MapToStyle(3, 4, 4)], []
+    HEAD_CHANGES[change](heads[1], lambda *_: calls.append(1))
+    torch.stack(styles(draw(2, 3, 4, 4).requires_grad_(), heads)).sum().backward()
+    assert calls == [1]
+
+
+def test_heads_of_other_classes_are_called_as_modules_are(narrow):
+    class Mine(MapToStyle):
+        def forward(self, x):
+            return x.mean((2, 3)) * 0
+
+    heads = [MapToStyle(3, 4, 4), Mine(3, 4, 4), MapToStyle(3, 4, 4)]
+    heads[2].convs = nn.Conv2d(3, 4, 4)
+    assert styles(draw(2, 3, 4, 4), heads)[1].abs().max() == 0
+
+
+def test_global_hooks_hear_of_every_convolution(narrow):
+    heads, calls = [MapToStyle(3, 4, 4), MapToStyle(3, 4, 4)], []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+    try:
+        styles(draw(2, 3, 4, 4), heads)
+    finally:
+        handle.remove()
+    assert calls.count(StridedConv) == 4
+
+
+def test_an_encoder_in_training_gathers_once_a_map(monkeypatch, narrow):
+    net, calls, gather = GradualStyleEncoder(10, 8, blocks=(1, 1, 1, 1), width=4, input_size=32), [], []
+    gather = module._neighbourhoods
+    monkeypatch.setattr(module, "_neighbourhoods", lambda t: calls.append(t.shape[2]) or gather(t))
+    monkeypatch.setattr(module, "PIXELS", 1 << 20)
+    net(draw(2, 3, 32, 32))
+    first, later = [2, 4, 8], [2] * 4 + [4, 2] * 3
+    assert sorted(calls) == sorted(first + later), "one a map, and one for each of the later convolutions"
+
+
+def test_a_strided_convolution_may_be_followed_by_what_changes_it_in_place(narrow):
+    inputs = [draw(2, 4, 6, 6), draw(5, 4, 3, 3, seed=1), draw(5, seed=2)]
+    found = gradients(lambda *t: F.leaky_relu_(strided_conv(*t), 0.1), inputs)
+    assert_near(found, gradients(lambda *t: F.leaky_relu(F.conv2d(*t, 2, 1), 0.1), inputs), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "plus",
+    [draw(6), draw(12)[::2], draw(1).expand(6), draw(7, 6), draw(6, 7).t(), draw(1, 6), draw(7, 1), draw(1)[0]],
+    ids=lambda t: f"{tuple(t.shape)}-{t.stride()}",
+)
+def test_product_and_sum_are_addmm(plus):
+    a, b = draw(7, 5), draw(5, 6)
+    torch.testing.assert_close(product(a, b, plus), torch.addmm(plus, a, b))
+
+
+def test_product_and_sum_of_another_size():
+    with pytest.raises(RuntimeError):
+        product(draw(7, 5), draw(5, 6), draw(3, 6))
 
 
 def test_heads_keep_their_keys():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from psp_lightning.models import stylegan2
 from psp_lightning.models.frozen import freeze
@@ -39,10 +42,11 @@ def test_convolution_and_its_adjoint(monkeypatch, numbers, size, channels_last):
 
 
 def test_rounding_errors_are_small_where_many_channels_are_summed():
+    """Those of the points 0, +-1, +-2 are 4.5e-6 here."""
     x, weight = draw(1, 512, 16, 16), draw(512, 512, 3, 3, seed=1)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    errors = [(y - exact).square().mean().sqrt() for y in (winograd_conv(x, winograd_weight(weight)), exact.float())]
-    assert errors[0] < 5e-6 * exact.square().mean().sqrt() and errors[0] > errors[1]
+    error = (winograd_conv(x, winograd_weight(weight)) - exact).square().mean().sqrt()
+    assert error < 3e-6 * exact.square().mean().sqrt()
 
 
 def test_points_by_hand():
@@ -129,3 +133,32 @@ def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
     with torch.no_grad():
         generator.synthesis(w)
     assert calls == [32, 32, 32] and len(prepared) == 2
+
+
+def test_derivatives_in_forward_mode():
+    """For which the products have none: the plain path answers."""
+    generator = freeze(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
+    w, tangent = draw(1, 8, 512), draw(1, 8, 512, seed=1)
+    found = []
+    for net, dtype in ((generator, torch.float32), (copy.deepcopy(generator).double(), torch.float64)):
+        with torch.no_grad(), forward_ad.dual_level():
+            image = net.synthesis(forward_ad.make_dual(w.to(dtype), tangent.to(dtype)))
+            found.append(forward_ad.unpack_dual(image).tangent)
+    assert (found[0] - found[1]).abs().max() < 1e-4 * found[1].abs().max()
+
+
+def test_the_first_call_may_be_under_another_default_device():
+    for function in (winograd._matrices, winograd._transforms):
+        function.cache_clear()
+    with torch.device("meta"):
+        assert all(t.device.type == "cpu" for t in winograd._transforms(False))
+    assert all(t.device.type == "cpu" for t in winograd._matrices())
+
+
+def test_copies_of_a_layer_keep_their_own():
+    layer = freeze(Generator.seeded(0, output_size=8, n_mapping=1, channels=[8] * 2)).convs[0].conv
+    layer.constants(torch.float32)
+    other = copy.copy(layer)
+    other.constants(torch.bfloat16)
+    assert layer.__dict__["_kept"] is not other.__dict__["_kept"]
+    assert layer.constants(torch.float32)[0].dtype == torch.float32

@@ -142,3 +142,13 @@ def test_the_fused_step_copies_no_gradient():
     names = [event.name for event in profile.events()]
     assert "aten::_fused_adamw_" in names
     assert "aten::clone" not in names
+
+
+def test_the_fused_step_is_noticed():
+    """What was computed of a parameter before is out of date: PyTorch counts its changes."""
+    p = nn.Parameter(torch.randn(3))
+    optimizer = Ranger([p], k=100)
+    for _ in range(8):
+        p.grad, before = torch.randn(3), p._version
+        optimizer.step()
+        assert p._version > before

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.irse import IRSEBody
 from psp_lightning.models.registry import register_encoder
-from psp_lightning.ops.strided_conv import strided_conv, strided_convs
+from psp_lightning.ops.strided_conv import product_pays, strided_conv, strided_convs
 from psp_lightning.utils.errors import UserError
 
 IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it
@@ -114,20 +115,28 @@ class MapToStyle(nn.Module):
 
 
 def styles(x: Tensor, heads: Sequence[nn.Module]) -> list[Tensor]:
-    """What each of the heads gives for one map, (B, style_dim); their first convolutions are one call."""
-    convs = [conv for conv in map(_first_convolution, heads) if conv is not None and conv.bias is not None]
-    if len(convs) < len(heads):
+    """What each of the heads gives for one map, (B, style_dim); where that is faster, their first convolutions are one
+    call."""
+    convs = [conv for conv in map(_first_convolution, heads) if conv is not None]
+    pays = all(conv.bias is not None and product_pays(x, conv.weight, conv.bias) for conv in convs)
+    if len(convs) < max(2, len(heads)) or not pays:
         return [head(x) for head in heads]
     found = strided_convs(x, [conv.weight for conv in convs], [conv.bias for conv in convs])  # type: ignore[misc]
     return [head(x, y) for head, y in zip(heads, found, strict=True)]
 
 
 def _first_convolution(head: nn.Module) -> StridedConv | None:
-    """That of a `MapToStyle`, where calling it has no other effects than its result."""
-    if not isinstance(head, MapToStyle) or not len(head.convs) or type(head.convs[0]) is not StridedConv:
+    """That of a `MapToStyle`, unless somebody would notice that it is not called, or the head otherwise than before."""
+    if type(head) is not MapToStyle or type(head.convs) is not nn.Sequential or not len(head.convs):
+        return None
+    first = head.convs[0]
+    if type(first) is not StridedConv or _has_any_global_hook():
         return None
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return None if any(getattr(part, name) for part in (head.convs, head.convs[0]) for name in hooks) else head.convs[0]
+    for part in (head, head.convs, first):
+        if "forward" in part.__dict__ or any(getattr(part, name) for name in hooks):
+            return None
+    return first
 
 
 @register_encoder

@@ -108,20 +108,31 @@ class ModulatedConv(nn.Module):
 
     def fast(self, x: Tensor) -> Tensor | None:
         """What `frozen_styled_conv` takes as `fast` for x, where that pays."""
-        if self.blur is not None or not winograd_pays(x, self.weight):
+        if self.blur is not None or self.weight.is_inference() or not winograd_pays(x, self.weight):
             return None
         return self._once("fast", x.dtype, lambda: winograd_weight(self.weight))
 
     def _once(self, name: str, dtype: torch.dtype, compute: Callable[[], ValueT]) -> ValueT:
-        """What was computed of the weight, until it is another one: loaded, moved, cast or changed in place."""
+        """What was computed of the weight, until it is another one: loaded, moved, cast or changed in place.
+
+        Not every change counts as one in PyTorch: those of `.data` do not, nor those of fused optimizers. On the CPU,
+        where looking costs nothing, a sum over some of the weights tells.
+        """
         weight = self.weight
-        key = None if weight.is_inference() else (weight.data_ptr(), weight._version, weight.dtype, dtype)
-        kept = self.__dict__.setdefault("_kept", {})
-        if key is None or kept.get(name, (None,))[0] != key:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                kept[name] = (key, compute())
-        value: ValueT = kept[name][1]
-        return value
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            some = float(weight[:, 0].double().sum()) if weight.device.type == "cpu" else None
+            key = (weight.data_ptr(), weight.device, weight.dtype, dtype, some)
+            version = None if weight.is_inference() else weight._version
+            kept = self.__dict__.get("_kept", {})
+            if version is not None and name in kept and kept[name][:2] == (key, version):
+                known: ValueT = kept[name][2]
+                return known
+            value = compute()
+            self.__dict__["_kept"] = {
+                **kept,
+                name: (key, version, value),
+            }  # a new one: copies of the module share the old
+            return value
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
@@ -178,8 +189,8 @@ class StyledConv(nn.Module):
                 noise = x.new_empty(size).normal_()
             weight, energy = self.conv.constants(x.dtype)
             noise = self.noise.weight * noise
-            constant = (weight, energy, noise, self.activate.bias, blur, padding, self.conv.fast(x))
-            return frozen_styled_conv(x, self.conv.style(w), *constant)
+            constant = (weight, energy, noise, self.activate.bias, blur, padding)
+            return frozen_styled_conv(x, self.conv.style(w), *constant, fast=self.conv.fast(x))
         x, factor = self.conv(x, w)
         if noise is None:
             noise = x.new_empty(size).normal_()

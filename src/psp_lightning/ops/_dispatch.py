@@ -56,9 +56,11 @@ def use_op(x: Tensor) -> bool:
 
 
 def is_captured() -> bool:
-    """Whether a graph is being captured, or torch.func differentiates: no place for what is kept between calls."""
-    tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return tracing or torch._C._are_functorch_transforms_active()
+    """Whether a graph is being captured, or torch.func or forward mode differentiates: no place for what is kept
+    between calls, nor for operators without derivatives."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched(x: Tensor) -> bool:

@@ -30,9 +30,9 @@ def frozen_styled_conv(
     bias: Tensor,
     blur: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
-    fast: Tensor | None = None,
     negative_slope: float = 0.2,
     gain: float = 2**0.5,
+    fast: Tensor | None = None,
 ) -> Tensor:
     """A whole styled layer; differentiable, to any order, by x and style alone.
 
@@ -45,15 +45,16 @@ def frozen_styled_conv(
         bias: (O,).
         blur: low-pass filter behind a transposed convolution of stride two; None: an ordinary convolution.
         padding: of the filter.
-        fast: `winograd_weight(weight)`, with which an ordinary convolution is `winograd_conv`.
         negative_slope: of the leaky ReLU, above zero.
         gain: factor behind the activation, above zero.
+        fast: `winograd_weight(weight)`, with which an ordinary convolution is `winograd_conv`; not used with `blur`.
 
     Returns:
         (B, O, H, W), or (B, O, 2H, 2W) with `blur` and its padding; in x's dtype.
 
     Source: StyleGAN2 (arXiv:1912.04958), figure 2, section 2.2, equations 1 and 3, appendix B.
     """
+    fast = fast if blur is None else None
     arguments = (x, style, weight, energy, noise, bias, blur, fast, padding, negative_slope, gain)
     if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
         return _FrozenStyledConv.apply(*arguments)  # type: ignore[no-any-return]

@@ -14,9 +14,12 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     there. oneDNN's operator has no derivative; where one is wanted, it is PyTorch's product.
     """
     plain = a.dtype != torch.float32 or a.device.type != "cpu" or not has_onednn() or not a.numel() or not b.numel()
+    size = (a.shape[0], b.shape[1])
+    plain = plain or (plus is not None and plus.shape not in (size, size[1:]))  # oneDNN does not look
     differentiated = any(t is not None and t.requires_grad for t in (a, b, plus))
     if plain or (torch.is_grad_enabled() and differentiated):
         return a @ b if plus is None else torch.addmm(plus, a, b)
+    plus = None if plus is None else plus.contiguous()
     if plus is not None and plus.ndim == 2:
         return torch.ops.mkldnn._linear_pointwise.binary(a, plus, b.t(), None, "add")  # type: ignore[no-any-return]
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), plus, "none", [], "")  # type: ignore[no-any-return]

@@ -33,22 +33,27 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def strided_convs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """`strided_conv` of one x with several weights; as products they share the copies of x that they take."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if not weights or not all(_pays(x, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)):
+    """`strided_conv` of one x with several weights; as products they share the copies of x that they take, and are one
+    node of autograd's graph."""
+    if not weights or not all(product_pays(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)):
         return [F.conv2d(x, weight, bias, 2, 1) for weight, bias in zip(weights, biases, strict=True)]
+    dtype = _dtype(x)
     with torch.autocast("cpu", enabled=False):
         return list(_MatrixConv.apply(x.to(dtype), *weights, *biases))
 
 
-def _pays(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product in `dtype` is possible and was measured to be faster."""
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def product_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether `strided_conv` is a product: possible, and measured to be faster."""
     trained = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WIDE
     if x.device.type != "cpu" or x.ndim != 4 or not trained or is_captured():
         return False
     alike = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype == bias.dtype
     pixels = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    return alike and 0 < pixels <= _most_pixels(dtype)
+    return alike and 0 < pixels <= _most_pixels(_dtype(x))
 
 
 def _most_pixels(dtype: torch.dtype) -> float:
@@ -70,7 +75,7 @@ class _MatrixConv(torch.autograd.Function):
             near = _neighbourhoods(x[some])
             for weight, bias, rows in zip(parameters[:n], parameters[n:], found, strict=True):
                 rows.append(product(near, _matrix(weight, x.dtype).t(), bias.to(x.dtype)))
-        return tuple(_cat(rows).view(len(x), *size, -1).permute(0, 3, 1, 2) for rows in found)
+        return tuple(_as_images(_cat(rows), (len(x), *size)) for rows in found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,6 +119,14 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, need: tuple[boo
     settings = ([len(weight)], (2, 2), (1, 1), (1, 1), False, (0, 0), 1)
     dx, *others = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *settings, need)
     return [dx, *[None if t is None else t.to(weight.dtype) for t in others]]
+
+
+def _as_images(rows: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B * H * W, C) as (B, C, H, W) on the same memory, yet no view, which could not be changed in place."""
+    batch, height, width = size
+    channels = rows.shape[1]
+    strides = (height * width * channels, 1, width * channels, channels)
+    return rows.new_empty(0).set_(rows.untyped_storage(), 0, (batch, channels, height, width), strides)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -6,8 +6,8 @@ the weights are transformed by `B` and `G`, multiplied number by number, and tra
 tiles the multiplications are 36 matrix products.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), section 4, F(4x4, 3x3).
-The points of interpolation are not theirs (0, +-1, +-2): with 0, +-3/4, +-3/2 rounding errors are a third of theirs and
-twice those of oneDNN's convolution.
+The points of interpolation are not theirs (0, +-1, +-2): with 0, +-3/4, +-3/2 rounding errors are half of theirs, and
+twice those of oneDNN's convolution in the same order of memory. A pixel that is not finite spoils its whole tile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def winograd_pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_exact() -> bool:
-    """Whether products are in full precision: errors of lower ones would grow, while convolutions have none."""
+    """Whether products are in full precision. PyTorch's setting of a lower one does not touch convolutions, and its
+    errors would grow here."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set for each backend, which this function of PyTorch's does not answer
@@ -47,9 +48,9 @@ def _is_exact() -> bool:
 
 def winograd_weight(weight: Tensor) -> Tensor:
     """(O, I, 3, 3) to what `winograd_conv` takes, (36, O, I): four times as many numbers."""
-    g = _matrices()[1].to(weight.device)
-    transformed = torch.einsum("aj,bk,oijk->aboi", g, g, weight.double())
-    return transformed.to(weight.dtype).flatten(0, 1).contiguous()
+    g = _matrices()[1]
+    taps = weight.permute(2, 3, 0, 1).reshape(9, -1)
+    return product(torch.kron(g, g).to(taps), taps).view(36, *weight.shape[:2])
 
 
 def winograd_conv(x: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
@@ -103,7 +104,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
     g = [[p**i / s for i in range(3)] for p, s in zip(POINTS, scale, strict=True)] + [[0.0, 0.0, 1.0]]
     b = [[*polyfromroots([q for q in POINTS if q != p]), 0.0] for p in POINTS] + [[*polyfromroots(POINTS)]]
     with torch.inference_mode(False):
-        return tuple(torch.tensor(m, dtype=torch.float64) for m in (a, g, b))  # type: ignore[return-value]
+        return tuple(torch.tensor(m, dtype=torch.float64, device="cpu") for m in (a, g, b))  # type: ignore[return-value]
 
 
 @cache

@@ -132,6 +132,7 @@ class Ranger(torch.optim.RAdam):
                 beta1=beta1, beta2=beta2, lr=lr * rectification, weight_decay=decay / rectification,
                 eps=eps / math.sqrt(1 - beta2**step),
             )  # fmt: skip
+            torch.autograd.graph.increment_version(params)  # the fused step changes them unnoticed
         else:
             names = ("decoupled_weight_decay", "foreach", "differentiable", "capturable", "maximize")
             options = {name: group[name] for name in names if name in group}
