@@ -293,7 +293,7 @@ def test_in_training_the_second_step_of_a_turn_counts(tmp_path: Path):
             asked.append(self.name)
             return {"seconds": float(len(asked)), "peak": 1.0}
 
-    row = next(row for row in rows("cpu", QUICK) if row.name.startswith("train"))
+    row = next(row for row in rows(QUICK, "cpu") if row.name.startswith("train"))
     sides: dict[str, Any] = {}
     comparison = command.Comparison("cpu", None, tmp_path, rounds=2)
     comparison.take_turns(row, {REFERENCE: Side(REFERENCE), FLOAT32: Side(FLOAT32)}, sides)  # type: ignore[dict-item]
