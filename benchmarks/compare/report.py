@@ -91,11 +91,12 @@ def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
                 lines.append(_line([row.title, "", "not measured", "", "", "", "", aim]))
             continue  # has a table of its own
         sides: Mapping[str, Any] = {} if found is None else found["sides"]
+        title = row.title if found is None else found.get("title", row.title)  # of kept rows: as they were measured
         names = list(sides) or [side for side in row.sides if side in row.aims] or [""]
         for i, name in enumerate(names):
             side = sides.get(name, {"not_measured": "failed"} if found is not None and "failed" in found else {})
             aim = "; ".join(verdicts(row.aims[name], side)) if name in row.aims else ""
-            lines.append(_line([row.title if i == 0 else "", name, *_side_cells(side), aim]))
+            lines.append(_line([title if i == 0 else "", name, *_side_cells(side), aim]))
     return "\n".join(lines)
 
 

@@ -145,6 +145,15 @@ def test_table_has_aims_beside_ratios_and_marks_what_was_not_measured():
     assert {line.count("|") for line in lines} == {9}
 
 
+def test_kept_rows_have_the_title_under_which_they_were_measured():
+    row = next(row for row in rows(Scale(), "cpu") if row.name == "predict")
+    assert "16 files" in row.title
+    lines = report.table(
+        {"predict": {"title": "psp-predict, 200 files", "sides": {FLOAT32: {"not_measured": "x"}}}}, [row]
+    )
+    assert "| psp-predict, 200 files | float32 |" in lines and "16 files" not in lines
+
+
 def test_kernel_table():
     kernels = [
         {"name": "k", "dtype": "float32", "seconds": 1e-3, "of_copy": 0.9, "faster": share} for share in (1, 0.9)
