@@ -50,7 +50,7 @@ def test_rounding_errors_are_small_where_many_channels_are_summed():
 
 
 def test_points_by_hand():
-    """Equation 5 of the source holds for one dimension."""
+    """The algorithm of one dimension."""
     a, g, b = winograd._matrices()
     d, taps = draw(6, dtype=torch.float64), draw(3, seed=1, dtype=torch.float64)
     expected = torch.stack([(d[i : i + 3] * taps).sum() for i in range(4)])

@@ -109,9 +109,13 @@ class MapToStyle(nn.Module):
         self.linear = EqualisedLinear(style_dim, style_dim)
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, in_channels, side, side) to (B, style_dim); `first` is what the first convolution gives, if known."""
-        x = self.convs(x) if first is None else self.convs[1:](first)
-        return self.linear(x.flatten(1))
+        """(B, in_channels, side, side) to (B, style_dim); `first` (B, style_dim, side / 2, side / 2), where it is
+        known, is what the first convolution gives."""
+        if first is None:
+            return self.linear(self.convs(x).flatten(1))
+        for layer in list(self.convs)[1:]:
+            first = layer(first)
+        return self.linear(first.flatten(1))
 
 
 def styles(x: Tensor, heads: Sequence[nn.Module]) -> list[Tensor]:

@@ -115,8 +115,9 @@ class ModulatedConv(nn.Module):
     def _once(self, name: str, dtype: torch.dtype, compute: Callable[[], ValueT]) -> ValueT:
         """What was computed of the weight, until it is another one: loaded, moved, cast or changed in place.
 
-        Not every change counts as one in PyTorch: those of `.data` do not, nor those of fused optimizers. On the CPU,
-        where looking costs nothing, a sum over some of the weights tells.
+        Not every change counts as one in PyTorch: those of `.data` do not, nor those of fused optimizers. On the CPU a
+        sum over the weights of the first input channel tells of those that touch it; on a GPU it would have to be
+        waited for.
         """
         weight = self.weight
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
@@ -128,10 +129,8 @@ class ModulatedConv(nn.Module):
                 known: ValueT = kept[name][2]
                 return known
             value = compute()
-            self.__dict__["_kept"] = {
-                **kept,
-                name: (key, version, value),
-            }  # a new one: copies of the module share the old
+            kept = {**kept, name: (key, version, value)}  # not changed in place: copies of the module share it
+            self.__dict__["_kept"] = kept
             return value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,8 +93,8 @@ class _MatrixConv(torch.autograd.Function):
         if any(is_batched(dy) for _, dy in dys):
             for i, dy in dys:
                 part, dw[i], db[i] = _convolution_backward(dy, x, weights[i], (need[0], need[1 + i], need[1 + n + i]))
-                dx = [part if not dx else dx[0] + part] if part is not None else dx
-            return dx[0] if dx else None, *dw, *db
+                dx += [] if part is None else [part]
+            return sum(dx[1:], dx[0]) if dx else None, *dw, *db
         with torch.autocast(x.device.type, enabled=False):
             for some in _few(x) if dys else []:
                 near, d_near = None, None
