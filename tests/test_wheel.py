@@ -42,7 +42,9 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     # along, and so not the editable installation of the checkout
     (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert list((site / "psp_lightning" / "ops" / "csrc").glob("*.cu")), "the sources of the kernels are missing"
+    assert list((site / "psp_lightning" / "ops" / "cuda" / "csrc").glob("*.cu")), (
+        "the sources of the kernels are missing"
+    )
     where = run(python, "-c", "import psp_lightning; print(psp_lightning.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path)), f"the checkout was imported: {where}"
 

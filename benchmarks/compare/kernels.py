@@ -15,7 +15,7 @@ from benchmarks.compare.rows import Job
 from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.epilogue import epilogue_ref
-from psp_lightning.ops.upfirdn import upfirdn2d_ref
+from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 GAIN = 2**0.5
 

@@ -17,7 +17,7 @@ from benchmarks.compare.kernels import measure_kernels
 from benchmarks.compare.rows import BFLOAT16, GRAPH, Job
 from benchmarks.compare.worker import Case
 from psp_lightning import PSP
-from psp_lightning.checkpoints.networks import save_psp
+from psp_lightning.checkpoints.weight_files import save_psp
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
 from psp_lightning.lit.prediction import FORMATS
@@ -123,7 +123,7 @@ def module_for(job: Job) -> Any:
     from hydra import compose, initialize_config_dir
 
     from psp_lightning._conf import config_root
-    from psp_lightning.build import build_data, build_module, quiet
+    from psp_lightning.build.training import build_data, build_module, quiet
 
     quiet()
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(config_root(), version_base="1.3"):

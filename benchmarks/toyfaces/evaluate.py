@@ -23,18 +23,18 @@ from torch import Tensor
 from benchmarks.toyfaces.faces import HELD_OUT, Faces, draw
 from benchmarks.toyfaces.parser import kinds, load_parser, mean_iou
 from psp_lightning import PSP
-from psp_lightning.checkpoints.io import load_generator
-from psp_lightning.checkpoints.networks import load_embedding
-from psp_lightning.checkpoints.pretrained import shipped
+from psp_lightning.checkpoints.weight_files import load_embedding
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
-from psp_lightning.lit.samples import sample_images, tile
+from psp_lightning.inference.projection import project
+from psp_lightning.lit.callbacks.samples import sample_images, tile
+from psp_lightning.loading import load_generator
 from psp_lightning.losses.l2 import mse_per_image
 from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.metrics.frechet import FrechetDistance
-from psp_lightning.models.projection import project
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.images import save_atomic, to_pil
+from psp_lightning.zoo.locate import shipped
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "toyfaces.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from psp_lightning.checkpoints.io import load_generator, load_psp
-from psp_lightning.checkpoints.networks import load_embedding, save_embedding, save_generator, save_psp
-from psp_lightning.checkpoints.release import release
+from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding, save_generator, save_psp
+from psp_lightning.loading import load_generator, load_psp
+from psp_lightning.zoo.release import release
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "src" / "psp_lightning" / "weights" / "toyfaces"

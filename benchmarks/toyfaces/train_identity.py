@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.checkpoints.networks import save_embedding
+from psp_lightning.checkpoints.weight_files import save_embedding
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.models.embedding import FaceEmbedding
 from psp_lightning.utils.images import from_uint8

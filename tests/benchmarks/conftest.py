@@ -20,7 +20,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from benchmarks.compare.ours import write_weights
     from benchmarks.compare.rows import FLOAT32, Job
     from psp_lightning import PSP
-    from psp_lightning.checkpoints.io import save_atomic
+    from psp_lightning.loading import save_atomic
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.stylegan2 import Generator
 

@@ -79,7 +79,7 @@ def test_generator_trainers_are_those_of_psp_train_with_own_defaults() -> None:
 
 
 def test_generator_settings_and_code_agree() -> None:
-    from psp_lightning.build_generator import NUMBERS
+    from psp_lightning.build.generator_training import NUMBERS
     from psp_lightning.lit.generator import Recipe
 
     cfg = composed_generator()

@@ -76,7 +76,7 @@ def test_cfg_job_answers_quickly_and_without_torch(shell) -> None:
 def test_import_does_nothing_but_import() -> None:
     code = (
         "import sys, psp_lightning; assert 'torch' not in sys.modules; "
-        "import torch; state = torch.get_rng_state(); import psp_lightning.build; "
+        "import torch; state = torch.get_rng_state(); import psp_lightning.build.training; "
         "assert torch.equal(state, torch.get_rng_state())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -269,7 +269,7 @@ def test_readme_is_short_and_names_what_exists() -> None:
         assert (ROOT / "conf" / group / f"{name}.yaml").is_file(), f"README names {group}={name}"
     tasks = {path.stem for path in (ROOT / "conf" / "task").glob("*.yaml")}
     assert tasks <= set(re.findall(r"`(\w+)`", text)), "the table lacks a task"
-    from psp_lightning.checkpoints.pretrained import RECORDS
+    from psp_lightning.zoo.locate import RECORDS
 
     text += (DOCS / "weights.md").read_text(encoding="utf-8")
     for record in RECORDS.values():

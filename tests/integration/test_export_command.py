@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from psp_lightning.checkpoints.io import load_psp
-from psp_lightning.checkpoints.latent_files import read_latents
-from psp_lightning.checkpoints.latents import generator_hash
-from psp_lightning.checkpoints.networks import save_generator, save_psp
+from psp_lightning.checkpoints.weight_files import save_generator, save_psp
+from psp_lightning.latents.codes import generator_hash
+from psp_lightning.latents.files import read_latents
+from psp_lightning.loading import load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator

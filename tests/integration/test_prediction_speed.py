@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from psp_lightning.build_prediction import _check_speed
+from psp_lightning.build.prediction import _check_speed
 from psp_lightning.lit.prediction import FixedBatch
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP

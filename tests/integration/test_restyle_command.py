@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from psp_lightning.checkpoints.latent_files import read_latents
+from psp_lightning.latents.files import read_latents
 from psp_lightning.models.encoders import ReStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 

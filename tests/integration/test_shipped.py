@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from psp_lightning import PSP
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.io import load_generator
-from psp_lightning.checkpoints.networks import save_generator, save_psp
-from psp_lightning.checkpoints.release import release
+from psp_lightning.checkpoints.weight_files import save_generator, save_psp
+from psp_lightning.loading import load_generator
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.release import release
 
 ORIGIN = {"made_by": "psp-train", "licence": "MIT"}
 QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from psp_lightning.checkpoints.io import load_generator
 from psp_lightning.data.image_sets import FolderImages
-from psp_lightning.lit.samples import sample_images
+from psp_lightning.lit.callbacks.samples import sample_images
+from psp_lightning.loading import load_generator
 from psp_lightning.models.stylegan2 import Generator
 
 NETWORK = [

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.io import load_generator, load_psp
-from psp_lightning.checkpoints.networks import save_generator
+from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.zoo import locate as pretrained
 
 
 def load(name: str) -> ModuleType:

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from psp_lightning.ops import _dispatch, _jit, _library, _toolchain
+from psp_lightning.ops import dispatch as _dispatch
+from psp_lightning.ops import library as _library
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.cuda import toolchain as _toolchain
 
 HOST = Path(__file__).parent / "host"
 BUILD = """

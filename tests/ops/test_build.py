@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from psp_lightning.ops import _jit, _toolchain
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.cuda import toolchain as _toolchain
 
 pytestmark = pytest.mark.skipif(bool(_toolchain.missing()), reason=f"no build here: {_toolchain.missing()}")
 
 LOAD = """
 import sys, torch
-from psp_lightning.ops import _jit
+from psp_lightning.ops.cuda import build as _jit
 from pathlib import Path
 kernels = _jit.load(Path(sys.argv[1]))
 for name in ("epilogue", "epilogue_backward", "upfirdn2d"):

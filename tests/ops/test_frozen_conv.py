@@ -12,8 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from psp_lightning.models import stylegan2
 from psp_lightning.models.frozen import freeze
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel, winograd
-from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
+from psp_lightning.ops import fir_kernel
+from psp_lightning.ops.cpu import winograd
+from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
 
 TOY = dict(output_size=32, style_dim=32, n_mapping=2, max_channels=16)
 

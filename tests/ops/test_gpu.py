@@ -14,10 +14,11 @@ import torch
 
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import _jit, fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.check import relative_error
-from psp_lightning.ops.upfirdn import upfirdn2d_ref
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

@@ -14,15 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from psp_lightning.ops import _dispatch, _jit, _lock, _toolchain, fused_leaky_relu, upfirdn2d
-from psp_lightning.ops._lock import FileLock
+from psp_lightning.ops import dispatch as _dispatch
+from psp_lightning.ops import fused_leaky_relu, upfirdn2d
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.cuda import lock as _lock
+from psp_lightning.ops.cuda import toolchain as _toolchain
+from psp_lightning.ops.cuda.lock import FileLock
 from psp_lightning.utils.errors import UserError
 
 ARCH = ["8.0"]
 # What a process of a test does: build with a fake compiler, which notes that it ran, and say what came out.
 WORKER = """
 import os, sys
-from psp_lightning.ops import _jit, _toolchain
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.cuda import toolchain as _toolchain
 _toolchain.missing = lambda: ""
 open(os.environ["ARRIVED"], "a").write("x")
 _jit.build_command = lambda scratch: [sys.executable, "-c", {compiler!r}, str(scratch)]
@@ -267,7 +272,7 @@ def test_nothing_happens_on_the_cpu_or_at_import():
     """Neither the builder nor cpp_extension is imported, and no folder is made."""
     code = (
         "import sys, torch\nfrom psp_lightning.ops import fused_leaky_relu\nfused_leaky_relu(torch.ones(2, 3))\n"
-        "print([name for name in ('psp_lightning.ops._jit', 'torch.utils.cpp_extension') if name in sys.modules])"
+        "print([name for name in ('psp_lightning.ops.cuda.build', 'torch.utils.cpp_extension') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

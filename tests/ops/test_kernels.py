@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.ops import _cuda, fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.check import BOUNDS, SIZES, away_from, relative_error, run_checks
+from psp_lightning.ops.cuda import launch as _cuda
 from psp_lightning.ops.epilogue import epilogue_ref
-from psp_lightning.ops.upfirdn import upfirdn2d_ref
+from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 DTYPES = tuple(BOUNDS)
 FORMATS = (torch.contiguous_format, torch.channels_last)

@@ -8,8 +8,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import _dispatch, fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
-from psp_lightning.ops._dispatch import registered
+from psp_lightning.ops import dispatch as _dispatch
+from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops.dispatch import registered
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,13 +9,13 @@ from torch import nn
 
 from psp_lightning.models.encoders import GradualStyleEncoder, MapToStyle, StridedConv, styles
 from psp_lightning.models.irse import PReLU
-from psp_lightning.ops import product as product_module
-from psp_lightning.ops import strided_conv as module
-from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
-from psp_lightning.ops.prelu import _PReLU, prelu
-from psp_lightning.ops.product import product
-from psp_lightning.ops.slices import slices
-from psp_lightning.ops.strided_conv import _MatrixConv, strided_conv, strided_convs
+from psp_lightning.ops.cpu import product as product_module
+from psp_lightning.ops.cpu import strided_conv as module
+from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
+from psp_lightning.ops.cpu.prelu import _PReLU, prelu
+from psp_lightning.ops.cpu.product import product
+from psp_lightning.ops.cpu.slices import slices
+from psp_lightning.ops.cpu.strided_conv import _MatrixConv, strided_conv, strided_convs
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -276,7 +276,7 @@ def test_heads_keep_their_keys():
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("size", [1 << 19, 30])
 def test_prelu_is_pytorchs(monkeypatch, channels_last, second, size):
-    monkeypatch.setattr("psp_lightning.ops.slices.SLICE", size)
+    monkeypatch.setattr("psp_lightning.ops.cpu.slices.SLICE", size)
     x, weight = draw(2, 3, 5, 4), torch.tensor([0.25, -0.5, 1.5])
     x[0, 0, 0, 0] = 1 if second else 0  # there PyTorch's derivative of second order is that of the other side
     if channels_last:

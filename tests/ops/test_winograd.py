@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from psp_lightning.models import stylegan2
 from psp_lightning.models.frozen import freeze
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import frozen_conv, winograd
-from psp_lightning.ops.frozen_conv import frozen_styled_conv
-from psp_lightning.ops.winograd import winograd_conv, winograd_pays, winograd_weight
+from psp_lightning.ops.cpu import frozen_conv, winograd
+from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv
+from psp_lightning.ops.cpu.winograd import winograd_conv, winograd_pays, winograd_weight
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from psp_lightning.checkpoints.io import load_generator, load_psp
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.irse import FaceEmbedder
 from psp_lightning.models.psp import PSP

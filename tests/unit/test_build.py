@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psp_lightning.build import load_backbone
+from psp_lightning.build.training import load_backbone
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import FaceEmbedder
 from psp_lightning.utils.devices import check_launched

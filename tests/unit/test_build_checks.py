@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from psp_lightning.build_checks import check_numbers
+from psp_lightning.build.checks import check_numbers
 from psp_lightning.utils.errors import UserError
 
 TABLE = {"trainer.max_steps": (int, 1, math.inf), "optimizer.lr": (float, 0, 1)}

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from psp_lightning.checkpoints import convert, pretrained
-from psp_lightning.checkpoints.io import load_generator, load_psp, load_strict, read, save_atomic
+from psp_lightning.importers import published as convert
+from psp_lightning.loading import load_generator, load_psp, load_strict, read, save_atomic
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
+from psp_lightning.zoo import locate as pretrained
 
 SMALL = dict(style_dim=32, blocks=(1, 1, 1, 1), width=8)
 FOREIGN = {ours: theirs for theirs, ours in convert.ENCODER_NAMES.items()}

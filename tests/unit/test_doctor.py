@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from psp_lightning.cli import doctor
-from psp_lightning.ops import _jit, _toolchain
 from psp_lightning.ops.check import Result
+from psp_lightning.ops.cuda import build as _jit
+from psp_lightning.ops.cuda import toolchain as _toolchain
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from psp_lightning.checkpoints import download, pretrained
-from psp_lightning.checkpoints.records import Record
 from psp_lightning.utils.errors import UserError
+from psp_lightning.zoo import download
+from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.records import Record
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(DATA).hexdigest()

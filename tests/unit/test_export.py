@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psp_lightning.checkpoints import export as module
-from psp_lightning.checkpoints.card import facts_of
-from psp_lightning.checkpoints.export import FixedShapes, Part, averages, export
-from psp_lightning.checkpoints.io import load_generator, load_psp
-from psp_lightning.checkpoints.latents import generator_hash
-from psp_lightning.checkpoints.networks import save_generator
+from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.inference import export as module
+from psp_lightning.inference.export import FixedShapes, Part, averages, export
+from psp_lightning.inference.model_card import facts_of
+from psp_lightning.latents.codes import generator_hash
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -159,7 +159,7 @@ def test_missing_packages_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_export_packages_are_not_imported_with_the_library() -> None:
-    code = "import sys, psp_lightning.cli.export, psp_lightning.checkpoints.export; print('onnx' in sys.modules)"
+    code = "import sys, psp_lightning.cli.export, psp_lightning.inference.export; print('onnx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -7,9 +7,9 @@ import pytest
 import scipy.linalg
 import torch
 
+from psp_lightning.inference.projection import project
 from psp_lightning.losses.l2 import mse_per_image
 from psp_lightning.metrics.frechet import FrechetDistance, frechet
-from psp_lightning.models.projection import project
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 

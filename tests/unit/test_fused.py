@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from psp_lightning.inference.fused import Affine, FoldedConv, FusedEncoder
 from psp_lightning.models.encoders import (
     Encoder4Editing,
     EncoderIntoW,
@@ -14,7 +15,6 @@ from psp_lightning.models.encoders import (
     ReStyleEncoder,
     ReStyleEncoder4Editing,
 )
-from psp_lightning.models.fused import Affine, FoldedConv, FusedEncoder
 from psp_lightning.models.irse import PReLU
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import ENCODERS

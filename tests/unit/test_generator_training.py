@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from psp_lightning.lit.callbacks.samples import sample_images, tile
 from psp_lightning.lit.generator import LitGenerator, Recipe
-from psp_lightning.lit.samples import sample_images, tile
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.frozen import is_frozen
 from psp_lightning.models.stylegan2 import Generator
@@ -250,7 +250,7 @@ def test_tiles() -> None:
 
 
 def test_a_checkpoint_without_weights_is_not_taken_for_a_run(tmp_path: Path) -> None:
-    from psp_lightning.build_generator import _start_from
+    from psp_lightning.build.generator_training import _start_from
 
     torch.save({"generator": {}}, file := tmp_path / "half.ckpt")
     with pytest.raises(UserError, match=r"half\.ckpt"):

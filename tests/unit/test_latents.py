@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from psp_lightning.checkpoints.described import save_described
-from psp_lightning.checkpoints.io import load_generator, load_psp
-from psp_lightning.checkpoints.latent_files import gather_latents, read_latents, read_plain, save_latents, save_plain
-from psp_lightning.checkpoints.latents import Latents, generator_hash, load_decoder, to_w_plus
-from psp_lightning.checkpoints.networks import save_generator, save_psp
+from psp_lightning.checkpoints.safetensors_io import save_described
+from psp_lightning.checkpoints.weight_files import save_generator, save_psp
+from psp_lightning.latents.codes import Latents, generator_hash, load_decoder, to_w_plus
+from psp_lightning.latents.files import gather_latents, read_latents, read_plain, save_latents, save_plain
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator

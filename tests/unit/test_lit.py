@@ -16,10 +16,10 @@ from psp_lightning.data.datamodules import InversionDataModule
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import ToyFacesStore
 from psp_lightning.lit import random_state
-from psp_lightning.lit.callbacks import LastCheckpoint
+from psp_lightning.lit.callbacks.fit import LastCheckpoint
+from psp_lightning.lit.callbacks.grids import image_grid, source_to_rgb
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
-from psp_lightning.lit.grids import image_grid, source_to_rgb
-from psp_lightning.lit.module import LitPSP
+from psp_lightning.lit.psp import LitPSP
 from psp_lightning.losses import CompositeLoss, LossTerm
 from psp_lightning.losses.identity import IDLoss
 from psp_lightning.losses.l2 import L2Loss
@@ -211,7 +211,7 @@ def test_grid_has_a_row_for_each_sample_and_captions() -> None:
 
 
 def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
-    from psp_lightning.lit.callbacks import ImageGrids
+    from psp_lightning.lit.callbacks.fit import ImageGrids
 
     torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from psp_lightning.checkpoints.foreign import import_file
-from psp_lightning.checkpoints.io import load_generator
-from psp_lightning.checkpoints.nvidia import convert_nvidia
-from psp_lightning.checkpoints.pickles import read_pickle
+from psp_lightning.checkpoints.torch_files import read_pickle
 from psp_lightning.cli import weights
+from psp_lightning.importers.foreign import import_file
+from psp_lightning.importers.nvidia import convert_nvidia
+from psp_lightning.loading import load_generator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, modulated_conv2d, upfirdn2d
-from psp_lightning.ops.upfirdn import adjoint_padding, upfirdn2d_ref
+from psp_lightning.ops.upfirdn2d import adjoint_padding, upfirdn2d_ref
 
 
 def rand(*shape, seed=0, grad=False):

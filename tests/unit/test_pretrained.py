@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from psp_lightning import PSP
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.described import read_described, save_described
-from psp_lightning.checkpoints.io import load_generator, load_psp
-from psp_lightning.checkpoints.networks import load_embedding, save_embedding, save_generator, save_psp
-from psp_lightning.checkpoints.release import LIMIT, main, release
+from psp_lightning.checkpoints.safetensors_io import read_described, save_described
+from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding, save_generator, save_psp
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models import registry
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
+from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.release import LIMIT, main, release
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = {"made_by": "psp-train domain=toyfaces", "licence": "MIT"}
@@ -157,7 +157,7 @@ def test_release(folder, capsys):
 
 
 def test_release_refuses_too_much(folder, monkeypatch):
-    monkeypatch.setattr("psp_lightning.checkpoints.release.LIMIT", 1000)
+    monkeypatch.setattr("psp_lightning.zoo.release.LIMIT", 1000)
     with pytest.raises(UserError, match="more than the 1000 that the package may ship"):
         release(folder)
 
@@ -171,7 +171,7 @@ def test_shipped_files_and_records_agree():
     records = {entry.file: entry for entry in pretrained.shipped().values()}
     # everything in the folder: what is there is shipped
     files = {file for file in root.rglob("*") if file.is_file() and file.name not in ("records.json", "README.md")}
-    assert files == set(records), "run python -m psp_lightning.checkpoints.release on the folder"
+    assert files == set(records), "run python -m psp_lightning.zoo.release on the folder"
     for file, entry in records.items():
         content = file.read_bytes()
         assert entry.sha256 == hashlib.sha256(content).hexdigest(), f"{entry.name}: run the release again"

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from psp_lightning.build import load_backbone
-from psp_lightning.checkpoints.export import SUFFIXES, export
-from psp_lightning.checkpoints.foreign import import_file
-from psp_lightning.checkpoints.io import load_psp
+from psp_lightning.build.training import load_backbone
+from psp_lightning.importers.foreign import import_file
+from psp_lightning.inference.export import SUFFIXES, export
+from psp_lightning.loading import load_psp
 from psp_lightning.models.encoders import ReStyleEncoder, ReStyleEncoder4Editing
 from psp_lightning.models.irse import FaceEmbedder
 from psp_lightning.models.psp import PSP

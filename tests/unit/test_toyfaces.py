@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from psp_lightning.data.stores import FolderStore, View
-from psp_lightning.data.toyfaces import ToyFaces, write_dataset
+from psp_lightning.data.toyfaces.faces import ToyFaces, write_dataset
 from psp_lightning.utils.errors import UserError
 
 

@@ -54,7 +54,7 @@ def main() -> None:
 
     def run() -> None:
         out, values = _parse(arguments)
-        from psp_lightning.data.toyfaces import write_dataset
+        from psp_lightning.data.toyfaces.faces import write_dataset
 
         write_dataset(out, n=values["n"], size=values["size"], seed=values["seed"])
         print(f"{values['n']} faces of {values['size']} px: {out}")

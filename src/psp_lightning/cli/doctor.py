@@ -46,7 +46,9 @@ def report(build: bool = False, check: bool = True) -> bool:
     """Print it all; True if what `$PSP_OPS` asks for is there and right."""
     import torch
 
-    from psp_lightning.ops import _dispatch, _jit, _toolchain
+    from psp_lightning.ops import dispatch as _dispatch
+    from psp_lightning.ops.cuda import build as _jit
+    from psp_lightning.ops.cuda import toolchain as _toolchain
 
     choice, gpus = _dispatch.choice(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     architectures = _toolchain.architectures()
@@ -82,7 +84,7 @@ def report(build: bool = False, check: bool = True) -> bool:
 
 
 def _build(architectures: list[str]) -> tuple[bool, str]:
-    from psp_lightning.ops import _jit
+    from psp_lightning.ops.cuda import build as _jit
 
     print("building, a minute or so ...", flush=True)
     try:
@@ -100,7 +102,7 @@ def _decide(choice: str, gpus: int, problem: str) -> tuple[bool, str]:
         return False, "there is no GPU" + (", so PSP_OPS=cuda ends in an error" if choice == "cuda" else "")
     if problem:
         return False, problem
-    from psp_lightning.ops import _jit
+    from psp_lightning.ops.cuda import build as _jit
 
     try:
         if _jit.kernels() is not None:

@@ -31,10 +31,10 @@ ONNX needs two more packages: pip install onnx onnxruntime
 def run(arguments: list[str]) -> None:
     """The command."""
     values = parse(arguments, DEFAULTS, ("ckpt", "out"), USAGE)
-    from psp_lightning.build import import_plugins
-    from psp_lightning.checkpoints.card import facts_of
-    from psp_lightning.checkpoints.export import PARTS, SUFFIXES, check_packages, export
-    from psp_lightning.checkpoints.latents import load_decoder
+    from psp_lightning.build.training import import_plugins
+    from psp_lightning.inference.export import PARTS, SUFFIXES, check_packages, export
+    from psp_lightning.inference.model_card import facts_of
+    from psp_lightning.latents.codes import load_decoder
 
     what = choice(values, "what", PARTS)
     wanted = choice(values, "format", tuple(SUFFIXES)) if values["format"] else ""

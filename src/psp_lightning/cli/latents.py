@@ -10,7 +10,7 @@ from psp_lightning.cli._settings import choice, command, new_file, parse
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from psp_lightning.checkpoints.latents import Latents
+    from psp_lightning.latents.codes import Latents
 
 USAGE = "psp-latents in=FILE out=FILE [ckpt=...]"
 DEFAULTS = {
@@ -46,9 +46,9 @@ plugins        python modules to import first, as a,b: own networks
 def run(arguments: list[str]) -> None:
     """The command."""
     values = parse(arguments, DEFAULTS, ("in", "out"), USAGE)
-    from psp_lightning.build import import_plugins
-    from psp_lightning.checkpoints.latent_files import DESCRIBED, PLAIN, save_latents, save_plain
-    from psp_lightning.checkpoints.latents import SPACES, load_decoder
+    from psp_lightning.build.training import import_plugins
+    from psp_lightning.latents.codes import SPACES, load_decoder
+    from psp_lightning.latents.files import DESCRIBED, PLAIN, save_latents, save_plain
 
     out = new_file(values, (*DESCRIBED, *PLAIN))
     any_generator = choice(values, "any_generator", ("true", "false")) == "true"
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> None:
 
 def _read(values: dict[str, str], excluded: bool) -> Latents:
     """`in`, with `space`, `names` and `latent_avg` where it is plain."""
-    from psp_lightning.checkpoints.latent_files import is_plain, read_latents, read_plain
+    from psp_lightning.latents.files import is_plain, read_latents, read_plain
 
     path = Path(values["in"]).expanduser()
     if not is_plain(path):

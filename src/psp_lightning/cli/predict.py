@@ -16,12 +16,12 @@ from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from psp_lightning.build_prediction import PredictionPlan
+    from psp_lightning.build.prediction import PredictionPlan
 
 
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
     """The share of this rank; returns the manifest's records of all ranks."""
-    from psp_lightning.build_prediction import build_prediction
+    from psp_lightning.build.prediction import build_prediction
 
     prediction = build_prediction(cfg, plan)
     prediction.trainer.predict(prediction.module, prediction.loader, return_predictions=False)
@@ -33,7 +33,7 @@ def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
 def _run(cfg: DictConfig) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{', '.join(missing)} must be given: psp-predict ckpt=RUN_OR_FILE input=DIR output=DIR")
-    from psp_lightning.build_prediction import plan_prediction
+    from psp_lightning.build.prediction import plan_prediction
     from psp_lightning.lit.prediction import save_manifest, save_sheet
 
     plan = plan_prediction(cfg)

@@ -23,7 +23,7 @@ log = logging.getLogger("psp_train")
 
 def train_job(cfg: DictConfig) -> float | None:
     """One run in this process, or as one of its ranks; returns the objective."""
-    from psp_lightning.build import build_training
+    from psp_lightning.build.training import build_training
 
     run = Path(cfg.paths.output_dir)
 

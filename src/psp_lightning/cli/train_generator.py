@@ -25,7 +25,7 @@ OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 
 def train_generator_job(cfg: DictConfig) -> None:
     """One run in this process, or as one of its ranks."""
-    from psp_lightning.build_generator import build_generator_training
+    from psp_lightning.build.generator_training import build_generator_training
 
     run = Path(cfg.paths.output_dir)
 

@@ -11,7 +11,7 @@ from psp_lightning.cli._settings import choice, command, new_file, parse
 from psp_lightning.utils.errors import UserError, clean, suggest
 
 if TYPE_CHECKING:
-    from psp_lightning.checkpoints.foreign import Imported
+    from psp_lightning.importers.foreign import Imported
 
 IMPORT = "psp-weights import FILE out=FILE.safetensors"
 GET = "psp-weights get NAME"
@@ -105,7 +105,7 @@ def import_(arguments: list[str]) -> None:
     table(imported.rows, ("part", "tensors", "result"))
     remarks(imported.notes)
     imported.save(out, {"licence": values["licence"] or "that of the source"})
-    from psp_lightning.checkpoints.foreign import import_file
+    from psp_lightning.importers.foreign import import_file
 
     import_file(out)  # what was written can be read
     where = "ckpt=" if imported.kind == "psp" else "generator.path="
@@ -113,8 +113,8 @@ def import_(arguments: list[str]) -> None:
 
 
 def _read(file: str, values: dict[str, str]) -> Imported:
-    from psp_lightning.checkpoints.foreign import AVERAGES, WHAT, import_file
-    from psp_lightning.checkpoints.loading import WeightsMismatch
+    from psp_lightning.checkpoints.strict import WeightsMismatch
+    from psp_lightning.importers.foreign import AVERAGES, WHAT, import_file
 
     choice(values, "what", WHAT)
     choice(values, "latent_avg", AVERAGES)
@@ -167,8 +167,11 @@ def verify(arguments: list[str]) -> None:
     usage = "psp-weights verify FILE_OR_NAME"
     name, settings = _subject(arguments, usage)
     parse(settings, {}, [], usage)
-    from psp_lightning.checkpoints import described as files
-    from psp_lightning.checkpoints import download, foreign, io, pretrained
+    from psp_lightning import loading as io
+    from psp_lightning.checkpoints import safetensors_io as files
+    from psp_lightning.importers import foreign
+    from psp_lightning.zoo import download
+    from psp_lightning.zoo import locate as pretrained
 
     entry = pretrained.RECORDS.get(name)
     file = pretrained.find(name) if entry is not None else io.resolve(name)
@@ -199,7 +202,7 @@ def parity(arguments: list[str]) -> None:
     tolerance, label = _number(values, "tolerance", float), _number(values, "label", int)
     if tolerance is not None and not tolerance >= 0 or not 0 <= seed < 1 << 32:
         raise UserError("tolerance must be 0 or more, and seed 0 to 4294967295.")
-    from psp_lightning.checkpoints.parity import parity as compare
+    from psp_lightning.importers.parity import parity as compare
 
     results = compare(file, values["against"], seed, psi, tolerance, label)
     for result in results:
@@ -211,7 +214,8 @@ def parity(arguments: list[str]) -> None:
 def list_(arguments: list[str]) -> None:
     """`psp-weights list`."""
     parse(arguments, {}, [], "psp-weights list")
-    from psp_lightning.checkpoints import download, pretrained
+    from psp_lightning.zoo import download
+    from psp_lightning.zoo import locate as pretrained
 
     folder = pretrained.weights_dir()
     known = download.recorded()
@@ -234,7 +238,8 @@ def get(arguments: list[str]) -> None:
     name, settings = _subject(arguments, GET)
     values = parse(settings, {"offline": "false", "url": ""}, [], GET)
     offline = choice(values, "offline", ("true", "false")) == "true"
-    from psp_lightning.checkpoints import download, pretrained
+    from psp_lightning.zoo import download
+    from psp_lightning.zoo import locate as pretrained
 
     entry = pretrained.record(name)
     print(f"licence: {entry.licence}")

@@ -10,7 +10,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from psp_lightning.checkpoints.io import save_atomic
+from psp_lightning.loading import save_atomic
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -18,11 +18,11 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
-from psp_lightning.checkpoints.latent_files import save_latents
-from psp_lightning.checkpoints.latents import Latents, to_w_plus
 from psp_lightning.data.inputs import InputFile
 from psp_lightning.data.spec import InputSpec
-from psp_lightning.lit.grids import source_to_rgb
+from psp_lightning.latents.codes import Latents, to_w_plus
+from psp_lightning.latents.files import save_latents
+from psp_lightning.lit.callbacks.grids import source_to_rgb
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.io import load_strict, read
-from psp_lightning.checkpoints.networks import load_embedding
+from psp_lightning.checkpoints.weight_files import load_embedding
+from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.frozen import freeze
 from psp_lightning.models.irse import FaceEmbedder
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.zoo import locate as pretrained
 
 INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # the face crop's size that each network was trained with
 RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.io import load_strict, read
+from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
 from psp_lightning.models.frozen import freeze
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.zoo import locate as pretrained
 
 BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet"}  # name in lpips -> weight record
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.checkpoints import pretrained
-from psp_lightning.checkpoints.io import load_strict, read
+from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.frozen import freeze
+from psp_lightning.zoo import locate as pretrained
 
 
 def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.half import HalfPrecision
+from psp_lightning.models.layers import EqualisedLinear
 from psp_lightning.ops import fir_kernel, fused_leaky_relu, upfirdn2d
 from psp_lightning.utils.errors import UserError
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.irse import IRSEBody
+from psp_lightning.models.layers import EqualisedLinear
 from psp_lightning.models.registry import register_encoder
-from psp_lightning.ops.strided_conv import product_pays, strided_conv, strided_convs
+from psp_lightning.ops.cpu.strided_conv import product_pays, strided_conv, strided_convs
 from psp_lightning.utils.errors import UserError
 
 IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from psp_lightning.ops._dispatch import is_captured
-from psp_lightning.ops.prelu import prelu
+from psp_lightning.ops.cpu.prelu import prelu
+from psp_lightning.ops.dispatch import is_captured
 from psp_lightning.utils.errors import UserError
 
 BLOCKS: dict[int, tuple[int, int, int, int]] = {

@@ -166,7 +166,7 @@ class PSP(nn.Module):
         Raises:
             UserError: another dtype.
         """
-        from psp_lightning.models.fused import FusedEncoder
+        from psp_lightning.inference.fused import FusedEncoder
 
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"for_inference takes torch.float32 or torch.bfloat16, not {dtype}.")
@@ -225,7 +225,7 @@ class PSP(nn.Module):
         Raises:
             UserError: when there is none at `path`; the message says what is there. No code from the file runs.
         """
-        from psp_lightning.checkpoints.io import load_psp  # checkpoints builds on models, so only here
+        from psp_lightning.loading import load_psp  # checkpoints builds on models, so only here
 
         return load_psp(path, device)
 
@@ -235,14 +235,14 @@ class PSP(nn.Module):
 
         Args:
             name: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or `toyfaces/superres`: networks for
-                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.checkpoints.pretrained.shipped()` has the
+                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.zoo.locate.shipped()` has the
                 records of all files: how each was made, licence, SHA-256.
             device: where the network goes.
 
         Raises:
             UserError: no such network, with the names that there are; a file that was changed.
         """
-        from psp_lightning.checkpoints.io import load_pretrained
+        from psp_lightning.loading import load_pretrained
 
         return load_pretrained(name, device)
 

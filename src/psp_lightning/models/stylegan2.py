@@ -14,13 +14,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.models.equalised import EqualisedLinear
 from psp_lightning.models.half import HalfPrecision
+from psp_lightning.models.layers import EqualisedLinear
 from psp_lightning.models.registry import register_generator
 from psp_lightning.ops import blur_padding, fir_kernel, modconv_epilogue, modulated_convolution, upfirdn2d
-from psp_lightning.ops._dispatch import is_captured, use_op
-from psp_lightning.ops.frozen_conv import frozen_styled_conv, frozen_to_rgb
-from psp_lightning.ops.winograd import winograd_pays, winograd_weight
+from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
+from psp_lightning.ops.cpu.winograd import winograd_pays, winograd_weight
+from psp_lightning.ops.dispatch import is_captured, use_op
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]

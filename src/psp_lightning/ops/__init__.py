@@ -4,11 +4,11 @@ Plain PyTorch on the CPU and wherever no CUDA compiler is: any device, any order
 `csrc/`, built when they are first needed; `$PSP_OPS` chooses, docs/kernels.md tells all.
 """
 
-from psp_lightning.ops import _library as _library  # declares the operators to torch.library
+import psp_lightning.ops.library  # noqa: F401  declares the operators to torch.library
 from psp_lightning.ops.bias_act import fused_leaky_relu
 from psp_lightning.ops.epilogue import modconv_epilogue
 from psp_lightning.ops.modulated_conv import blur_padding, demodulation, modulated_conv2d, modulated_convolution
-from psp_lightning.ops.upfirdn import fir_kernel, upfirdn2d
+from psp_lightning.ops.upfirdn2d import fir_kernel, upfirdn2d
 
 __all__ = [
     "blur_padding",

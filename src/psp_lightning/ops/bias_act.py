@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.ops._dispatch import use_op
+from psp_lightning.ops.dispatch import use_op
 
 
 def fused_leaky_relu(

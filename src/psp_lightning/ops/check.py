@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psp_lightning.ops.bias_act import bias_act_ref, fused_leaky_relu
 from psp_lightning.ops.epilogue import epilogue_ref, modconv_epilogue
-from psp_lightning.ops.upfirdn import fir_kernel, upfirdn2d, upfirdn2d_ref
+from psp_lightning.ops.upfirdn2d import fir_kernel, upfirdn2d, upfirdn2d_ref
 
 # Largest error in units of the largest absolute value: rounding of products, sums and results. Twice as much
 # is allowed for gradients, which have a second rounding on the way.

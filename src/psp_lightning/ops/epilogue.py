@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from psp_lightning.ops._dispatch import use_op
 from psp_lightning.ops.bias_act import bias_act_ref
-from psp_lightning.ops.upfirdn import upfirdn2d_ref
+from psp_lightning.ops.dispatch import use_op
+from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 
 def modconv_epilogue(

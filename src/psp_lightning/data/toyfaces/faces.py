@@ -1,0 +1,129 @@
+"""Toy faces: an endless data set of drawn people, with exact label maps and sketches, from a seed and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from psp_lightning.data.toyfaces.drawing import paint
+from psp_lightning.data.toyfaces.person import draw_person, draw_scene
+from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.images import from_uint8, save_atomic
+
+
+class Drawing(NamedTuple):
+    """One drawn face."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    labels: np.ndarray  # uint8 (H, W), ids of CelebAMask-HQ
+    sketch: np.ndarray  # uint8 (H, W), paper is 255
+
+
+class ToyFaces(Dataset[dict[str, Any]]):
+    """Drawn faces; sample i is the same on every machine and in every order.
+
+    Items are dicts: `image` float32 (3, size, size) in [-1, 1], `labels` int64 (size, size) with CelebAMask-HQ's 19
+    ids, `sketch` float32 (1, size, size) in [0, 1] with paper at 1, `identity` int.
+
+    Args:
+        size: height and width in pixels.
+        seed: another seed, other people and pictures.
+        n: number of samples.
+        identities: number of people; sample i shows person `i % identities`. None: each sample another one.
+    """
+
+    def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:
+        if size < 16:
+            raise UserError(f"toyfaces: {size} px is too small for a face; use at least 16.")
+        if n < 1 or (identities is not None and identities < 1) or seed < 0:
+            raise UserError("toyfaces: n and identities must be at least 1, seed at least 0.")
+        self.size, self.seed, self.n, self.identities = size, seed, n, identities
+
+    def __len__(self) -> int:
+        return self.n
+
+    def identity(self, index: int) -> int:
+        """Who sample `index` shows."""
+        return index if self.identities is None else index % self.identities
+
+    def draw(self, index: int, frontal: bool = False, toon: bool = False) -> Drawing:
+        """Sample `index` as uint8 arrays.
+
+        Args:
+            frontal: the same person and expression, seen from the front in even light.
+            toon: in cartoon style: large eyes, flat colours, black outlines.
+
+        Raises:
+            IndexError: outside 0..n-1.
+        """
+        if not 0 <= index < self.n:
+            raise IndexError(f"toyfaces has the samples 0..{self.n - 1}, not {index}")
+        person = draw_person(np.random.default_rng([self.seed, 1, self.identity(index)]))
+        scene = draw_scene(np.random.default_rng([self.seed, 2, index]))
+        return Drawing(*paint(person, scene.neutral() if frontal else scene, self.size, toon))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        drawing = self.draw(index)
+        return {
+            "image": from_uint8(torch.from_numpy(drawing.image).permute(2, 0, 1).contiguous()),
+            "labels": torch.from_numpy(drawing.labels).long(),
+            "sketch": torch.from_numpy(drawing.sketch).float().div(255)[None],
+            "identity": self.identity(index),
+        }
+
+    def frontal(self, index: int) -> Tensor:
+        """float32 (3, size, size) in [-1, 1]: the same face from the front."""
+        return from_uint8(torch.from_numpy(self.draw(index, frontal=True).image).permute(2, 0, 1).contiguous())
+
+    def toon(self, index: int) -> Tensor:
+        """float32 (3, size, size) in [-1, 1]: the same face as a cartoon."""
+        return from_uint8(torch.from_numpy(self.draw(index, toon=True).image).permute(2, 0, 1).contiguous())
+
+
+FOLDERS = ("CelebA-HQ-img", "CelebAMask-HQ-mask", "sketch")
+
+
+def write_dataset(
+    out: str | os.PathLike[str],
+    n: int = 1000,
+    size: int = 256,
+    seed: int = 0,
+    identities: int | None = None,
+    suffix: str = ".jpg",
+    progress: bool = True,
+) -> Path:
+    """Write toy faces in the folder layout of CelebAMask-HQ.
+
+    `CelebA-HQ-img/0.jpg`, `CelebAMask-HQ-mask/0.png` (class ids) and `sketch/0.png`, and so on. Files are written
+    under temporary names and moved, so that an interrupted call leaves whole files only.
+
+    Raises:
+        UserError: when the folder holds a dataset already or cannot be written.
+    """
+    out = Path(out)
+    if suffix not in (".jpg", ".png", ".webp"):
+        raise UserError(f"Unknown image suffix {suffix!r}; known: .jpg, .png, .webp.")
+    faces = ToyFaces(size, seed, n, identities)
+    if taken := [folder for folder in FOLDERS if (out / folder).is_dir() and any((out / folder).iterdir())]:
+        raise UserError(f"{out / taken[0]} holds files already; choose an empty folder, or remove them first.")
+    steps: Any = range(n)
+    if progress:
+        from rich.progress import track
+
+        steps = track(steps, description=f"{n} toy faces")
+    options = {} if suffix == ".png" else {"quality": 95}
+    for index in steps:
+        names = [out / FOLDERS[0] / f"{index}{suffix}", *(out / folder / f"{index}.png" for folder in FOLDERS[1:])]
+        try:
+            for name, array in zip(names, faces.draw(index), strict=True):
+                save_atomic(Image.fromarray(array), name, **(options if name.suffix == suffix else {}))
+        except OSError as error:
+            raise UserError(f"Cannot write {name}: {error.strerror or error}.") from None
+    return out

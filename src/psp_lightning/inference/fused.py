@@ -1,0 +1,176 @@
+"""Encoders for inference alone: BatchNorm folded into convolutions, weights in the order that the processor wants."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psp_lightning.models.encoders import StridedConv
+from psp_lightning.models.irse import PReLU
+from psp_lightning.models.layers import EqualisedLinear
+from psp_lightning.utils.errors import UserError
+
+CONVOLUTIONS = (nn.Conv2d, StridedConv)  # a user's own subclass may compute anything
+
+
+class FusedEncoder(nn.Module):
+    """What `encoder` gives in eval mode, faster; without gradients, and to be used where it was made.
+
+    A BatchNorm directly behind a convolution in an `nn.Sequential` becomes part of it; another one becomes a factor and
+    a summand. On the CPU the weights are reordered for oneDNN at the first call, not at each. The map2style heads stay
+    separate convolutions: one wide and grouped ones were measured to be slower there.
+
+    Args:
+        encoder: stays as it is; what it holds besides convolutions, BatchNorm and PReLU is shared.
+        dtype: float32 (the result is the encoder's up to rounding) or bfloat16; codes are float32 in any case.
+        pack: reorder weights; not for what torch.compile is to see.
+
+    Raises:
+        UserError: when its config is asked for, or it is moved or cast: make it of the encoder anew.
+    """
+
+    def __init__(self, encoder: nn.Module, dtype: torch.dtype = torch.float32, pack: bool = True) -> None:
+        super().__init__()
+        for name in ("n_styles", "style_dim", "in_channels", "input_size", "iterations"):
+            if hasattr(encoder, name):
+                setattr(self, name, getattr(encoder, name))
+        self.dtype = dtype
+        with torch.no_grad():
+            self.network = _fuse(encoder, dtype, pack)
+        self.eval()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        raise UserError("A fused encoder is not saved or described: use the network that it was made of.")
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As of the encoder that this was made of, in float32."""
+        half = self.dtype if self.dtype != torch.float32 else None
+        with torch.autocast(inputs[0].device.type, dtype=half, enabled=half is not None):
+            codes = self.network(*[x.contiguous(memory_format=torch.channels_last) for x in inputs])
+        return codes.to(torch.float32) if codes.dtype in (torch.bfloat16, torch.float16) else codes
+
+
+class FoldedConv(nn.Module):
+    """Convolution with constant weights, what follows it folded in."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, pack: bool) -> None:
+        super().__init__()
+        weight, bias = conv.weight, conv.bias
+        if norm is not None:
+            scale, shift = factors(norm)
+            weight = weight * scale[:, None, None, None]
+            bias = shift if bias is None else bias * scale + shift
+        weight = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.weight: Tensor | None
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight.clone() if weight.data_ptr() == conv.weight.data_ptr() else weight, False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype).clone(), False)
+        self.settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.pack = pack and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        self.dtype = dtype
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        stride, padding, dilation, groups = self.settings
+        if self._packed is None and self.pack and x.device.type == "cpu" and can_pack(self.dtype):
+            reorder = torch.ops.mkldnn._reorder_convolution_weight
+            self._packed = reorder(self.weight, padding, stride, dilation, groups, list(x.shape))
+            self.weight = None  # once is enough
+        if self._packed is not None:
+            arguments: tuple[Any, ...] = (padding, stride, dilation, groups, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *arguments)
+        assert self.weight is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedConv:
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.dtype != self.dtype or (self._packed is not None and probe.device.type != "cpu"):
+            raise UserError("A fused network is not moved or cast: move the plain one, then make a fused one of it.")
+        return super()._apply(fn, recurse)
+
+
+class Affine(nn.Module):
+    """`x * scale + shift`, a channel each: a BatchNorm in eval mode."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        scale, shift = factors(norm)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale.to(dtype), False)
+        self.register_buffer("shift", shift.to(dtype), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.ndim - 2))
+        return torch.addcmul(self.shift.view(shape), x.to(self.scale.dtype), self.scale.view(shape))
+
+
+class Widened(nn.Module):
+    """A small layer in its weights' own precision."""
+
+    def __init__(self, layer: EqualisedLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x.to(dtype=self.layer.weight.dtype))
+
+
+def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a BatchNorm in eval mode; computed in float64, in the statistics' own precision."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
+    scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()  # type: ignore[operator]
+    shift = -mean * scale if norm.bias is None else norm.bias.double() - mean * scale  # type: ignore[operator]
+    own: torch.dtype = norm.running_mean.dtype  # type: ignore[union-attr,assignment]
+    return scale.to(own).detach(), shift.to(own).detach()
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's reordered weights can be used; PyTorch's operators for them are not public ones."""
+    names = ("_reorder_convolution_weight", "_convolution_pointwise")
+    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return there and (dtype == torch.float32 or half)
+
+
+def _fuse(module: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module:
+    """`module` with its parts replaced; modules that have none to replace are shared or copied one deep."""
+    if type(module) in CONVOLUTIONS:
+        return FoldedConv(module, None, dtype, pack)  # type: ignore[arg-type]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+        return Affine(module, dtype)
+    if isinstance(module, nn.PReLU) and type(module) in (nn.PReLU, PReLU):
+        layer = nn.PReLU(module.num_parameters)
+        layer.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+        return layer
+    if isinstance(module, EqualisedLinear):
+        return Widened(module)
+    parts = dict(module.named_children())
+    if not parts:
+        return module
+    fused = copy.copy(module)
+    fused.__dict__.update(_modules={}, _parameters=dict(module._parameters), _buffers=dict(module._buffers))
+    names = list(parts)
+    for i, name in enumerate(names):
+        part, after = parts[name], parts[names[i + 1]] if i + 1 < len(names) else None
+        if name in fused._modules:  # folded already
+            continue
+        folds = type(module) is nn.Sequential and type(part) in CONVOLUTIONS
+        if folds and isinstance(after, nn.BatchNorm2d) and after.running_mean is not None:
+            fused._modules[name] = FoldedConv(part, after, dtype, pack)  # type: ignore[arg-type]
+            fused._modules[names[i + 1]] = nn.Identity()
+        else:
+            fused._modules[name] = _fuse(part, dtype, pack)
+    return fused

@@ -1,0 +1,95 @@
+"""Callbacks of a generator's training: grids of samples, the exported file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.images import save_atomic, to_pil
+
+
+@torch.no_grad()
+def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0, batch: int = 32) -> Tensor:
+    """(n, C, S, S) samples at latents that `seed` fixes, with constant noise, on the CPU.
+
+    Args:
+        psi: truncation towards the mean w of 10,000 draws.
+    """
+    source = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, generator.z_dim, generator=source).to(generator.input.input)
+    centre = generator.latent_average(10_000) if psi != 1 else None
+    return torch.cat([generator(part, psi, centre).cpu() for part in z.split(batch)])
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """(n, C, S, S) to (C, rows * S, columns * S), the last row filled with white."""
+    n, c, s, _ = images.shape
+    rows = -(-n // columns)
+    full = torch.ones(rows * columns, c, s, s)
+    full[:n] = images.float().clamp(-1, 1)
+    return full.view(rows, columns, c, s, s).permute(2, 0, 3, 1, 4).reshape(c, rows * s, columns * s)
+
+
+class SampleGrids(Callback):
+    """Grids of samples of the averaged generator, always at the same latents.
+
+    Args:
+        folder: receives `samples_00000500.png`.
+        every_n_steps: steps between two grids; 0: one at the end.
+        n_images: samples in a grid.
+        truncation: psi.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int, n_images: int, truncation: float) -> None:
+        self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self.n_images, self.truncation = n_images, truncation
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
+        if not due or not trainer.is_global_zero:
+            return
+        images = sample_images(pl_module.average, self.n_images, self.truncation)
+        grid = to_pil(tile(images, max(1, round(self.n_images**0.5))))
+        save_atomic(grid, self.folder / f"samples_{step:08d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key="samples", images=[grid], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+
+class ExportGenerator(Callback):
+    """Writes the averaged generator as `generator.safetensors` at the end of the run, also of an interrupted one.
+
+    Args:
+        run: the run directory.
+        every_n_steps: also every so many steps, as `generator_00001000.safetensors`.
+        origin: training data, licence and the like; steps and images shown are added.
+    """
+
+    def __init__(self, run: str | Path, every_n_steps: int | None, origin: Mapping[str, Any]) -> None:
+        self.run, self.every_n_steps, self.origin = Path(run), every_n_steps, dict(origin)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero:
+            self._write(pl_module, f"generator_{step:08d}.safetensors", step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._write(pl_module, "generator.safetensors", trainer.global_step)
+
+    def _write(self, module: Any, name: str, step: int) -> None:
+        origin = {**self.origin, "steps": step, "images_shown": int(module.images_shown)}
+        save_generator(self.run / name, module.average, origin)

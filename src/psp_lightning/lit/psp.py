@@ -1,0 +1,239 @@
+"""LitPSP: the training and validation steps around a PSP network, its losses and its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from psp_lightning.lit import random_state
+from psp_lightning.loading import load_strict
+from psp_lightning.losses.base import LossInputs
+from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Noise
+from psp_lightning.utils.errors import UserError, suggest
+
+Batch = dict[str, Any]
+BATCH_NORM_POLICIES = ("sync", "frozen", "local")
+
+
+class LitPSP(pl.LightningModule):
+    """Trains the encoder of `net`; the generator and the networks inside the losses stay as they are.
+
+    Logged: `train/loss` and `train/loss_<term>` every `log_every` optimizer steps, `val/loss`,
+    `val/loss_<term>`, `val/<metric>` after each validation. The logged step is the number of optimizer steps done.
+
+    Args:
+        net: encoder, frozen generator, average latent.
+        losses: the objective.
+        optimizer: called with the encoder's trainable parameters.
+        metrics: name to torchmetrics Metric over (output, target), both (B, 3, S, S), computed at each validation.
+        noise: the generator's noise in training, `random` or `const`; validation always uses `const`.
+        batch_norm: `sync` and `local` train the BatchNorm layers (which of the two is the Trainer's affair), `frozen`
+            keeps them at their running statistics.
+        warmup_steps: optimizer steps over which the learning rate rises linearly.
+        decay_steps: last steps of the run over which it falls to zero, along half a cosine.
+        total_steps: length of the run; needed with `decay_steps`.
+        log_every: optimizer steps between two training rows of the log.
+        source_is_target: the task's source and target are the same image, so that a loss looks at it once.
+
+    Raises:
+        UserError: unknown policy or noise.
+    """
+
+    def __init__(
+        self,
+        net: PSP,
+        losses: CompositeLoss,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        metrics: dict[str, Metric] | None = None,
+        noise: str = "random",
+        batch_norm: str = "sync",
+        warmup_steps: int = 0,
+        decay_steps: int = 0,
+        total_steps: int = 0,
+        log_every: int = 10,
+        source_is_target: bool = False,
+    ) -> None:
+        super().__init__()
+        for key, value, options in (
+            ("model.noise", noise, ("random", "const")),
+            ("model.batch_norm", batch_norm, BATCH_NORM_POLICIES),
+        ):
+            if value not in options:
+                raise UserError(f"{key}={value} is unknown.{suggest(value, options)} Choose from: {', '.join(options)}")
+        self.net = net
+        self.losses = losses
+        self.val_metrics = dict(metrics or {})  # plain: they are no part of the checkpoint
+        self.make_optimizer = optimizer
+        self.noise: Noise = "random" if noise == "random" else "const"
+        self.log_every = log_every
+        self.batch_norm = batch_norm
+        self.warmup_steps, self.decay_steps, self.total_steps = warmup_steps, decay_steps, total_steps
+        self.source_is_target = source_is_target
+        self.strict_loading = True
+        self._val_sums: dict[str, Tensor] = {}
+        self._val_count = 0
+        self._row: dict[str, Tensor] = {}
+        self._random_state: list[dict[str, Any]] | None = None
+        self.train()  # Lightning keeps the modes that it finds
+
+    # --- steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Source (B, C, S, S) to output (B, 3, output_size, output_size), unclamped."""
+        return self.net(x)
+
+    def evaluate(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The objective, its detached parts by name, and the output pooled to the target's size, (B, 3, S, S)."""
+        y = batch["target"]
+        source = y if self.source_is_target else batch["source"]
+        delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
+        w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
+        y_hat = self.net.decode(w_plus, noise=noise)  # (B, 3, output_size, output_size)
+        y_hat = F.adaptive_avg_pool2d(y_hat, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
+        inputs = LossInputs(
+            y_hat=y_hat, y=y, x=source, delta_w_plus=delta, w_plus=w_plus, latent_avg=self.net.latent_avg
+        )
+        total, values = self.losses(inputs)
+        return total, values, y_hat
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        total, values, y_hat = self.evaluate(batch, self.noise)
+        self._refuse_non_finite(total, values, batch)
+        named = self._log_names(total, values)
+        self.log_dict({f"train/{k}": v for k, v in named.items()}, prog_bar=True, logger=False)
+        self._row = named
+        return {"loss": total, "y_hat": y_hat.detach()}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the step that is about to be made; before any checkpoint of it, so that a resumed log has it."""
+        step = self.global_step + 1
+        if step % self.log_every == 0:
+            row = {f"train/{name}": float(value) for name, value in self._row.items()}
+            self._write({**row, "train/lr": optimizer.param_groups[0]["lr"]}, step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        total, values, y_hat = self.evaluate(batch, "const")
+        n = y_hat.shape[0]
+        for name, value in self._log_names(total, values).items():
+            # weighted by the batch's size: the last batch may be smaller
+            self._val_sums[name] = self._val_sums.get(name, torch.zeros((), device=self.device)) + value.detach() * n
+        self._val_count += n
+        for metric in self.val_metrics.values():
+            metric.to(self.device)
+            metric.update(y_hat, batch["target"])
+        return {"y_hat": y_hat}
+
+    def on_validation_epoch_end(self) -> None:
+        sums = {name: float(value) for name, value in self._val_sums.items()}
+        shares = gather((sums, self._val_count))  # every rank's: one may have had no image at all
+        count = sum(n for _, n in shares)
+        names = {name: None for share, _ in shares for name in share}
+        results = {f"val/{name}": sum(share.get(name, 0.0) for share, _ in shares) / count for name in names}
+        for name, metric in self.val_metrics.items():
+            results[f"val/{name}"] = float(metric.compute())
+            metric.reset()
+        self._val_sums, self._val_count = {}, 0
+        # float64 keeps these averages equal on every device count; mps has none
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        self.log_dict({k: torch.tensor(v, dtype=kind, device=self.device) for k, v in results.items()}, logger=False)
+        self._write(results, self.global_step)
+
+    def _log_names(self, total: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        terms = self.losses.terms
+        return {"loss": total.detach(), **{f"loss_{k}" if k in terms else k: v for k, v in values.items()}}
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()  # on the disk at once, for whoever watches the run
+
+    def _refuse_non_finite(self, total: Tensor, values: dict[str, Tensor], batch: Batch) -> None:
+        """The NaN guard: one comparison on the device per step, the search for the culprit only when it fails."""
+        if torch.isfinite(total):
+            return
+        name = next((k for k, v in values.items() if not torch.isfinite(v)), "sum of the terms")
+        raise UserError(
+            f"the loss term '{name}' became {float(values.get(name, total))} at step {self.global_step + 1}. "
+            f"Files of the batch: {', '.join(map(str, batch['path']))}. The last checkpoint is intact: check these "
+            "files, lower optimizer.lr or set trainer.gradient_clip_val, then go on with resume=RUN."
+        )
+
+    # --- optimizer
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.net.encoder.parameters() if p.requires_grad])
+        if self.warmup_steps == self.decay_steps == 0:
+            return optimizer
+        # a partial has no state: a run that goes on with more steps falls at its new end
+        settings = {"warmup": self.warmup_steps, "decay": self.decay_steps, "total": self.total_steps}
+        factor = functools.partial(rate_factor, **settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step, behind which the gradients are given back: Lightning would keep them through the next forward pass,
+        when memory is shortest."""
+        super().optimizer_step(*args, **kwargs)
+        for p in self.net.encoder.parameters():
+            p.grad = None
+
+    def train(self, mode: bool = True) -> LitPSP:
+        """Train mode, except for what is frozen."""
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            for module in self.net.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    # --- checkpoints: tensors and plain values only, so that torch.load(weights_only=True) reads them
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """`net.*` alone: the networks inside the losses come from their own files."""
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if key.startswith("net.")}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Strict for everything that `state_dict` holds."""
+        state = {key.removeprefix("net."): value for key, value in state_dict.items()}
+        return load_strict(self.net, state, what="this run's network")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["psp"] = self.net.describe()
+        checkpoint["random_state"] = gather(random_state.capture())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_start(self) -> None:
+        if self._random_state is None:
+            random_state.offset(self.global_rank)  # ranks draw different noise
+        elif len(self._random_state) == self.trainer.world_size:
+            random_state.restore(self._random_state[self.global_rank])
+        self._random_state = None
+
+
+def rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
+    """Factor of the learning rate: up linearly over `warmup` steps, down along half a cosine over the last `decay`."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    left = max(0.0, min(1.0, (total - step) / decay)) if decay else 1.0
+    return rise * (0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order; without a process group, of this one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

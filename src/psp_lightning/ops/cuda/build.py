@@ -1,0 +1,246 @@
+"""Builds the kernels when CUDA first needs them, once for all processes, and loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from psp_lightning.ops import dispatch as _dispatch
+from psp_lightning.ops.cuda import toolchain as _toolchain
+from psp_lightning.ops.cuda.lock import FileLock
+from psp_lightning.utils.cache import cache_dir
+from psp_lightning.utils.errors import UserError
+
+LIBRARY, RECORD = f"{_toolchain.NAME}.so", "build.json"
+TIME_LIMIT = 1800  # seconds that a compiler may take
+TAIL = 12  # of its last lines in a warning
+
+
+class BuildError(Exception):
+    """The kernels could not be built; the message is for a person."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the kernels in this process: their namespace, or the reason why there are none."""
+
+    kernels: Any = None
+    reason: str = ""
+
+
+_outcome: Outcome | None = None
+_guards: dict[str, threading.Lock] = {}
+
+
+def ops_dir() -> Path:
+    """The folder of built kernels: `$PSP_OPS_DIR`, else `psp_lightning/ops` in the user's cache folder."""
+    if chosen := os.environ.get("PSP_OPS_DIR"):
+        return Path(chosen).expanduser()
+    return cache_dir() / "ops"
+
+
+def kernels() -> Any:
+    """The namespace of the loaded kernels, which are built if they have to be; None where plain PyTorch has to do.
+
+    A failure warns once; there is no second attempt in this process.
+
+    Raises:
+        UserError: with PSP_OPS=cuda where there are none.
+    """
+    outcome = _outcome or _decide()
+    if outcome.kernels is None and _dispatch.choice() == "cuda":
+        raise UserError(f"PSP_OPS=cuda, but there are no kernels. {outcome.reason}")
+    return outcome.kernels
+
+
+def _decide() -> Outcome:
+    global _outcome
+    with _guards.setdefault("decide", threading.Lock()):  # autograd has threads of its own
+        if _outcome is None:
+            try:
+                _outcome = Outcome(load(ensure_built(_toolchain.architectures())))
+            except BuildError as error:
+                _outcome = Outcome(reason=str(error))
+                if _dispatch.choice() != "cuda":  # which ends in an error anyway
+                    warnings.warn(
+                        f"Plain PyTorch is used in place of the CUDA kernels. {error}\n{_toolchain.ADVICE} "
+                        "More: psp-doctor ops.",
+                        stacklevel=2,
+                    )
+        return _outcome
+
+
+def load(library: Path) -> Any:
+    """Load a built library, and give the namespace of its operators.
+
+    Raises:
+        BuildError: when it cannot be loaded.
+    """
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        raise BuildError(f"{library} cannot be loaded: {error}") from error
+    return torch.ops.psp_lightning_cuda
+
+
+def ensure_built(architectures: list[str]) -> Path:
+    """The library for these architectures; built if it is not there, by one process while the others wait.
+
+    Raises:
+        BuildError: when there is no GPU to build for, something is missing, or the compiler fails.
+    """
+    if not architectures:
+        raise BuildError("There is no GPU to build for; TORCH_CUDA_ARCH_LIST=9.0 names an architecture all the same.")
+    key = _toolchain.key(architectures)
+    folder = ops_dir() / key
+    if is_complete(folder):
+        return folder / LIBRARY
+    if problem := _toolchain.missing():
+        raise BuildError(problem)
+    try:
+        ops_dir().mkdir(parents=True, exist_ok=True)
+        return _build_once(folder, architectures)
+    except OSError as error:
+        raise BuildError(
+            f"{error.filename or folder}: {error.strerror or error}. Another folder: PSP_OPS_DIR."
+        ) from None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` has a library with the bytes that its record names."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record["sha256"] == _sha256(folder / LIBRARY)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _build_once(folder: Path, architectures: list[str]) -> Path:
+    lock, failure = FileLock(folder.with_name(f"{folder.name}.lock")), folder.with_name(f"{folder.name}.failed")
+    before = _content(failure)
+
+    def settled() -> bool:  # while another process holds the lock
+        return is_complete(folder) or _content(failure) != before
+
+    held = lock.acquire(settled)
+    try:
+        if is_complete(folder):
+            return folder / LIBRARY
+        failed = _content(failure)
+        if failed != before or not held:  # while this process waited another one's compiler failed: so would ours
+            raise BuildError(failed.partition("\n")[2] or "Another process gave up building them.")
+        try:
+            with _scratch(folder) as scratch:
+                _compile(scratch, architectures)
+                _install(scratch, folder)
+        except BuildError as error:
+            failure.write_text(f"{uuid.uuid4().hex}\n{error}")
+            raise
+        failure.unlink(missing_ok=True)
+        return folder / LIBRARY
+    finally:
+        if held:
+            lock.release()
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for one attempt, beside the final one so that a rename can install it."""
+    for left in folder.parent.glob(f"{folder.name}.build-*"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 2 * TIME_LIMIT:
+                shutil.rmtree(left, ignore_errors=True)
+    scratch = folder.with_name(f"{folder.name}.build-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def build_command(scratch: Path) -> list[str]:
+    """The command that leaves `LIBRARY` in `scratch`."""
+    return [sys.executable, "-m", "psp_lightning.ops.cuda.compile", str(scratch)]
+
+
+def _compile(scratch: Path, architectures: list[str]) -> None:
+    log = scratch / "build.log"
+    env = {**_toolchain.environment(), "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
+    if home := _toolchain.cuda_home():
+        env["CUDA_HOME"] = str(home)
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            build_command(scratch), stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+        try:
+            code = child.wait(TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if child.poll() is None:  # too slow, or this process is interrupted: the compilers go too
+                _kill(child)
+    if code != 0 or not (scratch / LIBRARY).is_file():
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        what = f"did not end in {TIME_LIMIT} s" if code is None else f"failed (status {code})"
+        raise BuildError(f"The compiler {what}. Its last lines:\n{last}")
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    else:
+        child.kill()
+    child.wait()
+
+
+def _install(scratch: Path, folder: Path) -> None:
+    """Record the library and move it to its place; whoever is second to do so leaves the first one's."""
+    record = {
+        "sha256": _sha256(scratch / LIBRARY),
+        "torch": torch.__version__,
+        "toolkit": str(_toolchain.cuda_home()),
+        "built": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    for path in scratch.iterdir():
+        if path.name not in (LIBRARY, "build.log"):
+            path.unlink()
+    (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    with (scratch / LIBRARY).open("rb") as file:
+        os.fsync(file.fileno())
+    if folder.exists() and not is_complete(folder):  # damaged later: a complete one never was half-written
+        aside = folder.with_name(f"{folder.name}.build-damaged-{uuid.uuid4().hex[:8]}")
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.rename(scratch, folder)
+    except OSError:
+        if not is_complete(folder):
+            raise

@@ -1,0 +1,96 @@
+"""Records of a folder of weights that the package ships: `python -m psp_lightning.zoo.release FOLDER`.
+
+Run it after any of the folder's files was written; it writes `records.json` anew from what the files say of themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from psp_lightning.checkpoints.safetensors_io import read_described
+from psp_lightning.utils.errors import UserError
+from psp_lightning.zoo import locate as pretrained
+
+LIMIT = 20 * 10**6  # bytes of all shipped weights together
+
+
+def release(
+    folder: str | os.PathLike[str], made_by: Mapping[str, str] | None = None, licence: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write `records.json` for the `*.safetensors` files of `folder`.
+
+    Args:
+        folder: as `.../psp_lightning/weights/toyfaces`; its last part becomes the first of the names.
+        made_by: command by stem; default: `made_by` of the file's own `origin`.
+        licence: of all files; default: `licence` of the file's own `origin`.
+
+    Returns:
+        The records: name to file, kind, sha256, bytes, made_by, licence.
+
+    Raises:
+        UserError: no files; one that does not say how it was made or its licence; a pSp network whose generator file
+            is missing or of another digest; more than 20 MB.
+    """
+    folder, made_by = Path(folder).resolve(), made_by or {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors files.")
+    records, wanted = {}, {}
+    for file in files:
+        description, _ = read_described(file)
+        origin = description.get("origin") or {}
+        entry = {
+            "file": file.name,
+            "kind": description["kind"],
+            "sha256": pretrained.sha256(file),
+            "bytes": file.stat().st_size,
+            "made_by": made_by.get(file.stem) or origin.get("made_by"),
+            "licence": licence or origin.get("licence"),
+        }
+        for key in ("made_by", "licence"):
+            if not isinstance(entry[key], str):
+                raise UserError(f"{file} does not say its {key}: write it with origin={{'{key}': ...}}, or give it.")
+        records[f"{folder.name}/{file.stem}"] = entry
+        network = description.get("psp") or {}
+        if "file" in network.get("generator", {}):
+            wanted[file] = network["generator"]
+    for file, generator in wanted.items():
+        name, digest = generator["file"], generator.get("sha256")
+        if records.get(name, {}).get("sha256") != digest:
+            raise UserError(
+                f"{file} was made for another {name} than the one in {folder}: write it again, or delete it."
+            )
+    total = sum(entry["bytes"] for entry in records.values())
+    if total > LIMIT:
+        raise UserError(f"The files of {folder} have {total} bytes, more than the {LIMIT} that the package may ship.")
+    part = folder / "records.json.part"
+    part.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, folder / "records.json")
+    pretrained.forget_records()
+    return records
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m psp_lightning.zoo.release FOLDER [--licence TEXT] [--made-by STEM=COMMAND ...]`."""
+    parser = argparse.ArgumentParser(prog="python -m psp_lightning.zoo.release", description=__doc__)
+    parser.add_argument("folder", help="folder of .safetensors files")
+    parser.add_argument("--licence", help="of all files; default: what each file says")
+    parser.add_argument("--made-by", action="append", default=[], metavar="STEM=COMMAND", help="repeatable")
+    given = parser.parse_args(arguments)
+    commands = dict(item.split("=", 1) for item in given.made_by if "=" in item)
+    try:
+        records = release(given.folder, commands, given.licence)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name, entry in records.items():
+        print(f"{entry['bytes']:>10}  {entry['sha256'][:16]}  {name}")
+
+
+if __name__ == "__main__":
+    main()
