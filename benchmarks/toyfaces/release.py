@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding, save_generator, save_psp
-from psp_lightning.loading import load_generator, load_psp
-from psp_lightning.zoo.release import release
+from benchmarks.toyfaces.records import write_records
+from psp_lightning.checkpoints.weight_files import save_embedding, save_generator, save_psp
+from psp_lightning.loading import load_embedding, load_generator, load_psp
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "src" / "psp_lightning" / "weights" / "toyfaces"
@@ -44,7 +44,7 @@ def main() -> None:
         stale = [FOLDER / f"{task}.safetensors" for task in TASKS]
         for file in stale:
             file.unlink(missing_ok=True)
-        release(FOLDER)
+        write_records(FOLDER)
     for task in TASKS:
         if run := getattr(options, task):
             net = load_psp(run / "checkpoints" / "last.ckpt")
@@ -53,7 +53,7 @@ def main() -> None:
             given = [item for item in given if not item.startswith(aside)]
             made_by = " ".join(["psp-train", *given])
             save_psp(FOLDER / f"{task}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
-    for name, entry in release(FOLDER).items():
+    for name, entry in write_records(FOLDER).items():
         print(f"{entry['bytes']:>10}  {entry['sha256'][:16]}  {name}")
     print(FOLDER)
 

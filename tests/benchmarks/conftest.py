@@ -1,15 +1,8 @@
-"""Makes `benchmarks` importable, whose folder is no installed package, and small weights for it."""
+"""Small weights for the benchmarks."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +13,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from benchmarks.compare.ours import write_weights
     from benchmarks.compare.rows import FLOAT32, Job
     from psp_lightning import PSP
-    from psp_lightning.loading import save_atomic
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.stylegan2 import Generator
+    from psp_lightning.utils.atomic import save_torch
 
     folder = tmp_path_factory.mktemp("weights")
     files = {"psp": "psp_32.pt", "alexnet": "alexnet.pth", "ir_se50": "ir_se50.pth"}
@@ -32,7 +25,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     encoder = GradualStyleEncoder(generator.n_styles, 32, input_size=64, blocks=[1, 1, 1, 1], width=16)
     net = PSP(encoder, generator, torch.randn(32), source={"kind": "rgb", "size": 64})
     content = {"psp": net.describe(), "state_dict": {f"net.{key}": value for key, value in net.state_dict().items()}}
-    save_atomic(content, files["psp"])
+    save_torch(content, files["psp"])
     write_weights(Job("weights", 32, 1, FLOAT32, "cpu", files))
     return files
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from psp_lightning.checkpoints.weight_files import save_generator, save_psp
-from psp_lightning.latents.codes import generator_hash
+from psp_lightning.checkpoints.weight_files import generator_hash, save_generator, save_psp
 from psp_lightning.latents.files import read_latents
 from psp_lightning.loading import load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
@@ -60,11 +59,10 @@ def same(a: Path, b: Path) -> bool:
 # --- latents of psp-predict
 
 
-@pytest.mark.parametrize("kind", ["true", "npz"])
-def test_latents_go_out_and_come_back(kind: str, psp, place: Path) -> None:
-    done = predict(psp, ckpt="mine.safetensors", input="in", output="out", latents=kind)
+def test_latents_go_out_and_come_back(psp, place: Path) -> None:
+    done = predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true")
     assert done.code == 0, done.err
-    file = place / "out" / ("latents.npz" if kind == "npz" else "latents.safetensors")
+    file = place / "out" / "latents.safetensors"
     assert f"latents: {Path('out') / file.name}" in done.out
     found = read_latents(file)
     assert found.names == ("0", "1", "a/2") and found.space == "w_plus" and found.latent_avg
@@ -72,7 +70,7 @@ def test_latents_go_out_and_come_back(kind: str, psp, place: Path) -> None:
     assert found.generator == generator_hash(net.generator) and found.checkpoint == "mine.safetensors"
     with torch.no_grad():
         expected = net.generator.synthesis(found.codes)
-    done = predict(psp, ckpt="mine.safetensors", input=file, output="again", latents=kind, sheet="true")
+    done = predict(psp, ckpt="mine.safetensors", input=file, output="again", latents="true", sheet="true")
     assert done.code == 0, done.err
     (place / "again" / "sheet.png").unlink()
     assert same(place / "out", place / "again"), "decoding its codes gives the image of the input"
@@ -108,9 +106,9 @@ def test_a_second_run_completes_the_file(psp, place: Path) -> None:
     done = predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true")
     assert done.code == 0 and "2 written, 1 skipped" in done.out, done.err
     assert read_latents(place / "out" / "latents.safetensors").names == ("0", "1", "a/2")
-    (place / "out" / "latents" / "1.npz").unlink()
+    (place / "out" / "latents" / "1.safetensors").unlink()
     assert "1 written, 2 skipped" in predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true").out
-    (place / "out" / "latents" / "1.npz").unlink()
+    (place / "out" / "latents" / "1.safetensors").unlink()
     done = predict(psp, ckpt="theirs.safetensors", input="in", output="out", latents="true")
     assert done.code == 1 and "generators differ" in done.err and "overwrite=true" in done.err
 
@@ -137,7 +135,7 @@ def test_latents_of_another_generator(psp, place: Path) -> None:
         ({"side_by_side": "true"}, "side_by_side is for images"),
         ({"factor": 2}, "factor is for images"),
         ({"mask__composite": "true"}, "mask is for images"),
-        ({"latents": "pt"}, "true, false, safetensors or npz"),
+        ({"latents": "npz"}, "true, false or safetensors"),
         ({"any_generator": 3}, "true or false"),
         ({"input": "gone.safetensors"}, "do not exist"),
         ({"input": "mine.safetensors"}, "of kind 'psp', not 'latents'"),
@@ -183,9 +181,9 @@ def test_z_and_w_go_through_the_mapping_network(psp, place: Path) -> None:
     assert psp("latents", "in=z.npy", "space=z", "into=w", "out=w.npy", "ckpt=mine.safetensors").code == 0
     assert np.allclose(np.load(place / "w.npy"), w.numpy(), atol=1e-5)
     for space, extra in (("z", ["space=z"]), ("w", [])):
-        done = psp("latents", f"in={space}.npy", f"out={space}.npz", "ckpt=mine.safetensors", *extra)
+        done = psp("latents", f"in={space}.npy", f"out={space}.safetensors", "ckpt=mine.safetensors", *extra)
         assert done.code == 0, done.err
-        assert predict(psp, ckpt="mine.safetensors", input=f"{space}.npz", output=f"from_{space}").code == 0
+        assert predict(psp, ckpt="mine.safetensors", input=f"{space}.safetensors", output=f"from_{space}").code == 0
     assert same(place / "from_z", place / "from_w")
     assert pixels(place / "from_z").keys() == {"00000.png", "00001.png"}
 
@@ -193,32 +191,32 @@ def test_z_and_w_go_through_the_mapping_network(psp, place: Path) -> None:
 def test_codes_without_the_average(psp, place: Path) -> None:
     net = load_psp(place / "mine.safetensors")
     torch.save(torch.zeros(1, 8, 16), place / "delta.pt")
-    done = psp("latents", "in=delta.pt", "out=delta.npz", "ckpt=mine.safetensors", "latent_avg=excluded")
-    assert done.code == 0 and not read_latents(place / "delta.npz").latent_avg, done.err
-    assert predict(psp, ckpt="mine.safetensors", input="delta.npz", output="out").code == 0
+    done = psp("latents", "in=delta.pt", "out=delta.safetensors", "ckpt=mine.safetensors", "latent_avg=excluded")
+    assert done.code == 0 and not read_latents(place / "delta.safetensors").latent_avg, done.err
+    assert predict(psp, ckpt="mine.safetensors", input="delta.safetensors", output="out").code == 0
     with torch.no_grad():
         image = net.decode(net.latent_avg[None])[0].clamp(-1, 1) * 127.5 + 127.5
     assert np.abs(pixels(place / "out")["00000.png"] - image.permute(1, 2, 0).numpy()).max() <= 1
-    assert psp("latents", "in=delta.npz", "out=full.pt", "ckpt=mine.safetensors").code == 0
+    assert psp("latents", "in=delta.safetensors", "out=full.pt", "ckpt=mine.safetensors").code == 0
     assert torch.equal(torch.load(place / "full.pt", weights_only=True)[0], net.latent_avg)
-    done = psp("latents", "in=delta.npz", "out=full2.pt")
+    done = psp("latents", "in=delta.safetensors", "out=full2.pt")
     assert done.code == 1 and "ckpt=" in done.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["in=wp.npy", "out=x.npz"], "give ckpt=..."),
+        (["in=wp.npy", "out=x.safetensors"], "give ckpt=..."),
         (["in=gone.npy", "out=x.pt"], "gone.npy do not exist"),
         (["in=wp.npy", "out=x.txt"], "must end in"),
         (["in=wp.npy", "out=wp.npy"], "overwrite=true"),
         (["in=wp.npy"], "out=... must be given"),
         (["in=wp.npy", "out=x.pt", "spaec=w"], "Did you mean 'space'?"),
         (["in=wp.npy", "out=x.pt", "into=W"], "into=W is unknown"),
-        (["in=wp.npy", "out=x.npz", "ckpt=mine.safetensors", "names=gone.txt"], "gone.txt"),
-        (["in=wp.npy", "out=x.npz", "ckpt=wp.npy"], "wp.npy"),
-        (["in=bad.npy", "out=x.npz", "ckpt=mine.safetensors"], "do not fit"),
-        (["in=wp.npy", "out=x.npz", "ckpt=mine.safetensors", "any_generator=maybe"], "any_generator=maybe"),
+        (["in=wp.npy", "out=x.safetensors", "ckpt=mine.safetensors", "names=gone.txt"], "gone.txt"),
+        (["in=wp.npy", "out=x.safetensors", "ckpt=wp.npy"], "wp.npy"),
+        (["in=bad.npy", "out=x.safetensors", "ckpt=mine.safetensors"], "do not fit"),
+        (["in=wp.npy", "out=x.safetensors", "ckpt=mine.safetensors", "any_generator=maybe"], "any_generator=maybe"),
     ],
 )
 def test_mistakes_of_psp_latents(arguments: list[str], said: str, psp, place: Path) -> None:

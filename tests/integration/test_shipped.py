@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.toyfaces.records import write_records
 from psp_lightning import PSP
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
 from psp_lightning.loading import load_generator
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.zoo import locate as pretrained
-from psp_lightning.zoo.release import release
 
 ORIGIN = {"made_by": "psp-train", "licence": "MIT"}
 QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]
@@ -28,12 +28,12 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "package" / "toyfaces"
     generator = Generator.seeded(0, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
     save_generator(folder / "generator.safetensors", generator, ORIGIN, torch.float16)
-    release(folder)
+    write_records(folder)
     generator, average = load_generator("toyfaces/generator")
     encoder = GradualStyleEncoder(8, style_dim=16, input_size=32, blocks=(1, 1, 1, 1), width=4)
     net = PSP(encoder, generator, average, source={"kind": "rgb", "size": 32})
     save_psp(folder / "inversion.safetensors", net, ORIGIN, torch.float16, "toyfaces/generator")
-    release(folder)
+    write_records(folder)
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "x.png")
     yield
     pretrained.forget_records()

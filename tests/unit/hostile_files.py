@@ -342,7 +342,7 @@ def main(folder: Path) -> None:
     """Read every file as `psp-weights import` does, and print what happened."""
     import resource
 
-    from psp_lightning.importers.foreign import import_file
+    from psp_lightning.importers.imports import import_file
     from psp_lightning.utils.errors import UserError
 
     canary = folder / "canary"

@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from psp_lightning.checkpoints.read import read
+from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.importers import published as convert
-from psp_lightning.loading import load_generator, load_psp, load_strict, read, save_atomic
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.atomic import save_torch
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate as pretrained
 
@@ -374,12 +377,12 @@ def test_load_strict_reports_and_changes_nothing_on_error():
     assert "test net: 6 tensors loaded" in str(report) and net[0].weight.mean() == 1
 
 
-def test_save_atomic(tmp_path):
+def test_save_torch(tmp_path):
     path = tmp_path / "new" / "a.ckpt"
-    save_atomic({"a": torch.ones(2)}, path)
+    save_torch({"a": torch.ones(2)}, path)
     assert read(path)["a"].sum() == 2
     with pytest.raises(Exception, match="(?i)pickle|local"):
-        save_atomic({"a": lambda: 0}, path)
+        save_torch({"a": lambda: 0}, path)
     assert read(path)["a"].sum() == 2 and [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
 
 

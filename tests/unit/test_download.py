@@ -223,7 +223,7 @@ def test_pages_are_no_weights(server, folder, monkeypatch, data, content_type, m
     behaviour.data, behaviour.content_type = data, content_type
     if not data:
         behaviour.status = 200
-        monkeypatch.setattr(download, "_continue", lambda entry, url, folder, part, progress: part.write_bytes(b""))
+        monkeypatch.setattr(download._Download, "_request", lambda self: self.part.write_bytes(b""))
     with pytest.raises(UserError, match=message) as error:
         download.get("mine")
     assert "By hand" in str(error.value) and not [name for name in names(folder) if name.endswith((".pth", ".part"))]

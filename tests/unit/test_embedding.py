@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding
+from psp_lightning.checkpoints.weight_files import save_embedding
+from psp_lightning.loading import load_embedding
 from psp_lightning.losses import IDLoss, LossInputs, PerceptualLoss
 from psp_lightning.models.embedding import FaceEmbedding
 from psp_lightning.models.frozen import is_frozen

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.checkpoints.weight_files import generator_hash, save_generator
 from psp_lightning.inference import export as module
 from psp_lightning.inference.export import FixedShapes, Part, averages, export
 from psp_lightning.inference.model_card import facts_of
-from psp_lightning.latents.codes import generator_hash
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP

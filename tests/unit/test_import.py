@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import save_file
 
 from psp_lightning import PSP
+from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.safetensors_io import read_described
 from psp_lightning.checkpoints.strict import WeightsMismatch, adapt_channels, load_strict
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
 from psp_lightning.importers import published as convert
-from psp_lightning.importers.foreign import channel_table, import_file
+from psp_lightning.importers.imports import import_file
 from psp_lightning.importers.parity import parity
-from psp_lightning.loading import load_generator, load_psp, read
+from psp_lightning.importers.report import channel_table
+from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import Encoder4Editing, EncoderIntoW, GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError

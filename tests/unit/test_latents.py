@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from psp_lightning.checkpoints.safetensors_io import save_described
-from psp_lightning.checkpoints.weight_files import save_generator, save_psp
-from psp_lightning.latents.codes import Latents, generator_hash, load_decoder, to_w_plus
+from psp_lightning.checkpoints import safetensors_io
+from psp_lightning.checkpoints.safetensors_io import KEY, save_described
+from psp_lightning.checkpoints.weight_files import generator_hash, save_generator, save_psp
+from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import gather_latents, read_latents, read_plain, save_latents, save_plain
-from psp_lightning.loading import load_generator, load_psp
+from psp_lightning.loading import load_decoder, load_generator, load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -100,12 +102,23 @@ def test_hash_tells_generators_apart() -> None:
 # --- files of ours
 
 
+def save_npz(path: Path, given: Latents) -> None:
+    """Write codes as version 0.1.0 could."""
+    facts = {
+        "space": given.space,
+        "generator": {"sha256": given.generator, "checkpoint": given.checkpoint},
+        "latent_avg": given.latent_avg,
+    }
+    arrays = {given.space: given.codes.numpy(), "names": np.array(given.names), KEY: np.array(json.dumps(facts))}
+    np.savez(path, allow_pickle=False, **arrays)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("space", ["z", "w", "w_plus"])
 def test_round_trip(space: str, suffix: str, tmp_path: Path) -> None:
     names = ("ü/a b", "x\ny", "a.b")
     given = Latents(codes(3, space), names, space, "ab" * 32, "toyfaces/inversion", latent_avg=False)
-    save_latents(tmp_path / f"l{suffix}", given)
+    (save_npz if suffix == ".npz" else save_latents)(tmp_path / f"l{suffix}", given)
     found = read_latents(tmp_path / f"l{suffix}")
     assert torch.equal(found.codes, given.codes)
     assert (found.names, found.space, found.latent_avg) == (names, space, False)
@@ -113,10 +126,17 @@ def test_round_trip(space: str, suffix: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [f"l{suffix}"], "nothing else is left"
 
 
-def test_npz_is_readable_without_this_package(tmp_path: Path) -> None:
-    save_latents(tmp_path / "l.npz", latents())
-    with np.load(tmp_path / "l.npz", allow_pickle=False) as file:
-        assert file["w_plus"].shape == (3, 8, 16) and file["names"].tolist() == ["a/0", "a/1", "a/2"]
+def test_files_are_readable_without_this_package(tmp_path: Path) -> None:
+    save_latents(tmp_path / "l.safetensors", latents())
+    with safe_open(tmp_path / "l.safetensors", "np") as file:
+        assert file.get_tensor("w_plus").shape == (3, 8, 16)
+        assert json.loads(file.get_tensor("names").tobytes()) == ["a/0", "a/1", "a/2"]
+
+
+def test_npz_is_no_longer_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"l\.npz: latents are written as \.safetensors"):
+        save_latents(tmp_path / "l.npz", latents())
+    assert not (tmp_path / "l.npz").exists()
 
 
 def test_many_names_fit(tmp_path: Path) -> None:
@@ -126,25 +146,25 @@ def test_many_names_fit(tmp_path: Path) -> None:
 
 
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_latents(tmp_path / "l.npz", latents(2))
+    save_latents(tmp_path / "l.safetensors", latents(2))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="l.npz"):
-        save_latents(tmp_path / "l.npz", latents(3))
-    assert len(read_latents(tmp_path / "l.npz")) == 2 and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(safetensors_io, "save_file", full)
+    with pytest.raises(OSError, match="l.safetensors"):
+        save_latents(tmp_path / "l.safetensors", latents(3))
+    assert len(read_latents(tmp_path / "l.safetensors")) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_gathering_refuses_another_generator(tmp_path: Path) -> None:
     for i, digest in enumerate(("ab", "ab", "cd")):
         one = Latents(codes(1), (str(i),), "w_plus", digest * 32, f"{digest}.ckpt")
-        save_latents(tmp_path / f"{i}.npz", one)
-    assert gather_latents(tmp_path / "all.safetensors", [tmp_path / "0.npz", tmp_path / "1.npz"]) == 2
+        save_latents(tmp_path / f"{i}.safetensors", one)
+    assert gather_latents(tmp_path / "all.safetensors", [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]) == 2
     assert read_latents(tmp_path / "all.safetensors").names == ("0", "1")
     with pytest.raises(UserError, match="ab.ckpt.*generators differ.*overwrite=true"):
-        gather_latents(tmp_path / "more.safetensors", [tmp_path / f"{i}.npz" for i in range(3)])
+        gather_latents(tmp_path / "more.safetensors", [tmp_path / f"{i}.safetensors" for i in range(3)])
     assert not (tmp_path / "more.safetensors").exists()
 
 
@@ -185,7 +205,7 @@ def load_like(net: Generator) -> PSP:
 
 def damaged(path: Path) -> dict[str, bytes]:
     save_latents(path / "l.safetensors", latents())
-    save_latents(path / "l.npz", latents())
+    save_npz(path / "l.npz", latents())
     whole = {name: (path / name).read_bytes() for name in ("l.safetensors", "l.npz")}
     files = {"empty.npz": b"", "text.npz": b"hello", "empty.safetensors": b"", "text.safetensors": b"x" * 50}
     for name, data in whole.items():
@@ -203,7 +223,7 @@ def test_damaged_files_are_one_message(tmp_path: Path) -> None:
 
 
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path) -> None:
-    save_latents(tmp_path / "l.npz", latents())
+    save_npz(tmp_path / "l.npz", latents())
     save_latents(tmp_path / "l.safetensors", latents())
     for suffix in ("npz", "safetensors"):
         data = (tmp_path / f"l.{suffix}").read_bytes()
@@ -324,4 +344,4 @@ def test_save_plain(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="average"):
         save_plain(path, latents(latent_avg=False))
     with pytest.raises(UserError, match="give ckpt"):
-        save_latents(tmp_path / "l.npz", read_plain(path))
+        save_latents(tmp_path / "l.safetensors", read_plain(path))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.safetensors_io import KEY, read_described, save_described
-from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding, save_generator, save_psp
-from psp_lightning.loading import load_generator, load_psp, read
+from psp_lightning.checkpoints.weight_files import save_embedding, save_generator, save_psp
+from psp_lightning.loading import load_embedding, load_generator, load_psp
 from psp_lightning.models import registry
 from psp_lightning.models.encoders import EncoderIntoW, GradualStyleEncoder
 from psp_lightning.models.psp import PSP

@@ -14,7 +14,7 @@ import torch
 
 from psp_lightning.checkpoints.torch_files import read_pickle
 from psp_lightning.cli import weights
-from psp_lightning.importers.foreign import import_file
+from psp_lightning.importers.imports import import_file
 from psp_lightning.importers.nvidia import convert_nvidia
 from psp_lightning.loading import load_generator
 from psp_lightning.models.stylegan2 import Generator

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.toyfaces.records import LIMIT, main, write_records
 from psp_lightning import PSP
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
-from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding, save_generator, save_psp
-from psp_lightning.loading import load_generator, load_psp
+from psp_lightning.checkpoints.weight_files import save_embedding, save_generator, save_psp
+from psp_lightning.loading import load_embedding, load_generator, load_psp
 from psp_lightning.models import registry
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate as pretrained
-from psp_lightning.zoo.release import LIMIT, main, release
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = {"made_by": "psp-train domain=toyfaces", "licence": "MIT"}
@@ -53,10 +53,10 @@ def folder(tmp_path, monkeypatch):
     folder = tmp_path / "weights" / "toyfaces"
     save_generator(folder / "generator.safetensors", generator(), ORIGIN, HALF)
     save_embedding(folder / "identity.safetensors", DummyEmbedding(), ORIGIN, HALF)
-    release(folder)
+    write_records(folder)
     trained = network(load_generator("toyfaces/generator")[0])
     save_psp(folder / "inversion.safetensors", trained, ORIGIN, HALF, generator_file="toyfaces/generator")
-    release(folder)
+    write_records(folder)
     yield folder
     pretrained.forget_records()
 
@@ -113,9 +113,9 @@ def test_another_generator_is_an_error(folder):
     with pytest.raises(UserError, match=r"toyfaces/generator \(.*were changed.*Install psp-lightning again"):
         load_psp("toyfaces/inversion")
     with pytest.raises(UserError, match=r"inversion\.safetensors was made for another toyfaces/generator"):
-        release(folder)
+        write_records(folder)
     (folder / "inversion.safetensors").rename(folder.parent / "old.safetensors")
-    release(folder)
+    write_records(folder)
     with pytest.raises(UserError, match=r"old\.safetensors: it was made for another toyfaces/generator"):
         load_psp(folder.parent / "old.safetensors")
     with pytest.raises(UserError, match="generator_file=toyfaces/generator: that is not the generator"):
@@ -140,7 +140,7 @@ def test_missing_files_and_damaged_records(folder):
         load_psp("toyfaces/a")
 
 
-def test_release(folder, capsys):
+def test_write_records(folder, capsys):
     records = json.loads((folder / "records.json").read_text())
     assert list(records) == ["toyfaces/generator", "toyfaces/identity", "toyfaces/inversion"]
     assert records["toyfaces/inversion"]["made_by"] == ORIGIN["made_by"]
@@ -153,13 +153,13 @@ def test_release(folder, capsys):
     with pytest.raises(SystemExit, match=r"generator2\.safetensors does not say its made_by"):
         main([str(folder)])
     with pytest.raises(UserError, match="holds no .safetensors files"):
-        release(folder.parent)
+        write_records(folder.parent)
 
 
-def test_release_refuses_too_much(folder, monkeypatch):
-    monkeypatch.setattr("psp_lightning.zoo.release.LIMIT", 1000)
+def test_write_records_refuses_too_much(folder, monkeypatch):
+    monkeypatch.setattr("benchmarks.toyfaces.records.LIMIT", 1000)
     with pytest.raises(UserError, match="more than the 1000 that the package may ship"):
-        release(folder)
+        write_records(folder)
 
 
 # --- the package's own ---------------------------------------------------------------------------------------------
@@ -171,10 +171,10 @@ def test_shipped_files_and_records_agree():
     records = {entry.file: entry for entry in pretrained.shipped().values()}
     # everything in the folder: what is there is shipped
     files = {file for file in root.rglob("*") if file.is_file() and file.name not in ("records.json", "README.md")}
-    assert files == set(records), "run python -m psp_lightning.zoo.release on the folder"
+    assert files == set(records), "run python -m benchmarks.toyfaces.records on the folder"
     for file, entry in records.items():
         content = file.read_bytes()
-        assert entry.sha256 == hashlib.sha256(content).hexdigest(), f"{entry.name}: run the release again"
+        assert entry.sha256 == hashlib.sha256(content).hexdigest(), f"{entry.name}: write the records again"
         assert entry.bytes == len(content) and entry.made_by and entry.licence, entry.name
         assert read_described(file, entry.kind)[0]["kind"] == entry.kind
     assert sum(entry.bytes for entry in records.values()) <= LIMIT

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from psp_lightning.build.training import load_backbone
-from psp_lightning.importers.foreign import import_file
+from psp_lightning.importers.imports import import_file
 from psp_lightning.inference.export import SUFFIXES, export
 from psp_lightning.loading import load_psp
 from psp_lightning.models.encoders import ReStyleEncoder, ReStyleEncoder4Editing

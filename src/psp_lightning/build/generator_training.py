@@ -15,6 +15,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.checks import check_numbers
 from psp_lightning.build.training import build_loggers, import_plugins, instantiate, quiet
+from psp_lightning.checkpoints.read import read
+from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.data.datamodules import ImageDataModule
 from psp_lightning.lit.callbacks.epochs import EpochStart
 from psp_lightning.lit.callbacks.fit import LastCheckpoint, ProgressBar
@@ -22,7 +24,7 @@ from psp_lightning.lit.callbacks.samples import ExportGenerator, SampleGrids
 from psp_lightning.lit.files import AtomicCheckpointIO
 from psp_lightning.lit.generator import LitGenerator, Recipe
 from psp_lightning.lit.strategy import UnwrappedDDP
-from psp_lightning.loading import load_generator, load_strict, read
+from psp_lightning.loading import load_generator
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.devices import check_launched, resolve_devices

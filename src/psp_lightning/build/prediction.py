@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build.checks import check_numbers
 from psp_lightning.build.training import import_plugins, quiet
+from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
-from psp_lightning.latents.codes import generator_hash, load_decoder
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.lit.psp import gather
-from psp_lightning.loading import load_psp
+from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError, suggest
@@ -57,7 +57,7 @@ class PredictionPlan:
     writer: PredictionWriter
 
     def gather_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
-        """Write OUTPUT/latents.safetensors (or .npz): the codes of all inputs that have one; None: not asked for.
+        """Write OUTPUT/latents.safetensors: the codes of all inputs that have one; None: not asked for.
 
         Raises:
             UserError: what was skipped belongs to another generator.
@@ -65,7 +65,7 @@ class PredictionPlan:
         good = sorted(record["index"] for record in records if record["status"] != "error")
         if not cfg.latents or not good:
             return None
-        path = self.writer.folder / f"latents.{'npz' if cfg.latents == 'npz' else 'safetensors'}"
+        path = self.writer.folder / "latents.safetensors"
         gather_latents(path, [self.writer.latents_of(self.files[index]) for index in good])
         return path
 
@@ -99,8 +99,8 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]} must be true or false.")
     _check_speed(cfg)
-    if cfg.latents not in (True, False, "safetensors", "npz"):
-        raise UserError(f"latents={cfg.latents} must be true, false, safetensors or npz.")
+    if cfg.latents not in (True, False, "safetensors"):
+        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
         raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
     if cfg.mask.kind is not None and cfg.mask.kind not in SHAPES:

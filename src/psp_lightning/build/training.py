@@ -22,11 +22,13 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.checks import NUMBERS, check_monitored, check_numbers
+from psp_lightning.checkpoints.read import read
+from psp_lightning.checkpoints.strict import LoadReport, load_strict
 from psp_lightning.lit.callbacks.epochs import EpochStart
 from psp_lightning.lit.callbacks.fit import AverageBatchNorm, ImageGrids, LastCheckpoint, ProgressBar
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
-from psp_lightning.loading import LoadReport, load_psp, load_strict, read
+from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
 from psp_lightning.models.irse import checkpoint_units

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,27 +99,32 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def read_described(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and tensors (floating-point ones as float32, on the CPU) of a file.
+    """Read description and tensors (floating-point ones as float32, on the CPU) of a file of ours.
 
     Args:
+        path: the file.
         kinds: what the file may be; none given: anything.
 
     Raises:
         UserError: a damaged file, one without our description, one of another kind, weights that are not finite.
     """
-    path = Path(path)
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            description = _description(path, file, kinds)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            # copies: what safetensors gives is a view of the file
-            tensors = {
-                k: t.to(torch.float32, copy=True) if t.is_floating_point() else t.clone() for k, t in tensors.items()
-            }
-    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or no safetensors file ({reason[:200]}).") from None
+    return check_described(path, *read_tensors(path), kinds)
+
+
+def check_described(
+    path: str | os.PathLike[str],
+    description: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+    kinds: Sequence[str] = (),
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return description and tensors unchanged, with the errors of `read_described`."""
+    if description is None:
+        names = ", ".join(_short(name) for name in list(tensors)[:5]) or "nothing"
+        raise UserError(f"{path} is a safetensors file without psp_lightning's description; it holds {names}.")
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path} is of another format than this version reads ({FORMAT}).")
+    if kinds and description.get("kind") not in kinds:
+        raise UserError(f"{path} is of kind {_short(description.get('kind'))}, not {' or '.join(map(repr, kinds))}.")
     for name, tensor in tensors.items():
         if tensor.is_complex() or not bool(tensor.isfinite().all()):
             what = "complex numbers" if tensor.is_complex() else "values that are not finite"
@@ -127,17 +132,42 @@ def read_described(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str,
     return description, tensors
 
 
-def _description(path: Path, file: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
-    metadata = file.metadata() or {}
-    if KEY not in metadata:
-        names = ", ".join(_short(name) for name in list(file.keys())[:5]) or "nothing"
-        raise UserError(f"{path} is a safetensors file without psp_lightning's description; it holds {names}.")
-    description = json.loads(metadata[KEY], parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise UserError(f"{path} is of another format than this version reads ({FORMAT}).")
-    if kinds and description.get("kind") not in kinds:
-        raise UserError(f"{path} is of kind {_short(description.get('kind'))}, not {' or '.join(map(repr, kinds))}.")
-    return description
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Read any safetensors file: our description of it, None where it has none, and its tensors.
+
+    Floating-point tensors become float32; all are copies on the CPU and may hold any values.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = Path(path)
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(KEY)
+            description = None if text is None else _parse(text)
+            # copies, because safetensors gives views of the file
+            tensors = {name: _float32(file.get_tensor(name)) for name in file.keys()}
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no safetensors file ({reason[:200]}).") from None
+    return description, tensors
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read only the description of a safetensors file; an empty dict where it has none."""
+    with safe_open(path, framework="pt") as file:
+        return _parse((file.metadata() or {}).get(KEY, "{}"))
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Parse a description; what is no JSON object becomes an empty one, which is of no format."""
+    description = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+    return description if isinstance(description, dict) else {}
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,9 @@
-"""What every reader of weights shares: where a checkpoint is, networks that fit their tensors, strict loading."""
+"""Load tensors strictly: every difference between a file and its network is an error or is reported."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from psp_lightning.utils.errors import UserError, clean
-from psp_lightning.zoo import locate as pretrained
 
-RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
 NetT = TypeVar("NetT", bound=nn.Module)
 
 
@@ -73,32 +70,6 @@ def first(names: Iterable[str], n: int = 5) -> str:
     """The first names, for a message."""
     names = list(names)
     return ", ".join(map(clean, names[:n])) + (", ..." if len(names) > n else "")
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file at `path`.
-
-    Args:
-        path: the file itself, a run folder (its best checkpoint, else the last), or, where there is no such file or
-            folder, the name of shipped weights, as `toyfaces/inversion`.
-
-    Raises:
-        UserError: when there is nothing, or a folder without a checkpoint.
-    """
-    name, path = os.fspath(path), Path(path).expanduser()
-    if path.is_dir():
-        for file in RUN_FILES:
-            if (path / file).is_file():
-                return path / file
-        hidden = f" It hides the shipped weights {name}." if name in pretrained.shipped() else ""
-        raise UserError(f"{path} is a folder without a checkpoint: looked for {', '.join(RUN_FILES[:2])}.{hidden}")
-    if not path.exists():
-        if pretrained.is_shipped_name(name):
-            return pretrained.find(name)
-        raise UserError(f"Checkpoint {path} does not exist.")
-    if not path.is_file():
-        raise UserError(f"Checkpoint {path} is not a regular file.")
-    return path
 
 
 def load_strict(
@@ -208,7 +179,7 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 @contextlib.contextmanager
-def understanding(path: Path) -> Iterator[None]:
+def wrap_errors(path: Path) -> Iterator[None]:
     """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
     try:
         with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced

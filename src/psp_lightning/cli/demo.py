@@ -351,7 +351,7 @@ def main() -> None:
     def run() -> None:
         settings = _parse(arguments)
         print("psp-demo: loading", flush=True)
-        from psp_lightning.checkpoints.strict import resolve
+        from psp_lightning.checkpoints.read import resolve
 
         for checkpoint in settings.checkpoints.values():
             resolve(checkpoint)  # what is missing is said before anything is written

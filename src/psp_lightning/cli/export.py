@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
     from psp_lightning.build.training import import_plugins
     from psp_lightning.inference.export import PARTS, SUFFIXES, check_packages, export
     from psp_lightning.inference.model_card import facts_of
-    from psp_lightning.latents.codes import load_decoder
+    from psp_lightning.loading import load_decoder
 
     what = choice(values, "what", PARTS)
     wanted = choice(values, "format", tuple(SUFFIXES)) if values["format"] else ""

@@ -20,9 +20,10 @@ DEFAULTS = {
 HELP = f"""{USAGE} [space=...] [into=...] [name=...] [names=FILE]
 
 Converts latent codes. Suffixes say what the files are:
-  .safetensors .npz   ours, with names, space and generator: what psp-predict latents=true writes and input= takes
-  .npy .pt            numbers alone, as InterFaceGAN (.npy: w (N, 512), w_plus (N, 18, 512)), e4e (.pt: (N, 18, 512))
-                      and StyleCLIP (.pt: (1, 18, 512)) have them; .npz with one array is read too
+  .safetensors   ours, with names, space and generator: what psp-predict latents=true writes and input= takes
+  .npy .pt       only numbers, as InterFaceGAN (.npy: w (N, 512), w_plus (N, 18, 512)), e4e (.pt: (N, 18, 512)) and
+                 StyleCLIP (.pt: (1, 18, 512)) have them
+  .npz           is read: ours of version 0.1.0, or one array
 
   psp-latents in=out/latents.safetensors out=latents.pt                        for e4e
   psp-latents in=out/latents.safetensors out=face_0.pt name=face_0             one code, for StyleCLIP
@@ -47,10 +48,11 @@ def run(arguments: list[str]) -> None:
     """The command."""
     values = parse(arguments, DEFAULTS, ("in", "out"), USAGE)
     from psp_lightning.build.training import import_plugins
-    from psp_lightning.latents.codes import SPACES, load_decoder
-    from psp_lightning.latents.files import DESCRIBED, PLAIN, save_latents, save_plain
+    from psp_lightning.latents.codes import SPACES
+    from psp_lightning.latents.files import OURS, PLAIN, save_latents, save_plain
+    from psp_lightning.loading import load_decoder
 
-    out = new_file(values, (*DESCRIBED, *PLAIN))
+    out = new_file(values, (OURS, *PLAIN))
     any_generator = choice(values, "any_generator", ("true", "false")) == "true"
     if values["into"]:
         choice(values, "into", SPACES)
@@ -60,7 +62,7 @@ def run(arguments: list[str]) -> None:
         import_plugins([name for name in values["plugins"].split(",") if name])
         net = load_decoder(values["ckpt"])
         latents = latents.of(net.generator, values["ckpt"], any_generator)
-    elif out.suffix in DESCRIBED and latents.generator is None:
+    elif out.suffix == OURS and latents.generator is None:
         raise UserError(f"{values['in']} does not name the generator of its codes: give ckpt=...")
     if values["name"]:
         latents = latents.only(values["name"])

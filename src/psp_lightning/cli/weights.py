@@ -11,7 +11,7 @@ from psp_lightning.cli._settings import choice, command, new_file, parse
 from psp_lightning.utils.errors import UserError, clean, suggest
 
 if TYPE_CHECKING:
-    from psp_lightning.importers.foreign import Imported
+    from psp_lightning.importers.report import Imported
 
 IMPORT = "psp-weights import FILE out=FILE.safetensors"
 GET = "psp-weights get NAME"
@@ -105,7 +105,7 @@ def import_(arguments: list[str]) -> None:
     table(imported.rows, ("part", "tensors", "result"))
     remarks(imported.notes)
     imported.save(out, {"licence": values["licence"] or "that of the source"})
-    from psp_lightning.importers.foreign import import_file
+    from psp_lightning.importers.imports import import_file
 
     import_file(out)  # what was written can be read
     where = "ckpt=" if imported.kind == "psp" else "generator.path="
@@ -114,7 +114,7 @@ def import_(arguments: list[str]) -> None:
 
 def _read(file: str, values: dict[str, str]) -> Imported:
     from psp_lightning.checkpoints.strict import WeightsMismatch
-    from psp_lightning.importers.foreign import AVERAGES, WHAT, import_file
+    from psp_lightning.importers.imports import AVERAGES, WHAT, import_file
 
     choice(values, "what", WHAT)
     choice(values, "latent_avg", AVERAGES)
@@ -167,9 +167,9 @@ def verify(arguments: list[str]) -> None:
     usage = "psp-weights verify FILE_OR_NAME"
     name, settings = _subject(arguments, usage)
     parse(settings, {}, [], usage)
-    from psp_lightning import loading as io
+    from psp_lightning.checkpoints import read as io
     from psp_lightning.checkpoints import safetensors_io as files
-    from psp_lightning.importers import foreign
+    from psp_lightning.importers import imports as foreign
     from psp_lightning.zoo import download
     from psp_lightning.zoo import locate as pretrained
 

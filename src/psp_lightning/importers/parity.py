@@ -14,7 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from psp_lightning.importers.foreign import Imported, import_file
+from psp_lightning.importers.imports import import_file
+from psp_lightning.importers.report import Imported
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.errors import UserError

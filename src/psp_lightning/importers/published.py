@@ -10,10 +10,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from psp_lightning.checkpoints.read import select, tensors_of
+from psp_lightning.checkpoints.strict import build_and_load, first
+from psp_lightning.checkpoints.torch_files import check_tree
 from psp_lightning.models.encoders import IMAGE_CHANNELS
 from psp_lightning.models.irse import BLOCKS
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError, clean
 
 State = dict[str, Tensor]
@@ -42,23 +47,6 @@ SOURCE_KINDS: dict[str, str] = {
 }
 
 LARGEST_BLOCKS = 10  # that is 4096 pixels
-
-# what wrappers put in front of the keys: DistributedDataParallel, torch.compile
-WRAPPERS = ("module.", "_orig_mod.")
-
-
-def convert_wrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict without the prefixes that wrappers add to every key."""
-    result = dict(state)
-    for prefix in WRAPPERS:
-        if result and all(str(key).startswith(prefix) for key in result):
-            result = {key[len(prefix) :]: value for key, value in result.items()}
-    return result
-
-
-def select(state: Mapping[str, Any], prefix: str) -> State:
-    """The tensors whose key starts with `prefix`, without it."""
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)}
 
 
 def is_generator_state(state: Mapping[str, Any]) -> bool:
@@ -109,7 +97,7 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def project(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
+def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
     """Which project an encoder is of: `pSp`, `e4e` or `ReStyle`, whose encoders make several passes."""
     kind = opts.get("encoder_type")
     one_map = "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
@@ -121,7 +109,7 @@ def project(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
 def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str | None:
     """What of an encoder of ReStyle this library does not have, a clause; None: it can be built, or is another's."""
     kind = opts.get("encoder_type")
-    if project(encoder_state, opts) != "ReStyle":
+    if repository(encoder_state, opts) != "ReStyle":
         return None
     if kind in RESTYLE_RESNET or "conv1.weight" in encoder_state:
         return "its encoder has a ResNet-34 for body, which this library does not build"
@@ -209,3 +197,106 @@ def _factors(value: Any) -> list[int]:
         return []
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     return [int(part) for part in parts]
+
+
+def load_released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
+    """Make the network of a released pSp, e4e or ReStyle checkpoint.
+
+    Args:
+        content: what `read` gave.
+        in_channels: of the encoder, where it is not to be what the file has; its first layer is adapted, see
+            `psp_lightning.checkpoints.strict.adapt_channels`.
+
+    Raises:
+        UserError: something else, with what it is; an encoder that is not built here; tensors that do not fit each
+            other.
+    """
+    state = tensors_of(content)
+    encoder_state, decoder_state = select(state, "encoder."), select(state, "decoder.")
+    if not encoder_state or not is_generator_state(decoder_state):
+        raise UserError(f"this is no pSp checkpoint. {_what_else(content, state)}")
+    opts = read_options(content)
+    if reason := why_not_built(encoder_state, opts):
+        raise UserError(
+            f"this is a ReStyle checkpoint: {reason}. Its generator and average latent: psp-weights import FILE out=..."
+        )
+    encoder, adapted = _describe_encoder(encoder_state, opts, in_channels)
+    generator = infer_generator(decoder_state)
+    average = latent_average(content)
+    # ReStyle always starts from the average, whatever the option says
+    start = opts.get("encoder_type") in RESTYLE or bool(opts.get("start_from_latent_avg", average is not None))
+    if start and average is None:
+        raise UserError("it starts from the average latent but holds no 'latent_avg'.")
+    source = convert_source({} if adapted else opts, encoder["in_channels"], encoder["input_size"])
+    if adapted and source["kind"] == "labels":  # new to the network: no reason for the old way of resizing
+        source["interpolation"] = "nearest"
+    description = {
+        "format": 1,
+        "encoder": encoder,
+        "generator": {"class": "Generator", **generator},
+        "start_from_latent_avg": start,
+        "source": source,
+    }
+    n_styles, style_dim = 2 * generator["output_size"].bit_length() - 4, generator["style_dim"]
+    average = torch.zeros(n_styles, style_dim) if average is None else average
+    whole = {f"encoder.{key}": value for key, value in encoder_state.items()}
+    whole |= {f"generator.{key}": value for key, value in decoder_state.items()}
+    whole["latent_avg"] = average.reshape(-1, style_dim).expand(n_styles, -1).to(torch.float32)
+    return build_and_load(
+        lambda: PSP.from_description(description),
+        whole,
+        "PSP",
+        allow_missing=["generator.noises.*"],
+        adapt=["encoder.input_layer.0.weight"] if adapted else [],
+    )
+
+
+def _describe_encoder(state: State, opts: Mapping[str, Any], in_channels: int | None) -> tuple[dict[str, Any], bool]:
+    """Describe the encoder as `infer_encoder` does; also whether its first layer is to be adapted."""
+    described = infer_encoder(state, opts.get("encoder_type"))
+    restyle = opts.get("encoder_type") in RESTYLE
+    if restyle and "n_iters_per_batch" in opts:
+        described["iterations"] = opts["n_iters_per_batch"]
+    if in_channels in (None, described["in_channels"]):
+        return described, False
+    if restyle:
+        raise UserError(f"in_channels={in_channels} is not for ReStyle's encoders, which take an image as well.")
+    return {**described, "in_channels": in_channels}, True
+
+
+def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training options of a released checkpoint.
+
+    Raises:
+        UserError: they are no dict, or a larger one than any options.
+    """
+    opts = content.get("opts", {})
+    if not isinstance(opts, Mapping):
+        raise UserError(f"its 'opts' are a {type(opts).__name__}, not a dict.")
+    check_tree(opts, "opts")
+    return dict(opts)
+
+
+def latent_average(content: Mapping[str, Any]) -> Tensor | None:
+    """Return `latent_avg` of a checkpoint, None where it has none.
+
+    Raises:
+        UserError: it is no tensor.
+    """
+    average = content.get("latent_avg")
+    if average is not None and not isinstance(average, Tensor):
+        raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
+    return average
+
+
+def generator_tensors(content: Mapping[str, Any]) -> State:
+    """Return the tensors of the generator in a released or converted checkpoint, whatever they are."""
+    state = tensors_of(content, "g_ema" if "g_ema" in content else "state_dict")
+    return select(state, "decoder.") or select(state, "")
+
+
+def _what_else(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    if "g_ema" in content or is_generator_state(state):
+        return "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
+    keys = first(str(key) for key in state) or "none"
+    return f"It has no encoder.* and decoder.* tensors; its keys are: {keys}."

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
-from psp_lightning.inference.model_card import OPSET, model_card
+from psp_lightning.inference.model_card import OPSET, PORTS, model_card
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.psp import PSP
@@ -71,8 +71,7 @@ class Part(nn.Module):
         elif what == "encoder" and not hasattr(net.encoder, "iterations"):  # whose passes take the generator
             self.net = PSP(net.encoder, Sizes(net.generator), net.latent_avg, net.start_from_latent_avg)
         self.eval()
-        self.input = "w_plus" if what == "generator" else "source"
-        self.output = "w_plus" if what == "encoder" else "image"
+        self.input, self.output = PORTS[what]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.what != "generator":
@@ -192,7 +191,7 @@ def export(
     runner = f"onnxruntime {version('onnxruntime')}" if format == "onnx" else "the file, read again,"
     checked = f"{runner} differs from PyTorch {torch.__version__} by at most {difference:.1g} at batch 1 and 3"
     with replacing(card) as file:
-        file.write_text(model_card(part, path, format, checked, facts), encoding="utf-8")
+        file.write_text(model_card(net, what, path, format, checked, facts), encoding="utf-8")
     return Exported(path, card, difference)
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from safetensors import safe_open
+from torch import nn
 
 import psp_lightning
-from psp_lightning.checkpoints.safetensors_io import KEY, is_safetensors
-from psp_lightning.checkpoints.strict import resolve
-from psp_lightning.latents.codes import generator_hash
+from psp_lightning.checkpoints.read import resolve
+from psp_lightning.checkpoints.safetensors_io import is_safetensors, read_description
+from psp_lightning.checkpoints.weight_files import generator_hash
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import clean
-from psp_lightning.zoo import locate as pretrained
-
-if TYPE_CHECKING:
-    from psp_lightning.inference.export import Part
+from psp_lightning.zoo import locate
 
 OPSET = 17
 TITLES = {
@@ -27,6 +23,7 @@ TITLES = {
     "generator": "the synthesis network of a StyleGAN2 generator (arXiv:1912.04958): a code to an image",
     "both": "a pSp network (arXiv:2008.00951): a source image to an image",
 }
+PORTS = {"encoder": ("source", "w_plus"), "generator": ("w_plus", "image"), "both": ("source", "image")}
 SOURCES = {
     "rgb": "RGB in [-1, 1]",
     "sketch": "grey in [0, 1], paper 1, ink 0",
@@ -61,61 +58,59 @@ with torch.no_grad():
 
 
 def facts_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint that could be loaded tells of itself: `checkpoint`, `sha256` of its file, `origin`."""
-    path = Path(checkpoint).expanduser() / "generator.safetensors"
-    path = path if path.is_file() else resolve(checkpoint)
-    facts: dict[str, Any] = {"checkpoint": os.fspath(checkpoint), "sha256": pretrained.sha256(path), "origin": {}}
-    if is_safetensors(path):
-        with safe_open(path, framework="pt") as file:
-            origin = json.loads((file.metadata() or {}).get(KEY, "{}")).get("origin")
-        facts["origin"] = origin if isinstance(origin, dict) else {}
-    return facts
+    """Return what a checkpoint that could be loaded tells of itself: `checkpoint`, `sha256` of its file, `origin`."""
+    path = resolve(checkpoint, generator=True)
+    origin = read_description(path).get("origin") if is_safetensors(path) else None
+    return {
+        "checkpoint": os.fspath(checkpoint),
+        "sha256": locate.sha256(path),
+        "origin": origin if isinstance(origin, dict) else {},
+    }
 
 
-def model_card(part: Part, path: Path, format: str, checked: str, facts: Mapping[str, Any]) -> str:
-    """Markdown: what the file is, its input and output, where it comes from, how it is called.
+def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts: Mapping[str, Any]) -> str:
+    """Return Markdown that says what the file is, its input and output, where it comes from, how it is called.
 
     Args:
-        part: what was exported.
+        net: the network that was exported, or whose part was.
+        what: key of `TITLES`.
         path: the file.
         format: key of `CALLS`.
         checked: how it was compared, a clause.
         facts: as of `facts_of`, where they are known.
     """
-    net: Any = part.whole[0]
-    generator = net.generator
+    generator: Any = net.generator
+    encoder: Any = net.encoder
+    input, output = PORTS[what]
     code = f"float32 (batch, {net.n_styles}, {net.style_dim})", "w_plus, the average latent included"
-    image = (
-        f"float32 (batch, {generator.config.get('image_channels', 3)}, {generator.output_size}, "
-        f"{generator.output_size})"
-    )
-    shape: tuple[int, ...]
-    if part.what == "generator":
-        shape, given = (1, net.n_styles, net.style_dim), code
-    else:
-        channels, side = net.encoder.in_channels, net.encoder.input_size
+    sides = f"{generator.config.get('image_channels', 3)}, {generator.output_size}, {generator.output_size}"
+    image = f"float32 (batch, {sides})", "about [-1, 1], not clamped"
+    shape: tuple[int, ...] = (1, net.n_styles, net.style_dim)
+    given = code
+    if what != "generator":
         values = SOURCES.get(str(net.source.get("kind")), "as in its training; the checkpoint does not say")
-        shape, given = (1, channels, side, side), (f"float32 (batch, {channels}, {side}, {side})", values)
-    result = code if part.what == "encoder" else (image, "about [-1, 1], not clamped")
+        shape = (1, encoder.in_channels, encoder.input_size, encoder.input_size)
+        given = f"float32 (batch, {', '.join(map(str, shape[1:]))})", values
+    result = code if what == "encoder" else image
     lines = [
         f"# {path.name}",
         "",
-        f"{LABELS[format]}: {TITLES[part.what]}. Written by psp-lightning {psp_lightning.__version__}.",
+        f"{LABELS[format]}: {TITLES[what]}. Written by psp-lightning {psp_lightning.__version__}.",
         "",
         "| | name | type and shape | values |",
         "|---|---|---|---|",
-        f"| input | `{part.input}` | {given[0]} | {given[1]} |",
-        f"| output | `{part.output}` | {result[0]} | {result[1]} |",
+        f"| input | `{input}` | {given[0]} | {given[1]} |",
+        f"| output | `{output}` | {result[0]} | {result[1]} |",
         "",
         "The batch is free, other sizes are fixed."
-        + ("" if part.what == "encoder" else " Noise is the stored maps: equal inputs give equal images."),
+        + ("" if what == "encoder" else " Noise is the stored maps: equal inputs give equal images."),
         "",
         f"- made from: {_checkpoint(facts)}",
     ]
-    if part.what != "generator":
-        passes = getattr(net.encoder, "iterations", 0)
+    if what != "generator":
+        passes = getattr(encoder, "iterations", 0)
         more = f", {passes} passes, each over an image of the generator, which the file holds" if passes else ""
-        lines.append(f"- encoder: {type(net.encoder).__name__}, {_millions(net.encoder)} parameters{more}")
+        lines.append(f"- encoder: {type(encoder).__name__}, {_millions(encoder)} parameters{more}")
     lines += [
         f"- generator: {type(generator).__name__}, {generator.output_size} px, {net.n_styles} styles of "
         f"{net.style_dim}, {_millions(generator)} parameters, hash `{generator_hash(generator)[:16]}`",
@@ -123,7 +118,7 @@ def model_card(part: Part, path: Path, format: str, checked: str, facts: Mapping
         *_origin(facts),
         "",
         "```python",
-        CALLS[format].format(file=path.name, input=part.input, output=part.output, shape=shape, **_ours(part, path)),
+        CALLS[format].format(file=path.name, input=input, output=output, shape=shape, **_own_call(what, path)),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -143,12 +138,13 @@ def _origin(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _line(value: Any) -> str:
-    """A file's own words: on one line, of bounded length."""
+    """Put a file's own words on one line of bounded length."""
     return clean(" ".join(str(value).split()), 300)
 
 
-def _ours(part: Part, path: Path) -> dict[str, str]:
-    if part.what == "generator":
+def _own_call(what: str, path: Path) -> dict[str, str]:
+    """Return the lines of `CALLS["safetensors"]` that read the file and call its network."""
+    if what == "generator":
         load = "from psp_lightning.loading import load_generator\n\n"
         return {
             "load": f'{load}generator, latent_avg = load_generator("{path.name}")',
@@ -158,6 +154,6 @@ def _ours(part: Part, path: Path) -> dict[str, str]:
     return {"load": f'{load}net = PSP.from_checkpoint("{path.name}")', "call": "net(source)"}
 
 
-def _millions(network: torch.nn.Module) -> str:
+def _millions(network: nn.Module) -> str:
     n = sum(parameter.numel() for parameter in network.parameters())
     return f"{n / 1e6:.1f} million" if n >= 1e5 else str(n)

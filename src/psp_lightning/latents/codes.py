@@ -11,9 +11,6 @@ Their files: `latents/files.py`.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -21,34 +18,11 @@ from pathlib import PurePosixPath
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.loading import load_generator, load_psp
+from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError, suggest
 
 SPACES = ("z", "w", "w_plus")
-CHANNELS = ("channel_multiplier", "channel_base", "max_channels", "channels")  # ways to write what the shapes tell
-
-
-def generator_hash(generator: nn.Module) -> str:
-    """SHA-256 of what turns a code into an image, 64 hexadecimal digits.
-
-    Hashed, in this order: the class name and the settings that shapes do not tell (`config` without the channel table
-    and without None) as JSON with sorted keys; then for each parameter, by name in code-point order, its name and
-    shape as JSON and its values rounded to float16 (half to even, -0 as 0), little-endian, in row-major order. Names
-    and shapes are those of the state dict. Rounding makes it the same for weights stored as float32 or float16, in
-    any file; weights that differ by less are the same generator. Buffers are left out: filters are constants, and the
-    noise maps, which some files lack, give texture and no meaning to a code.
-    """
-    config = {k: v for k, v in generator.config.items() if k not in CHANNELS and v is not None}  # type: ignore[union-attr,operator]
-    digest = hashlib.sha256(json.dumps({"class": type(generator).__name__, **config}, sort_keys=True).encode())
-    learned = {name for name, _ in generator.named_parameters()}
-    for name, tensor in sorted(generator.state_dict().items()):
-        if name not in learned:
-            continue
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        values = tensor.detach().cpu().float().half() + 0.0  # -0 becomes 0
-        digest.update(values.contiguous().numpy().astype("<f2", copy=False).tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -64,8 +38,8 @@ class Latents:
         latent_avg: whether the average latent is included, as in what `PSP.encode` gives.
 
     Raises:
-        UserError: an unknown space, a shape that is none of it, values that are not finite, names that are not unique
-            or would leave the folder of the outputs.
+        UserError: an unknown space, a shape of another space, values that are not finite, names that are not unique or
+            would leave the folder of the outputs.
     """
 
     codes: Tensor
@@ -98,7 +72,7 @@ class Latents:
         return len(self.names)
 
     def only(self, name: str) -> Latents:
-        """The one code of this name.
+        """Return the one code of this name.
 
         Raises:
             UserError: there is none.
@@ -109,7 +83,7 @@ class Latents:
         return replace(self, codes=self.codes[index : index + 1], names=(name,))
 
     def of(self, generator: nn.Module, checkpoint: str | None = None, any_generator: bool = False) -> Latents:
-        """These codes as codes of `generator`.
+        """Return these codes as codes of `generator`.
 
         Args:
             generator: the one that is to decode them.
@@ -137,7 +111,7 @@ class Latents:
         return replace(self, generator=found, checkpoint=checkpoint)
 
     def lacking(self, net: PSP) -> Tensor | None:
-        """The average latent (n_styles, style_dim) that these codes lack; None where they include it.
+        """Return the average latent (n_styles, style_dim) that these codes lack; None where they include it.
 
         Raises:
             UserError: they lack it, and `net` has none.
@@ -150,7 +124,7 @@ class Latents:
 
     @torch.no_grad()
     def into(self, space: str, net: PSP | None = None) -> Latents:
-        """The same codes in another space, the average latent included.
+        """Return the same codes in another space, the average latent included.
 
         Args:
             space: `w` from z, `w_plus` from z or w; `w` from w_plus where all styles of a code are equal.
@@ -189,7 +163,7 @@ def check_space(space: str) -> None:
 
 
 def to_w_plus(codes: Tensor, space: str, generator: nn.Module, average: Tensor | None = None) -> Tensor:
-    """Codes of any space to w_plus (B, n_styles, style_dim).
+    """Turn codes of any space into w_plus (B, n_styles, style_dim).
 
     Args:
         codes: as the table above.
@@ -200,19 +174,3 @@ def to_w_plus(codes: Tensor, space: str, generator: nn.Module, average: Tensor |
     if codes.ndim == 2:
         codes = codes[:, None].expand(-1, generator.n_styles, -1)  # type: ignore[call-overload]
     return codes if average is None else codes + average
-
-
-def load_decoder(path: str | os.PathLike[str]) -> PSP:
-    """The network of a checkpoint, for its generator: a generator alone becomes one without an encoder.
-
-    Raises:
-        UserError: as `load_psp`.
-    """
-    try:
-        return load_psp(path)
-    except UserError as error:
-        try:
-            generator, average = load_generator(path)
-        except UserError:
-            raise error from None
-    return PSP(nn.Identity(), generator, average, start_from_latent_avg=average is not None).eval()

@@ -1,10 +1,11 @@
 """Files of latent codes: our own, which say what they hold, and the plain arrays of other tools.
 
-A file of ours, `.safetensors` or `.npz`, holds codes of one space with their names, the hash of the generator that
-they belong to (`generator_hash`), and whether the average latent is included. Its tensor is called as its space. In
-safetensors the names are a tensor too, UTF-8 bytes of a JSON list; in `.npz` an array of strings.
+A file of ours is safetensors. It holds codes of one space as a tensor of that name, the names of the codes as another
+(UTF-8 bytes of a JSON list), the hash of the generator that they belong to (`generator_hash`), and whether the average
+latent is included. Version 0.1.0 could write the same as `.npz`, with the names as an array of strings: it is still
+read.
 
-Plain arrays, `.npy`, `.pt` or `.npz`, hold numbers alone: (N, 512) or (N, 18, 512) of InterFaceGAN and e4e,
+Plain arrays, `.npy`, `.pt` or `.npz`, hold only numbers: (N, 512) or (N, 18, 512) of InterFaceGAN and e4e,
 (1, 18, 512) of StyleCLIP and of NVIDIA's projector.
 """
 
@@ -22,50 +23,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psp_lightning.checkpoints.read import read_content
 from psp_lightning.checkpoints.safetensors_io import KEY, is_safetensors, read_described, save_described
-from psp_lightning.checkpoints.torch_files import read_torch
-from psp_lightning.importers.detect import check_file
 from psp_lightning.latents.codes import Latents, check_space
-from psp_lightning.loading import save_atomic
-from psp_lightning.utils.atomic import replacing
+from psp_lightning.utils.atomic import replacing, save_torch
 from psp_lightning.utils.errors import UserError
 
-DESCRIBED = (".safetensors", ".npz")
+OURS = ".safetensors"
+DESCRIBED = (OURS, ".npz")  # what can be read
 PLAIN = (".npy", ".pt")
 KIND = "latents"
 INFLATION, SMALL = 100, 1 << 26  # an .npz of that many times its bytes, beyond 64 MB, is no array of anybody's
 
 
 def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
-    """Write codes with their description; the suffix, `.safetensors` or `.npz`, says how.
+    """Write codes with their description.
 
     Raises:
-        UserError: another suffix; codes of no known generator.
+        UserError: another suffix than `.safetensors`; codes of no known generator.
         OSError: the file cannot be written; what was there before stays.
     """
     path = Path(path)
-    if path.suffix not in DESCRIBED:
-        raise UserError(f"{path}: latents are written as {' or '.join(DESCRIBED)}.")
+    if path.suffix != OURS:
+        raise UserError(f"{path}: latents are written as {OURS}.")
     if latents.generator is None:
         raise UserError(f"{path} is to name the generator of its latents: give ckpt=...")
-    codes = latents.codes.detach().float().cpu().contiguous()
     facts = {
         "space": latents.space,
         "generator": {"sha256": latents.generator, "checkpoint": latents.checkpoint},
         "latent_avg": latents.latent_avg,
     }
-    if path.suffix == ".safetensors":
-        # names as a tensor: a header has bounded room
-        text = torch.from_numpy(np.frombuffer(json.dumps(list(latents.names)).encode(), np.uint8).copy())
-        save_described(path, KIND, {latents.space: codes, "names": text}, facts)
-        return
-    arrays = {latents.space: codes.numpy(), "names": np.array(latents.names), KEY: np.array(json.dumps(facts))}
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    # names as a tensor, because the room in a header is limited
+    names = torch.from_numpy(np.frombuffer(json.dumps(list(latents.names)).encode(), np.uint8).copy())
+    save_described(path, KIND, {latents.space: latents.codes.float(), "names": names}, facts)
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file holds numbers alone, as far as its suffix tells, and of an `.npz` its entries.
+    """Tell whether a file holds only numbers, by its suffix, and of an `.npz` by its entries.
 
     Raises:
         UserError: no such file.
@@ -73,7 +67,7 @@ def is_plain(path: Path) -> bool:
     if not path.is_file():
         raise UserError(f"Latents {path} do not exist.")
     if path.suffix != ".npz":
-        return path.suffix != ".safetensors"
+        return path.suffix != OURS
     try:
         with zipfile.ZipFile(path) as archive:
             return f"{KEY}.npy" not in archive.namelist()
@@ -82,7 +76,7 @@ def is_plain(path: Path) -> bool:
 
 
 def read_latents(path: str | os.PathLike[str]) -> Latents:
-    """The codes of a file of `save_latents`.
+    """Read the codes of a file of `save_latents`.
 
     Raises:
         UserError: no such file; it is damaged, or a plain array, of which nobody knows the generator.
@@ -107,7 +101,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
 
 
 def _parts(path: Path) -> tuple[Any, Tensor | None, Any]:
-    """Description, codes and names of a file, not yet checked."""
+    """Return description, codes and names of a file, not yet checked."""
     if is_safetensors(path):
         facts, tensors = read_described(path, KIND)
         text = tensors.get("names")
@@ -137,7 +131,7 @@ def _json(path: Path, text: str | bytes) -> Any:
 
 
 def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
-    """Write the codes of several files of one space and generator into one; returns how many.
+    """Write the codes of several files of one space and generator into one; return how many.
 
     Raises:
         UserError: a damaged part; parts of different generators. Nothing is written then.
@@ -155,11 +149,11 @@ def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
     return len(names)
 
 
-# --- plain arrays of other tools
+# --- plain arrays of other tools ------------------------------------------------------------------------------------
 
 
 def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latents:
-    """The codes of a plain array, named 00000, 00001, ... by their place.
+    """Read the codes of a plain array, named 00000, 00001, ... by their place.
 
     Args:
         path: `.npy`, `.npz` with one array, or `.pt` with one tensor.
@@ -195,7 +189,7 @@ def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latent
 
 
 def save_plain(path: str | os.PathLike[str], latents: Latents) -> None:
-    """Write the numbers alone, float32: `.npy` as InterFaceGAN reads them, `.pt` as StyleCLIP and e4e do.
+    """Write only the numbers, float32: `.npy` as InterFaceGAN reads them, `.pt` as StyleCLIP and e4e do.
 
     Raises:
         UserError: another suffix; codes without the average latent, which those tools expect.
@@ -208,7 +202,7 @@ def save_plain(path: str | os.PathLike[str], latents: Latents) -> None:
         raise UserError(f"{path}: other tools expect codes with the average latent: give ckpt=... to add it.")
     codes = latents.codes.detach().float().cpu().contiguous()
     if path.suffix == ".pt":
-        save_atomic(codes.clone(), path)
+        save_torch(codes.clone(), path)
         return
     with replacing(path) as part, part.open("wb") as file:
         np.save(file, codes.numpy(), allow_pickle=False)
@@ -243,14 +237,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _unreadable(path: Path, error: BaseException) -> str:
     if "allow_pickle" in str(error):
-        return f"{path} holds pickled Python objects, which may run code; it was refused. Save the array alone."
+        return f"{path} holds pickled Python objects, which may run code; it was refused. Save only the array."
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{path} is no NumPy file, or it is damaged ({reason[:200]})."
 
 
 def _read_pt(path: Path) -> Tensor:
-    check_file(path)
-    content = read_torch(path)
+    content = read_content(path)
     if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
         if any(part.shape != content[0].shape for part in content):
             raise UserError(f"{path} holds tensors of several shapes, not one tensor of codes.")

@@ -10,7 +10,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from psp_lightning.loading import save_atomic
+from psp_lightning.utils.atomic import save_torch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -18,7 +18,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_atomic(checkpoint, path)
+        save_torch(checkpoint, path)
 
 
 class CsvLog(CSVLogger):

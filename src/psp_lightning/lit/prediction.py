@@ -198,7 +198,7 @@ class PredictionWriter(Callback):
 
     def latents_of(self, file: InputFile) -> Path:
         """Where the code of one input goes."""
-        return self.folder / "latents" / f"{file.name}.npz"
+        return self.folder / "latents" / f"{file.name}.safetensors"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._threads = ThreadPoolExecutor(max_workers=4)
@@ -251,7 +251,7 @@ class PredictionWriter(Callback):
         for image, path in zip(images, paths, strict=True):
             save_atomic(to_pil(image), path, **FORMATS[self.format])
         for path in self.extras_of(file):
-            if path.suffix == ".npz":
+            if path.suffix == ".safetensors":
                 save_latents(path, Latents(w_plus[None], (file.name,), "w_plus", self.generator, self.checkpoint))
             elif source is not None:
                 save_atomic(self._beside(source, images), path, **FORMATS[self.format])

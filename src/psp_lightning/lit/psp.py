@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.lit import random_state
-from psp_lightning.loading import load_strict
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.psp import PSP

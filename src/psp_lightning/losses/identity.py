@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.checkpoints.weight_files import load_embedding
-from psp_lightning.loading import load_strict, read
+from psp_lightning.checkpoints.read import read
+from psp_lightning.checkpoints.strict import load_strict
+from psp_lightning.loading import load_embedding
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.frozen import freeze

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.checkpoints.weight_files import load_embedding
+from psp_lightning.loading import load_embedding
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
 from psp_lightning.models.frozen import freeze
 

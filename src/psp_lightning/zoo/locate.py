@@ -1,8 +1,7 @@
-"""Weights that the library can use: what they are, where they come from, where they are looked for.
+"""Find the weights that the library can use; nothing here downloads anything.
 
-Public ones (`RECORDS`) are the user's to get, with `psp-weights get` or by hand: nothing here downloads anything;
-`find` returns a file, or says which command gets it. Shipped ones (`shipped`) lie inside the package, with their
-records in a `records.json` beside them, which `zoo/release.py` writes.
+Public ones (`RECORDS`) are the user's to get, with `psp-weights get` or by hand: `find` returns the file, or says which
+command gets it. Shipped ones (`shipped`) lie inside the package, with their records in a `records.json` beside them.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ class Shipped:
 
 
 def weights_dir() -> Path:
-    """The folder that holds public weights: `$PSP_WEIGHTS`, else `psp_lightning` in the user's cache folder."""
+    """Return the folder of public weights: `$PSP_WEIGHTS`, else `psp_lightning` in the user's cache folder."""
     if chosen := os.environ.get("PSP_WEIGHTS"):
         return Path(chosen).expanduser()
     return cache_dir()
 
 
 def record(name: str) -> Record:
-    """The record of the public weights `name`.
+    """Return the record of the public weights `name`.
 
     Raises:
         UserError: for an unknown name, with the closest one.
@@ -62,12 +61,12 @@ def record(name: str) -> Record:
 
 
 def shipped_dir() -> Path:
-    """The folder of the shipped weights, in the package: the same in a wheel, an editable install and a source tree."""
+    """Return the folder of the shipped weights in the package, in a wheel as in a source tree."""
     return Path(__file__).resolve().parents[1] / "weights"
 
 
 def shipped() -> dict[str, Shipped]:
-    """The records of the shipped weights by name, from every `records.json` below `shipped_dir()`.
+    """Return the records of the shipped weights by name, from every `records.json` below `shipped_dir()`.
 
     Raises:
         UserError: a damaged record.
@@ -99,10 +98,10 @@ def is_shipped_name(name: str) -> bool:
 
 
 def find_shipped(name: str) -> Path:
-    """The file of the shipped weights `name`, compared with its record once in a process.
+    """Return the file of the shipped weights `name` after comparing it with its record.
 
     Raises:
-        UserError: no such weights, with the names that there are; the file is missing or was changed.
+        UserError: no such weights, with the names that exist; the file is missing or was changed.
     """
     known = shipped()
     if name not in known:
@@ -123,7 +122,7 @@ def find_shipped(name: str) -> Path:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; remembered for as long as its size and time stay."""
+    """Return the SHA-256 of a file, 64 hexadecimal digits; it is remembered while size and time stay."""
     status = os.stat(path)
     return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
 
@@ -138,7 +137,7 @@ def _sha256(path: str, size: int, time: int) -> str:
 
 
 def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
-    """The file with the weights `name`.
+    """Return the file with the weights `name`.
 
     Args:
         name: key of `RECORDS`, or the name of shipped weights.
@@ -167,7 +166,7 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def verify(name: str, path: str | os.PathLike[str]) -> None:
-    """Compares the file's SHA-256 with the published digits, where there are any.
+    """Compare the file's SHA-256 with the published digits, where there are any.
 
     Raises:
         UserError: when they differ (a broken download, or another file).

@@ -1,6 +1,6 @@
-"""Records of a folder of weights that the package ships: `python -m psp_lightning.zoo.release FOLDER`.
+"""Write the records of a folder of shipped weights: `python -m benchmarks.toyfaces.records FOLDER`.
 
-Run it after any of the folder's files was written; it writes `records.json` anew from what the files say of themselves.
+Run it after a file of the folder was written; it writes `records.json` anew from what the files say of themselves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from psp_lightning.checkpoints.safetensors_io import read_described
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import locate
 
 LIMIT = 20 * 10**6  # bytes of all shipped weights together
 
 
-def release(
+def write_records(
     folder: str | os.PathLike[str], made_by: Mapping[str, str] | None = None, licence: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """Write `records.json` for the `*.safetensors` files of `folder`.
@@ -48,7 +49,7 @@ def release(
         entry = {
             "file": file.name,
             "kind": description["kind"],
-            "sha256": pretrained.sha256(file),
+            "sha256": locate.sha256(file),
             "bytes": file.stat().st_size,
             "made_by": made_by.get(file.stem) or origin.get("made_by"),
             "licence": licence or origin.get("licence"),
@@ -69,23 +70,22 @@ def release(
     total = sum(entry["bytes"] for entry in records.values())
     if total > LIMIT:
         raise UserError(f"The files of {folder} have {total} bytes, more than the {LIMIT} that the package may ship.")
-    part = folder / "records.json.part"
-    part.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, folder / "records.json")
-    pretrained.forget_records()
+    with replacing(folder / "records.json") as part:
+        part.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    locate.forget_records()
     return records
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m psp_lightning.zoo.release FOLDER [--licence TEXT] [--made-by STEM=COMMAND ...]`."""
-    parser = argparse.ArgumentParser(prog="python -m psp_lightning.zoo.release", description=__doc__)
+    """Write and print the records of a folder."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.toyfaces.records", description=__doc__)
     parser.add_argument("folder", help="folder of .safetensors files")
     parser.add_argument("--licence", help="of all files; default: what each file says")
     parser.add_argument("--made-by", action="append", default=[], metavar="STEM=COMMAND", help="repeatable")
     given = parser.parse_args(arguments)
     commands = dict(item.split("=", 1) for item in given.made_by if "=" in item)
     try:
-        records = release(given.folder, commands, given.licence)
+        records = write_records(given.folder, commands, given.licence)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, entry in records.items():

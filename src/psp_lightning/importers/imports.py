@@ -1,0 +1,284 @@
+"""Import any file of weights that people have as a network of ours, which can be saved as a self-describing file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.checkpoints.read import read_weights, resolve, select, tensors_of
+from psp_lightning.checkpoints.safetensors_io import check_described, is_safetensors, read_tensors
+from psp_lightning.checkpoints.strict import build_and_load, wrap_errors
+from psp_lightning.checkpoints.torch_files import LEGACY_TORCH, PickledNetwork, read_pickle
+from psp_lightning.checkpoints.weight_files import COMPUTED, restore_generator, restore_psp, restore_trained
+from psp_lightning.importers.detect import check_sums, explain
+from psp_lightning.importers.nvidia import NvidiaGenerator, convert_nvidia
+from psp_lightning.importers.published import (
+    infer_generator,
+    is_generator_state,
+    latent_average,
+    load_released,
+    read_options,
+    repository,
+    why_not_built,
+)  # fmt: skip
+from psp_lightning.importers.report import Imported, rows_of, unused_rows
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator, StyledConv, ToRGB
+from psp_lightning.utils.errors import UserError
+from psp_lightning.zoo import locate
+
+WHAT = ("all", "generator")
+AVERAGES = ("stored", "computed")
+NOISE_SEED = 0
+CLAMP_IMAGES = 2
+MANY = 20
+GENERATOR_KEYS = ("g_ema", "g", "generator", "G_ema", "netG_ema")  # in order of preference
+THEIR_AVERAGE = "the file's"
+
+
+def import_file(
+    path: str | os.PathLike[str],
+    label: int | None = None,
+    what: str = "all",
+    average: str = "stored",
+    in_channels: int | None = None,
+) -> Imported:
+    """Read a file of weights; nothing in it is run.
+
+    Args:
+        path: a rosinality `.pt`, an NVIDIA StyleGAN2 `.pkl`, a released pSp, e4e or ReStyle `.pt`, a state dict in one
+            of these layouts, a file or run folder of ours, or the name of shipped weights.
+        label: class of a conditional NVIDIA generator.
+        what: `all`; or `generator` to leave an encoder out.
+        average: `stored`, or `computed` to compute the average latent of a generator anew.
+        in_channels: of a released encoder, where it is not to be what the file has.
+
+    Raises:
+        UserError: what the file is instead, and what can be done.
+    """
+    file = resolve(path, generator=True)
+    result = _read(file, label, what, in_channels)
+    if what == "generator" and isinstance(result.net, PSP):
+        result = _without_encoder(result, result.net)
+    if not isinstance(result.net, PSP):
+        if in_channels is not None:
+            raise UserError(f"in_channels={in_channels} is for encoders, and {file} gives a generator alone.")
+        if average == "computed":
+            result.latent_avg, result.average = None, COMPUTED
+        elif result.latent_avg is not None:
+            result.latent_avg = _short_average(file, result.latent_avg, result.net)
+        else:
+            result.average = f"{COMPUTED} (the file has none)"
+    for name, tensor in result.net.state_dict().items():
+        if tensor.is_complex() or not bool(tensor.isfinite().all()):
+            raise UserError(f"{file} holds values that are not finite in {name}: its weights cannot be used.")
+    result.net.eval()
+    result.facts = {
+        "file": file.name, "sha256": locate.sha256(file), "layout": result.source, "made_by": "psp-weights import",
+        **result.facts,
+    }  # fmt: skip
+    return result
+
+
+def _read(file: Path, label: int | None, what: str, in_channels: int | None) -> Imported:
+    """Read a file by its kind, then by its layout."""
+    with open(file, "rb") as stream:
+        head = stream.read(len(LEGACY_TORCH))
+    if is_safetensors(file):  # first: the length that it begins with may be a pickle's first byte
+        description, content = read_tensors(file)
+        if description is not None:
+            _refuse_label(label, file)
+            return _own_file(file, *check_described(file, description, content, ("psp", "generator")))
+    elif head.startswith(b"\x80") and head != LEGACY_TORCH:
+        content = read_pickle(file)
+        with wrap_errors(file):
+            return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
+    else:
+        _, content = read_weights(file)
+        if head.startswith(b"PK"):
+            check_sums(file)
+    with wrap_errors(file):
+        state = tensors_of(content)
+        if any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in state):
+            return _nvidia(convert_nvidia({"G_ema": _as_network(state)}, label), "state dict in NVIDIA's layout")
+    _refuse_label(label, file)
+    with wrap_errors(file):
+        if "psp" in content:
+            net = restore_trained(content)
+            return Imported("checkpoint of psp-train", net, None, THEIR_AVERAGE, rows_of(net, net.state_dict()))
+        return _published(content, state, what, in_channels)
+
+
+def _refuse_label(label: int | None, file: Path) -> None:
+    if label is not None:
+        raise UserError(f"label={label} is for NVIDIA's conditional networks; {file} takes no labels.")
+
+
+def _own_file(file: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> Imported:
+    """Import a self-describing file; what it says of its origin stays said."""
+    if description["kind"] == "psp":
+        net = restore_psp(file, description, tensors)
+        result = Imported("pSp network of this library", net, average=THEIR_AVERAGE)
+    else:
+        generator, average = restore_generator(file, description, tensors)
+        made = str(description.get("latent_avg", THEIR_AVERAGE))
+        result = Imported("generator of this library", generator, average, made)
+        tensors.pop("latent_avg", None)
+    result.rows = rows_of(result.net, tensors)
+    origin = description.get("origin")
+    result.facts = dict(origin) if isinstance(origin, Mapping) else {}
+    return result
+
+
+def _without_encoder(result: Imported, net: PSP) -> Imported:
+    rows = [row for row in result.rows if not row[0].startswith("encoder")]
+    rows.append(("encoder", len(net.encoder.state_dict()), "not used: what=generator"))
+    return Imported(result.source, result.generator, net.latent_avg, THEIR_AVERAGE, rows, result.notes, result.facts)
+
+
+def _short_average(file: Path, average: Tensor, net: Generator) -> Tensor:
+    """Shorten the average to (style_dim,) where all styles have the same one, as they nearly always do."""
+    if average.shape[-1:] != (net.style_dim,) or average.numel() not in (net.style_dim, net.style_dim * net.n_styles):
+        raise UserError(
+            f"{file}: its latent_avg of shape {tuple(average.shape)} does not fit {net.n_styles} styles of "
+            f"{net.style_dim} numbers; latent_avg=computed computes one."
+        )
+    average = average.to(torch.float32).reshape(-1, net.style_dim)
+    if not bool(average.isfinite().all()):
+        raise UserError(f"{file}: its latent_avg is not finite; latent_avg=computed computes one.")
+    return average[0].clone() if bool((average == average[0]).all()) else average.clone()
+
+
+# --- NVIDIA's layout ------------------------------------------------------------------------------------------------
+
+
+def _as_network(state: Mapping[str, Any]) -> PickledNetwork:
+    """Turn a flat state dict in NVIDIA's layout into the tree that its pickle would hold."""
+    prefix = next(m[1] or "" for m in (re.match(r"(.*\.)?synthesis\.", key) for key in state) if m)
+    root = PickledNetwork("state dict", {"_parameters": {}, "_modules": {}})
+    for key, tensor in select(state, prefix).items():
+        *parts, name = key.split(".")
+        node = root
+        for part in parts:
+            node = node.state["_modules"].setdefault(part, PickledNetwork(part, {"_parameters": {}, "_modules": {}}))
+        node.state["_parameters"][name] = tensor
+    return root
+
+
+def _nvidia(found: NvidiaGenerator, source: str) -> Imported:
+    net = build_and_load(lambda: Generator(**infer_generator(found.state)), found.state, "the generator")
+    rows = [
+        (part, count, f"adapted: {found.adapted[part]}" if part in found.adapted else result)
+        for part, count, result in rows_of(net, found.state)
+    ]
+    source = f"{source}, {found.facts['network']}"
+    result = Imported(source, net, found.latent_avg, "the file's w_avg", rows, found.notes, found.facts)
+    clamp = found.facts.get("activation_clamp")
+    if clamp is not None:
+        largest = largest_activation(net)
+        acts = "images can differ a little" if largest > clamp else "so it does not act"
+        result.notes.append(
+            f"its layers clamp activations at {clamp}, for float16; here they are not clamped in float32. The largest "
+            f"of {CLAMP_IMAGES} images is {largest:.4g}: {acts}."
+        )
+    return result
+
+
+@torch.no_grad()
+def largest_activation(generator: Generator) -> float:
+    """Return the largest absolute value that leaves a layer for a few latents of a fixed seed."""
+    largest = 0.0
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, float(output.abs().max()))
+
+    handles = [m.register_forward_hook(hook) for m in generator.modules() if isinstance(m, (StyledConv, ToRGB))]
+    try:
+        z = torch.randn(CLAMP_IMAGES, generator.z_dim, generator=torch.Generator().manual_seed(0))
+        for row in z.split(1):
+            generator(row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest
+
+
+# --- the published PyTorch layout: rosinality's, pSp's, e4e's, ReStyle's, others with such tensors --------------------
+
+
+def _published(content: Mapping[str, Any], state: Mapping[str, Any], what: str, in_channels: int | None) -> Imported:
+    encoder, decoder = select(state, "encoder."), select(state, "decoder.")
+    if encoder and is_generator_state(decoder):
+        return _released(content, encoder, decoder, what, in_channels)
+    for key in GENERATOR_KEYS:
+        if isinstance(content.get(key), Mapping):
+            candidate = tensors_of(content, key)
+            if is_generator_state(candidate):
+                average = latent_average(content)
+                result = _generator(select(candidate, ""), average, f"StyleGAN2 checkpoint, {key}")
+                if key == "g":
+                    result.notes.append("it has no g_ema: the weights of the last step are taken, not their average.")
+                result.rows += unused_rows(content, key)
+                return result
+    prefix = _prefix(content, state)
+    tensors = select(state, prefix)
+    source = "state dict of a StyleGAN2 generator" + (f", {prefix}*" if prefix else "")
+    result = _generator(tensors, latent_average(content), source)
+    if others := len(state) - len(tensors):
+        result.rows.append(("other keys", others, "not used"))
+    return result
+
+
+def _prefix(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """Return what stands before the keys of a generator; of several the one with averaged weights."""
+    prefixes = {key.removesuffix("input.input") for key in state if key.endswith("input.input")}
+    if len(prefixes) > MANY:
+        raise UserError(f"it holds {len(prefixes)} generators: save one of them alone.")
+    found = [prefix for prefix in prefixes if is_generator_state(select(state, prefix))]
+    if not found:
+        raise UserError(explain(content, state))
+    return min(found, key=lambda prefix: (not re.search("ema|average", prefix.lower()), prefix))
+
+
+def _released(
+    content: Mapping[str, Any],
+    encoder: Mapping[str, Tensor],
+    decoder: dict[str, Tensor],
+    what: str,
+    in_channels: int | None,
+) -> Imported:
+    """Import a checkpoint of pSp, e4e or ReStyle, or only its generator."""
+    opts = read_options(content)
+    name, reason = repository(encoder, opts), why_not_built(encoder, opts)
+    if reason is None and what == "all":
+        net = load_released(content, in_channels)
+        given = {f"encoder.{k}": v for k, v in encoder.items()} | {f"generator.{k}": v for k, v in decoder.items()}
+        rows = rows_of(net, given, ["latent_avg", "generator.noises.*"], ["encoder.input_layer.0.weight"])
+        return Imported(f"released {name} checkpoint", net, None, THEIR_AVERAGE, rows + unused_rows(content))
+    result = _generator(decoder, latent_average(content), f"{name} checkpoint")
+    why = "what=generator" if what == "generator" else "no such encoder here"
+    result.rows += [("encoder", len(encoder), f"not used: {why}"), *unused_rows(content)]
+    if what != "generator":
+        result.notes.append(f"only its generator and average latent were imported: {reason}.")
+    return result
+
+
+def _generator(state: dict[str, Tensor], average: Tensor | None, source: str) -> Imported:
+    config = infer_generator(state)
+    net = build_and_load(lambda: Generator(**config), state, "the generator", ["noises.*"])
+    result = Imported(source, net, average, THEIR_AVERAGE, rows_of(net, state, ["noises.*"]))
+    missing = [name for name, _ in net.named_buffers() if name.startswith("noises.") and name not in state]
+    draws = torch.Generator().manual_seed(NOISE_SEED)
+    for name in missing:
+        noise = net.get_buffer(name)
+        noise.copy_(torch.randn(noise.shape, generator=draws))
+    if missing:
+        result.notes.append(f"{len(missing)} noise maps are not in the file and were drawn with seed {NOISE_SEED}.")
+    return result
