@@ -28,7 +28,7 @@ STATISTICS = (".running_mean", ".running_var")  # tiny, and of a wide range: nev
 
 
 def _header_size(path: Path) -> int | None:
-    """Length of a safetensors header, None where the file does not begin like one.
+    """Return the length of a safetensors header, None where the file does not begin like one.
 
     Raises:
         UserError: the file cannot be opened.
@@ -43,7 +43,7 @@ def _header_size(path: Path) -> int | None:
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether the file begins like one: eight bytes of length, then a JSON object.
+    """Tell whether the file begins like one: eight bytes of length, then a JSON object.
 
     Raises:
         UserError: the file cannot be opened.
@@ -66,6 +66,7 @@ def save_described(
     """Write a file through a temporary one beside it, so that `path` holds a whole file or none.
 
     Args:
+        path: the file.
         kind: what the file is.
         tensors: by name.
         description: plain values (JSON).
@@ -87,7 +88,7 @@ def save_described(
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor as it is stored: contiguous, with memory of its own."""
+    """Return the tensor as it is stored: contiguous, with memory of its own."""
     if dtype is None or not tensor.is_floating_point() or name.endswith(STATISTICS):
         return tensor.contiguous().clone()
     rounded = tensor.to(dtype, copy=True).contiguous()
@@ -171,7 +172,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A file's own words in a message: on one line, of bounded length, without control characters."""
+    """Put a file's own words into a message: on one line, of bounded length, without control characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

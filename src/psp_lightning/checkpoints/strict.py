@@ -20,7 +20,7 @@ NetT = TypeVar("NetT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_strict` did, by key."""
+    """What `load_strict` did with each key."""
 
     what: str
     matched: tuple[str, ...] = field(default=())
@@ -45,7 +45,7 @@ class LoadReport:
         return text
 
     def rows(self, depth: int = 1) -> list[tuple[str, int, str]]:
-        """Part of the network (the first `depth` pieces of a key), number of tensors, what became of them."""
+        """Return part of the network (the first `depth` pieces of a key), number of tensors, what became of them."""
         counts: dict[tuple[str, str], int] = {}
         results = {
             "matched": self.matched, "adapted": self.adapted, "left as it was": self.missing,
@@ -67,7 +67,7 @@ class WeightsMismatch(UserError):
 
 
 def first(names: Iterable[str], n: int = 5) -> str:
-    """The first names, for a message."""
+    """List the first names, for a message."""
     names = list(names)
     return ", ".join(map(clean, names[:n])) + (", ..." if len(names) > n else "")
 
@@ -80,7 +80,7 @@ def load_strict(
     what: str = "",
     adapt: Iterable[str] = (),
 ) -> LoadReport:
-    """Loads `state` into `module`; every difference that is not allowed by name is an error.
+    """Load `state` into `module`; every difference that is not allowed by name is an error.
 
     Args:
         module: changed only when everything fits.
@@ -103,7 +103,7 @@ def load_strict(
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A convolution's weight for another number of input channels.
+    """Change a convolution's weight to another number of input channels.
 
     Args:
         weight: (O, I, k, k).
@@ -130,7 +130,7 @@ def compare(
     what: str = "",
     adapt: Iterable[str] = (),
 ) -> LoadReport:
-    """What `load_strict` would do, with its errors; changes nothing."""
+    """Return what `load_strict` would do, with its errors; change nothing."""
     what = what or type(module).__name__
     own = module.state_dict()
     allow_missing, allow_unexpected, adapt = tuple(allow_missing), tuple(allow_unexpected), tuple(adapt)
@@ -164,7 +164,7 @@ def compare(
 
 
 def _differ_in_channels(given: Any, own: Tensor) -> bool:
-    """Whether two weights of convolutions have the same shape but for their input channels."""
+    """Tell whether two weights of convolutions differ only in their input channels."""
     if not isinstance(given, Tensor) or given.ndim != 4 or own.ndim != 4:
         return False
     return (given.shape[0], *given.shape[2:]) == (own.shape[0], *own.shape[2:])
@@ -180,7 +180,7 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def wrap_errors(path: Path) -> Iterator[None]:
-    """Turns what a nonsensical file does to the code that interprets it into one message; keeps the random state."""
+    """Turn what a nonsensical file does to the code that interprets it into one message; keep the random state."""
     try:
         with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced
             yield
@@ -201,10 +201,10 @@ def build_and_load(
     allow_missing: Iterable[str] = (),
     adapt: Iterable[str] = (),
 ) -> NetT:
-    """A network that a file describes, with the file's tensors.
+    """Build the network that a file describes, with the file's tensors.
 
-    The file's tensors, which are there, bound what its description, which is only text, may ask for: the network is
-    built without memory first and compared.
+    A description is only text and may ask for anything. The network is therefore built without memory first and
+    compared with the tensors, which exist.
 
     Args:
         make: builds the network.
@@ -230,7 +230,7 @@ def build_and_load(
 
 @contextlib.contextmanager
 def _at_most(modules: int, tensors: int) -> Iterator[None]:
-    """Stops the construction of networks with more parts than that."""
+    """Stop the construction of networks with more parts than that."""
     count = {"modules": modules, "tensors": tensors}
 
     def used(kind: str) -> Callable[..., None]:

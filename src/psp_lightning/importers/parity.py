@@ -1,4 +1,4 @@
-"""Proof of an import: what the imported network gives, held against values that the original gave."""
+"""Prove an import: compare what the imported network gives with what the original gave."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIMIT = 1 << 31  # bytes of the given values
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity: the largest and the mean difference, and the bound on `measured`."""
+    """The largest and the mean difference of one quantity, and the bound on `measured`."""
 
     name: str
     largest: float
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within its bound."""
+        """Tell whether the difference is within its bound."""
         return (self.largest if self.measured == "largest" else self.mean) <= self.bound
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _compute(imported: Imported, values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """What the network gives for the inputs: `image`, and `w` where z and w are given."""
+    """Compute what the network gives for the inputs: `image`, and `w` where z and w are given."""
     generator = imported.generator
     given = [name for name in INPUTS if name in values and not (name == "w" and "z" in values)]
     if len(given) != 1:

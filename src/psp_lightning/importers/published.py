@@ -1,4 +1,4 @@
-"""Released files of other implementations: their names, key layouts and options, as ours.
+"""Convert released files of other implementations: their names, key layouts and options become ours.
 
 Everything is read off the tensors where they tell it, because old files lack options (`output_size`, `learn_in_w`).
 """
@@ -46,16 +46,16 @@ SOURCE_KINDS: dict[str, str] = {
     "celebs_super_resolution": "lowres",
 }
 
-LARGEST_BLOCKS = 10  # that is 4096 pixels
+LARGEST_BLOCKS = 10  # for 4096 pixels
 
 
 def is_generator_state(state: Mapping[str, Any]) -> bool:
-    """Whether the keys are those of a StyleGAN2 generator in the published PyTorch layout."""
+    """Tell whether the keys are a StyleGAN2 generator's in the published PyTorch layout."""
     return {"input.input", "conv1.conv.weight", "to_rgb1.bias", "style.1.weight"} <= set(state)
 
 
 def infer_generator(state: State) -> dict[str, Any]:
-    """Constructor arguments of `Generator` from the shapes of its state dict (published layout).
+    """Infer the constructor arguments of `Generator` from the shapes of its state dict (published layout).
 
     Channels that follow no `min(max_channels, channel_base * channel_multiplier // r)` are listed (`channels`).
 
@@ -84,7 +84,7 @@ def infer_generator(state: State) -> dict[str, Any]:
 
 
 def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
-    """`channel_base` and `channel_multiplier` that give these channels by resolution, None where none do."""
+    """Find `channel_base` and `channel_multiplier` that give these channels by resolution; None where none do."""
     largest = max(widths.values())
     # where every layer has the largest width several multipliers fit; 2 is the published one
     for multiplier in (2, 1, *range(3, 65)):
@@ -98,7 +98,7 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
 
 
 def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
-    """Which project an encoder is of: `pSp`, `e4e` or `ReStyle`, whose encoders make several passes."""
+    """Tell which repository an encoder comes from: `pSp`, `e4e` or `ReStyle`, whose encoders make several passes."""
     kind = opts.get("encoder_type")
     one_map = "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
     if "n_iters_per_batch" in opts or kind in (*RESTYLE, *RESTYLE_RESNET) or "conv1.weight" in encoder_state or one_map:
@@ -107,7 +107,7 @@ def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str
 
 
 def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str | None:
-    """What of an encoder of ReStyle this library does not have, a clause; None: it can be built, or is another's."""
+    """Say in a clause what this library lacks of a ReStyle encoder; None: it can be built, or is not ReStyle's."""
     kind = opts.get("encoder_type")
     if repository(encoder_state, opts) != "ReStyle":
         return None
@@ -123,7 +123,7 @@ def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> 
 
 
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:
-    """Description ("class" and constructor arguments) of an encoder from the shapes of its state dict.
+    """Infer the description ("class" and constructor arguments) of an encoder from the shapes of its state dict.
 
     Args:
         state: keys as in the released files, without `encoder.`.
@@ -174,7 +174,7 @@ def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, An
 
 
 def convert_source(opts: Mapping[str, Any], in_channels: int, input_size: int) -> dict[str, Any]:
-    """What a released network takes as source, as the plain values of an `InputSpec`.
+    """Convert options to what the network takes as source, the plain values of an `InputSpec`.
 
     Args:
         opts: the file's options; `dataset_type`, `label_nc` and `resize_factors` are read, each may be missing.

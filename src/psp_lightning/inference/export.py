@@ -1,8 +1,8 @@
-"""Networks as files that other programs run: ONNX, TorchScript, or our own safetensors, each with a model card.
+"""Write networks for other programs: ONNX, TorchScript, or our own safetensors, each with a model card.
 
-A copy on the CPU is traced, where the operators of `ops/` are plain PyTorch, so that a graph has standard operators
-alone, whatever device the network is on. Modulation scales the activations, so that weights are constants and the batch
-stays free; noise is the stored maps.
+A copy on the CPU is traced, where the operators of `ops/` are plain PyTorch, so that a graph has only standard
+operators, whatever device the network is on. Modulation scales the activations, so that weights are constants and the
+batch stays free; noise is the stored maps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,35 +64,33 @@ class Part(nn.Module):
         super().__init__()
         if what != "generator" and isinstance(net.encoder, nn.Identity):
             raise UserError(f"what={what} needs an encoder, and the checkpoint is a generator alone: what=generator.")
-        self.whole = (net,)  # not a submodule: TorchScript would store its weights
         self.net, self.what = net, what
         if what == "generator":
             self.net = PSP(nn.Identity(), net.generator)
         elif what == "encoder" and not hasattr(net.encoder, "iterations"):  # whose passes take the generator
             self.net = PSP(net.encoder, Sizes(net.generator), net.latent_avg, net.start_from_latent_avg)
         self.eval()
-        self.input, self.output = PORTS[what]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.what != "generator":
             x = self.net.encode(x)
         return x if self.what == "encoder" else self.net.decode(x)
 
-    @torch.no_grad()
-    def example(self, batch: int) -> Tensor:
-        """Inputs of this size, always the same."""
-        source = torch.Generator().manual_seed(batch)
-        (net,) = self.whole
-        encoder: Any = net.encoder
-        if self.what == "generator":
-            generator: Any = net.generator
-            z = torch.randn(batch * net.n_styles, generator.z_dim, generator=source)
-            return generator.mapping(z).unflatten(0, (batch, net.n_styles))
-        return torch.rand(batch, encoder.in_channels, encoder.input_size, encoder.input_size, generator=source)
+
+@torch.no_grad()
+def example(net: PSP, what: str, batch: int) -> Tensor:
+    """Return an input of a part of `net`, always the same for a batch size."""
+    source = torch.Generator().manual_seed(batch)
+    if what == "generator":
+        generator: Any = net.generator
+        z = torch.randn(batch * net.n_styles, generator.z_dim, generator=source)
+        return generator.mapping(z).unflatten(0, (batch, net.n_styles))
+    encoder: Any = net.encoder
+    return torch.rand(batch, encoder.in_channels, encoder.input_size, encoder.input_size, generator=source)
 
 
 class FixedShapes(TorchFunctionMode):
-    """Traces with every size constant but the batch's, and without what ONNX cannot say.
+    """Trace with every size constant but the batch's, and without what ONNX cannot say.
 
     Sizes that a trace computes hide from the exporter the shapes of filters; adaptive pooling to a size that does not
     divide the input's becomes the two matrix products that it is; `unflatten` would keep the batch of the example.
@@ -127,7 +125,7 @@ class FixedShapes(TorchFunctionMode):
 
 
 def averages(n: int, m: int) -> Tensor:
-    """(m, n): the matrix of adaptive average pooling from n to m places."""
+    """Return the matrix (m, n) of adaptive average pooling from n to m places."""
     weights = torch.zeros(m, n)
     for i in range(m):
         first, last = i * n // m, -(-(i + 1) * n // m)
@@ -178,15 +176,17 @@ def export(
     if format == "safetensors" and what == "encoder":
         raise UserError("what=encoder has no safetensors file of its own: take what=both, or another format.")
     path, facts = Path(path), dict(facts or {})
-    make = {"onnx": _onnx, "torchscript": _torchscript, "safetensors": _safetensors}[format]
     net = copy.deepcopy(net).float().cpu()
     for module in net.modules():
         if isinstance(module, HalfPrecision):
             module.half_from = None
+    part = Part(net, what)
     with replacing(path) as file:
-        part = Part(net, what)
-        run = make(part, file, facts)
-        difference = compare(part, run)
+        if format == "safetensors":
+            run = _safetensors(net, what, file, facts)
+        else:
+            run = (_onnx if format == "onnx" else _torchscript)(part, example(net, what, TRACED), file)
+        difference = compare(part, run, [example(net, what, batch) for batch in CHECKED])
     card = path.with_name(path.name + ".md")
     runner = f"onnxruntime {version('onnxruntime')}" if format == "onnx" else "the file, read again,"
     checked = f"{runner} differs from PyTorch {torch.__version__} by at most {difference:.1g} at batch 1 and 3"
@@ -196,15 +196,15 @@ def export(
 
 
 @torch.no_grad()
-def compare(part: Part, run: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference between `part` and `run` at batch 1 and 3.
+def compare(part: Part, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> float:
+    """Return the largest difference between what `part` and `run` give for the inputs.
 
     Raises:
         UserError: more than 1e-3, of values beyond one relative to the largest; or a result of another shape.
     """
     worst = 0.0
-    for batch in CHECKED:
-        x = part.example(batch)
+    for x in inputs:
+        batch = len(x)
         expected = part(x)
         try:
             found = run(x)
@@ -231,7 +231,7 @@ def _first(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _tracing(path: Path) -> Iterator[None]:
-    """Quiet, with fixed shapes; what goes wrong becomes one message."""
+    """Trace quietly, with fixed shapes; what goes wrong becomes one message."""
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), FixedShapes():
             warnings.simplefilter("ignore")
@@ -245,21 +245,22 @@ def _tracing(path: Path) -> Iterator[None]:
         raise UserError(f"the network cannot be exported ({type(error).__name__}: {_first(error)}).") from error
 
 
-def _torchscript(part: Part, file: Path, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+def _torchscript(part: Part, x: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
     with _tracing(file):
-        torch.jit.save(torch.jit.trace(part, (part.example(TRACED),), check_trace=False), file)
+        torch.jit.save(torch.jit.trace(part, (x,), check_trace=False), file)
         return torch.jit.load(file, map_location="cpu")
 
 
-def _onnx(part: Part, file: Path, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+def _onnx(part: Part, x: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
+    source, result = PORTS[part.what]
     with _tracing(file):
         torch.onnx.export(
             part,
-            (part.example(TRACED),),
+            (x,),
             os.fspath(file),
-            input_names=[part.input],
-            output_names=[part.output],
-            dynamic_axes={part.input: {0: "batch"}, part.output: {0: "batch"}},
+            input_names=[source],
+            output_names=[result],
+            dynamic_axes={source: {0: "batch"}, result: {0: "batch"}},
             opset_version=OPSET,
             dynamo=False,  # the newer exporter takes ten times as long, and in torch 2.6 needs an onnxscript of its age
         )
@@ -269,17 +270,16 @@ def _onnx(part: Part, file: Path, facts: Mapping[str, Any]) -> Callable[[Tensor]
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {part.input: x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(None, {source: x.numpy()})[0])
 
 
-def _safetensors(part: Part, file: Path, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    origin = {**facts.get("origin", {})}
+def _safetensors(net: PSP, what: str, file: Path, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    origin = dict(facts.get("origin", {}))
     if facts.get("checkpoint"):
         origin["exported_from"] = facts["checkpoint"]
-    if part.what == "generator":
-        (net,) = part.whole
-        average = (net.latent_avg, "that of the checkpoint") if bool(net.latent_avg.any()) else None
+    if what == "generator":
+        average = (net.latent_avg, "the checkpoint's") if bool(net.latent_avg.any()) else None
         save_generator(file, net.generator, origin, latent_avg=average)  # type: ignore[arg-type]
         return Part(PSP(nn.Identity(), load_generator(file)[0]), "generator")
-    save_psp(file, part.net, origin)
-    return Part(load_psp(file), part.what)
+    save_psp(file, net, origin)
+    return Part(load_psp(file), what)
