@@ -87,7 +87,7 @@ def test_encoders_into_w(encoder: str, psp, tiny: list[str], tmp_path: Path) -> 
         (["trainer.devices=0"], "devices=0"),
         (["loss=[l2]", "loss.l2.weight=0"], "weight 0"),
         (["loss.l2.weight=-1"], "loss.l2.weight"),
-        (["loss=[]"], "no loss is selected"),
+        (["loss=[]"], "No loss is selected"),
         (["callbacks.best.monitor=val/nope"], "callbacks.best.monitor"),
         (["callbacks.best.mode=avg"], "callbacks.best.mode"),
         (["objective=val/los"], "Did you mean 'val/loss'?"),

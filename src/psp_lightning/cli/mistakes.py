@@ -1,4 +1,4 @@
-"""What every command shares: readable errors, exit codes, help from the shipped configuration."""
+"""The one way in which commands report mistakes: a message for a person, no traceback, exit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from psp_lightning.utils.errors import UserError, suggest
@@ -14,60 +14,48 @@ from psp_lightning.utils.errors import UserError, suggest
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
-# settings whose values are paths or names: people write them as in a shell, without Hydra's own quotes
-PATHS = (
-    "ckpt", "input", "output", "init_from", "resume", "run", "generator.path", "paths.runs",
-    "mix.reference", "mask.dir",
-    "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
-)  # fmt: skip
-
-
-def quote_paths(arguments: list[str]) -> list[str]:
-    """Put values of `PATHS` that Hydra's grammar would not take as they are into its quotes; not in a sweep."""
-    if {"-m", "--multirun"} & set(arguments):
-        return arguments
-    quoted = []
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        plain = re.fullmatch(r"[\w./:~-]*", value, re.ASCII) or value[:1] in "'\"["
-        if sign and key in PATHS and not plain:
-            argument = key + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-        quoted.append(argument)
-    return quoted
-
-
 class Told(BaseException):
-    """Carries a `UserError` past Hydra, which would print the overrides and a hint before it."""
+    """Carries a message past Hydra, which would print the overrides and a hint before a `UserError`."""
 
 
 def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Decorator below `hydra.main`: in a single run a `UserError` leaves Hydra as `Told`; in a sweep, where the other
-    jobs are to go on, it stays an exception of its job."""
+    """Decorate the function below `hydra.main`: refuse missing settings, let a mistake leave Hydra as `Told`.
+
+    In a sweep, where the other jobs are to go on, it stays an exception of its job.
+    """
 
     @functools.wraps(task)
     def run(cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
+        from omegaconf import OmegaConf
 
         try:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):
+                raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
             return task(cfg)
         except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is None:
-                raise
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or (isinstance(error, OSError) and error.errno is None):
                 raise
             raise Told(_words(error)) from None
 
     return run
 
 
-def guard(run: Callable[[], object]) -> None:
-    """Call a Hydra main function; a user's mistake becomes one message and status 1, ctrl-C status 130."""
+def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Call a command's function; a user's mistake becomes one message and status 1, ctrl-C status 130.
+
+    Args:
+        run: the function.
+        prepare: what rewrites the command line first.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its exceptions on, so that they are worded here
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        if prepare is not None:
+            sys.argv[1:] = prepare(sys.argv[1:])
         run()
     except (UserError, Told) as error:
         _fail(str(error))
@@ -79,7 +67,7 @@ def guard(run: Callable[[], object]) -> None:
     except ValueError as error:
         if "Config group override must be" not in str(error):  # Hydra has no exception of its own for logger=null
             raise
-        _fail(_no_option(sys.argv[1:]) or str(error))
+        _fail(_wrong_option(sys.argv[1:]) or str(error))
     except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -100,14 +88,14 @@ def _fail(message: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """Hydra's or OmegaConf's error in words that name the culprit and the closest match."""
+    """Return Hydra's or OmegaConf's error in words that name the culprit and the closest match."""
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return _unknown_option(match[1], match[2], match[3].split())
     if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
         return _unknown_option(match[1], match[2])
-    if match := re.search(r"Could not override 'loss\.(\w+)(?:\.[\w.]+)?'", text):
-        return unselected_loss(match[1])
+    if match := re.search(r"Could not override '(loss|metric)\.(\w+)(?:\.[\w.]+)?'", text):
+        return _unselected(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         return f"there is no configuration key '{key}'.{_closest_key(key)} All keys: --cfg job; new ones: +{key}=..."
@@ -120,13 +108,22 @@ def explain(error: Exception) -> str:
     return text
 
 
+def _unselected(group: str, name: str) -> str:
+    """Return the message for a setting of something that is not in the list of its group."""
+    from psp_lightning.build.instantiate import not_selected
+
+    if name in (options := _shipped(group)):
+        return not_selected(group, name)
+    return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
+
+
 def _unknown_option(group: str, name: str, options: list[str] | None = None) -> str:
     options = options or _shipped(group)
     return f"{group}={name} does not exist.{suggest(name, options)} Choose from: {', '.join(options)}"
 
 
-def _no_option(arguments: list[str]) -> str | None:
-    """The message for the first of the arguments that gives a group a value which names none of its files."""
+def _wrong_option(arguments: Sequence[str]) -> str | None:
+    """Return the message for the first argument that gives a group a value which names none of its files."""
     for argument in arguments:
         group, sign, value = argument.partition("=")
         if sign and value not in (options := _shipped(group)) and options and value[:1] != "[":
@@ -134,40 +131,33 @@ def _no_option(arguments: list[str]) -> str | None:
     return None
 
 
-def _shipped(group: str) -> list[str]:
+def _main_config() -> tuple[str, str]:
+    """Return folder and name of the configuration of the command that runs."""
     from psp_lightning._conf import config_root
 
-    folders = [os.path.join(config_root(), group)]
-    if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
-        folders.append(os.path.join(config_root(), "generator_training", group))
+    command = os.path.basename(sys.argv[0]).replace("-", "_")
+    if "train_generator" in command:
+        return os.path.join(config_root(), "generator_training"), "train_generator"
+    return config_root(), "predict" if "predict" in command else "train"
+
+
+def _shipped(group: str) -> list[str]:
+    """Return the options of a group."""
+    from psp_lightning._conf import config_root
+
+    folders = [os.path.join(folder, group) for folder in {config_root(), _main_config()[0]}]
     names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
     return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 
 
-def unselected_loss(name: str) -> str:
-    """The message for a weight without its term."""
-    options = _shipped("loss")
-    if name in options:
-        return (
-            f"loss.{name} is set but the term '{name}' is not selected: add it to the list, "
-            f"loss=[l2,{name}] (its file is conf/loss/{name}.yaml)"
-        )
-    return f"there is no loss '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
-
-
 def _closest_key(key: str) -> str:
-    """The closest existing key, looked up in the configuration that the other arguments give."""
+    """Return the closest existing key, looked up in the configuration that the other arguments give."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    from psp_lightning._conf import config_root
-
     GlobalHydra.instance().clear()
-    command, folder = os.path.basename(sys.argv[0]).replace("-", "_"), config_root()
-    name = "predict" if "predict" in command else "train"
-    if "train_generator" in command:
-        name, folder = "train_generator", os.path.join(folder, "generator_training")
+    folder, name = _main_config()
     try:
         with initialize_config_dir(folder, version_base="1.3"):
             groups = [item for item in sys.argv[1:] if "=" in item and _shipped(item.partition("=")[0])]
