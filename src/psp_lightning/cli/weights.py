@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from psp_lightning.cli.settings import choice, command, new_file, parse, verb
@@ -14,8 +13,8 @@ if TYPE_CHECKING:
     from psp_lightning.importers.report import Imported
 
 IMPORT = "psp-weights import FILE out=FILE.safetensors"
-GET = "psp-weights get NAME"
 PARITY = "psp-weights parity FILE --against VALUES.npz"
+READING = {"what": "all", "label": "", "latent_avg": "stored", "in_channels": ""}
 HELP = f"""{IMPORT} [what=all] [label=...] [latent_avg=stored] [in_channels=...]
 psp-weights inspect FILE
 psp-weights verify FILE_OR_NAME
@@ -40,10 +39,6 @@ parity   renders latents and compares with what the original gave; status 1 wher
 list     public and shipped weights: origin, licence, size, SHA-256
 get      puts public weights into the weights folder (PSP_WEIGHTS, else the user's cache)
 """
-SETTINGS = (
-    "against", "out", "overwrite", "licence", "label", "what", "latent_avg", "in_channels", "seed", "psi", "tolerance",
-    "offline", "url",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -56,30 +51,36 @@ def run(arguments: list[str]) -> None:
     VERBS[verb("psp-weights", arguments, list(VERBS))](arguments[1:])
 
 
-def _subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """The file or name, which is the one argument that is no setting, and the settings."""
-    values: list[str] = []
+def _parse(
+    arguments: list[str], usage: str, defaults: Mapping[str, Any], required: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
+    """Return the file or name, which is the one argument that is no setting, and the settings.
+
+    `--key value` and `--key=value` are settings as well.
+    """
+    subjects: list[str] = []
     settings: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument.startswith("--") and "=" not in argument:
-            following = next(rest, None)
-            if following is None:
-                raise UserError(f"{argument} needs a value: {usage}")
-            settings.append(f"{argument[2:]}={following}")
-        elif argument.startswith("--"):
-            settings.append(argument[2:])
-        elif "=" in argument and (values or argument.partition("=")[0] in SETTINGS):
+        if argument.startswith("--"):
+            argument = argument[2:]
+            if "=" not in argument:
+                following = next(rest, None)
+                if following is None:
+                    raise UserError(f"--{argument} needs a value: {usage}")
+                argument = f"{argument}={following}"
+            settings.append(argument)
+        elif "=" in argument and (subjects or argument.partition("=")[0] in (*defaults, *required)):
             settings.append(argument)
         else:
-            values.append(argument)
-    if len(values) != 1:
-        raise UserError(f"give one file or name, not {len(values)}: {usage}")
-    return values[0], settings
+            subjects.append(argument)
+    if len(subjects) != 1:
+        raise UserError(f"give one file or name, not {len(subjects)}: {usage}")
+    return subjects[0], parse(settings, defaults, required, usage)
 
 
-def _number(values: dict[str, str], key: str, kind: type) -> Any:
-    """The number `key`, or None where it was not given."""
+def _number(values: Mapping[str, Any], key: str, kind: type) -> Any:
+    """Return the number `key`, or None where it was not given."""
     if not values[key]:
         return None
     try:
@@ -89,27 +90,7 @@ def _number(values: dict[str, str], key: str, kind: type) -> Any:
         raise UserError(f"{key}={values[key]} is not a {what}.") from None
 
 
-def import_(arguments: list[str]) -> None:
-    """`psp-weights import`."""
-    file, settings = _subject(arguments, IMPORT)
-    defaults = {
-        "what": "all", "label": "", "latent_avg": "stored", "in_channels": "", "licence": "", "overwrite": False,
-    }  # fmt: skip
-    values = parse(settings, defaults, ["out"], IMPORT)
-    out = new_file(values, [".safetensors"])
-    imported = _read(file, values)
-    described(imported)
-    table(imported.rows, ("part", "tensors", "result"))
-    remarks(imported.notes)
-    imported.save(out, {"licence": values["licence"] or "that of the source"})
-    from psp_lightning.importers.imports import import_file
-
-    import_file(out)  # what was written can be read
-    where = "ckpt=" if imported.kind == "psp" else "generator.path="
-    print(f"wrote {out} ({imported.kind}): {where}{out}")
-
-
-def _read(file: str, values: dict[str, str]) -> Imported:
+def _read(file: str, values: Mapping[str, Any]) -> Imported:
     from psp_lightning.checkpoints.strict import WeightsMismatch
     from psp_lightning.importers.imports import AVERAGES, WHAT, import_file
 
@@ -121,80 +102,81 @@ def _read(file: str, values: dict[str, str]) -> Imported:
     try:
         return import_file(file, label, values["what"], values["latent_avg"], in_channels)
     except WeightsMismatch as error:
-        table(error.report.rows(2), ("part", "tensors", "result"))
+        _print_table(error.report.rows(2))
         raise
 
 
-def described(imported: Imported) -> None:
-    """Print what a network is."""
-    for name, text in imported.summary():
-        print(f"{clean(name):<11} {clean(text, 400)}")
+def _print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
+    for name, text in pairs:
+        print(f"{clean(name):<11} {clean(str(text), 400)}")
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> None:
-    """Print columns."""
-    lines = [[clean(str(cell)) for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+def _print_table(rows: Iterable[Sequence[Any]]) -> None:
+    lines = [[clean(str(cell)) for cell in row] for row in (("part", "tensors", "result"), *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = zip(line, widths, strict=True)
-        print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def remarks(notes: Iterable[str]) -> None:
-    """Print what a user should know."""
-    for note in notes:
+def _print_import(imported: Imported, facts: Mapping[str, Any]) -> None:
+    _print_pairs([*imported.summary(), *facts.items()])
+    _print_table(imported.rows)
+    for note in imported.notes:
         print(f"note: {clean(note, 400)}")
+
+
+def import_(arguments: list[str]) -> None:
+    """`psp-weights import`."""
+    file, values = _parse(arguments, IMPORT, {**READING, "licence": "", "overwrite": False}, ["out"])
+    out = new_file(values, [".safetensors"])
+    imported = _read(file, values)
+    _print_import(imported, {})
+    imported.save(out, {"licence": values["licence"] or "that of the source"})
+    from psp_lightning.importers.imports import import_file
+
+    import_file(out)  # what was written can be read
+    where = "ckpt=" if imported.kind == "psp" else "generator.path="
+    print(f"wrote {out} ({imported.kind}): {where}{out}")
 
 
 def inspect(arguments: list[str]) -> None:
     """`psp-weights inspect`."""
-    usage = "psp-weights inspect FILE"
-    file, settings = _subject(arguments, usage)
-    values = parse(settings, {"label": "", "what": "all", "latent_avg": "stored", "in_channels": ""}, [], usage)
+    file, values = _parse(arguments, "psp-weights inspect FILE", READING)
     imported = _read(file, values)
-    described(imported)
-    for key, value in imported.facts.items():
-        print(f"{clean(key):<11} {clean(str(value), 200)}")
-    table(imported.rows, ("part", "tensors", "result"))
-    remarks(imported.notes)
+    _print_import(imported, imported.facts)
 
 
 def verify(arguments: list[str]) -> None:
     """`psp-weights verify`."""
-    usage = "psp-weights verify FILE_OR_NAME"
-    name, settings = _subject(arguments, usage)
-    parse(settings, {}, [], usage)
-    from psp_lightning.checkpoints import read as io
-    from psp_lightning.checkpoints import safetensors_io as files
-    from psp_lightning.importers import imports as foreign
-    from psp_lightning.zoo import download
-    from psp_lightning.zoo import locate as pretrained
+    name, _ = _parse(arguments, "psp-weights verify FILE_OR_NAME", {})
+    from psp_lightning.checkpoints.read import read_weights, resolve
+    from psp_lightning.checkpoints.safetensors_io import is_safetensors, read_described, read_tensors
+    from psp_lightning.importers.imports import import_file
+    from psp_lightning.zoo import download, locate
 
-    entry = pretrained.RECORDS.get(name)
-    file = pretrained.find(name) if entry is not None else io.resolve(name)
-    if entry is None:
-        entry = next((record for record in pretrained.RECORDS.values() if record.filename == file.name), None)
-    shipped = next((known for known in pretrained.shipped().values() if known.file == file), None)
+    entry = locate.RECORDS.get(name)
+    file = resolve(name) if entry is None else locate.find(name)
+    entry = entry or next((record for record in locate.RECORDS.values() if record.filename == file.name), None)
     print(f"{file}: {file.stat().st_size} bytes")
     if entry is not None:
         print(download.check(entry, file))
-    elif shipped is not None:
-        print(f"SHA-256 {pretrained.sha256(file)}: as recorded in the package.")
+    elif any(known.file == file for known in locate.shipped().values()):
+        print(f"SHA-256 {locate.sha256(file)}: as recorded in the package.")
     else:
-        print(f"SHA-256 {pretrained.sha256(file)}: no public file of this name is known.")
-    if files.is_safetensors(file) and files.read_described(file)[0].get("kind") == "embedding":
+        print(f"SHA-256 {locate.sha256(file)}: no public file of this name is known.")
+    if entry is not None and not entry.name.startswith(("psp_", "e4e_", "stylegan2_")):
+        read_weights(file)  # a network of a loss, which is no file that is imported
+    elif is_safetensors(file) and (read_tensors(file)[0] or {}).get("kind") == "embedding":
+        read_described(file)
         print("embedding: the identity network of a domain")
-    elif entry is None or entry.name.startswith(("psp_", "e4e_", "stylegan2_")):
-        described(foreign.import_file(file))
     else:
-        io.read(file)
+        _print_pairs(import_file(file).summary())
     print("read through: nothing damaged")
 
 
 def parity(arguments: list[str]) -> None:
     """`psp-weights parity`."""
-    file, settings = _subject(arguments, PARITY)
-    values = parse(settings, {"seed": "0", "psi": "1", "tolerance": "", "label": ""}, ["against"], PARITY)
+    file, values = _parse(arguments, PARITY, {"seed": "0", "psi": "1", "tolerance": "", "label": ""}, ["against"])
     seed, psi = _number(values, "seed", int), _number(values, "psi", float)
     tolerance, label = _number(values, "tolerance", float), _number(values, "label", int)
     if tolerance is not None and not tolerance >= 0 or not 0 <= seed < 1 << 32:
@@ -211,13 +193,11 @@ def parity(arguments: list[str]) -> None:
 def list_(arguments: list[str]) -> None:
     """`psp-weights list`."""
     parse(arguments, {}, [], "psp-weights list")
-    from psp_lightning.zoo import download
-    from psp_lightning.zoo import locate as pretrained
+    from psp_lightning.zoo import download, locate
 
-    folder = pretrained.weights_dir()
-    known = download.recorded()
+    folder, known = locate.weights_dir(), download.recorded()
     print(f"public, for {folder} (psp-weights get NAME):")
-    for entry in pretrained.RECORDS.values():
+    for entry in locate.RECORDS.values():
         digest = f"SHA-256 {entry.sha256}..." if entry.sha256 else "SHA-256 not published"
         if entry.name in known:
             digest += f", recorded {known[entry.name]['sha256'][:16]}..."
@@ -225,19 +205,17 @@ def list_(arguments: list[str]) -> None:
         print(f"{entry.name}  [{state}]\n    {entry.filename}, {entry.size or 'size not stated'}, {digest}")
         print(f"    for {entry.used_by}\n    from {entry.url}\n    licence: {entry.licence}")
     print("\nshipped in the package:")
-    for shipped in pretrained.shipped().values():
+    for shipped in locate.shipped().values():
         digest = f"SHA-256 {shipped.sha256[:16]}..."
         print(f"{shipped.name}  {shipped.kind}, {shipped.bytes} bytes, {shipped.licence}, {digest}")
 
 
 def get(arguments: list[str]) -> None:
     """`psp-weights get`."""
-    name, settings = _subject(arguments, GET)
-    values = parse(settings, {"offline": False, "url": ""}, [], GET)
-    from psp_lightning.zoo import download
-    from psp_lightning.zoo import locate as pretrained
+    name, values = _parse(arguments, "psp-weights get NAME", {"offline": False, "url": ""})
+    from psp_lightning.zoo import download, locate
 
-    entry = pretrained.record(name)
+    entry = locate.record(name)
     print(f"licence: {entry.licence}")
     shown = -1
 
@@ -251,7 +229,7 @@ def get(arguments: list[str]) -> None:
     file, compared = download.get(name, values["offline"], values["url"] or None, progress)
     if shown >= 0:
         print(file=sys.stderr)
-    print(f"{Path(file)}\n{compared}")
+    print(f"{file}\n{compared}")
 
 
 VERBS = {"import": import_, "inspect": inspect, "verify": verify, "parity": parity, "list": list_, "get": get}
