@@ -11,14 +11,14 @@ from torch import nn
 
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.frozen import freeze, is_frozen
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 
 
 @pytest.fixture
 def embedder():
-    return freeze(FaceEmbedder(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
+    return freeze(ArcFaceIRSE(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
 
 
 def test_train_keeps_eval(embedder):

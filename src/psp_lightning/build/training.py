@@ -19,7 +19,7 @@ from psp_lightning.lit.callbacks.fit import AverageBatchNorm
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.models.irse import checkpoint_units
+from psp_lightning.models.checkpointing import checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, whole
 from psp_lightning.utils.errors import UserError, suggest

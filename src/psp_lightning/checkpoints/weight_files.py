@@ -27,8 +27,8 @@ from psp_lightning.checkpoints.read import select, tensors_of
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
 from psp_lightning.checkpoints.strict import build_and_load, wrap_errors
 from psp_lightning.checkpoints.torch_files import check_tree
-from psp_lightning.models.psp import PSP, build_described
-from psp_lightning.models.registry import EMBEDDINGS, GENERATORS
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
@@ -137,9 +137,7 @@ def restore_generator(
     average = tensors.pop("latent_avg", None)
     with wrap_errors(path):
         node = description.get("generator")
-        generator = build_and_load(
-            lambda: build_described(GENERATORS, "generator", node), tensors, "the described generator"
-        )
+        generator = build_and_load(lambda: build_described("generator", node), tensors, "the described generator")
         if average is not None and average.shape[-1:] != (generator.style_dim,):
             raise UserError(f"its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")
     return generator, average
@@ -178,9 +176,7 @@ def restore_embedding(path: Path, description: Mapping[str, Any], tensors: Mappi
     """Make the embedding of a file of `save_embedding`; arguments and errors as in `restore_generator`."""
     with wrap_errors(path):
         node = description.get("embedding")
-        return build_and_load(
-            lambda: build_described(EMBEDDINGS, "embedding", node), tensors, "the described embedding"
-        )
+        return build_and_load(lambda: build_described("embedding", node), tensors, "the described embedding")
 
 
 def generator_hash(generator: nn.Module) -> str:

@@ -108,8 +108,7 @@ def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts
         f"- made from: {_checkpoint(facts)}",
     ]
     if what != "generator":
-        passes = getattr(encoder, "iterations", 0)
-        more = f", {passes} passes, each over an image of the generator, which the file holds" if passes else ""
+        more = f", {net.passes} passes, each over an image of the generator, which the file holds" if net.passes else ""
         lines.append(f"- encoder: {type(encoder).__name__}, {_millions(encoder)} parameters{more}")
     lines += [
         f"- generator: {type(generator).__name__}, {generator.output_size} px, {net.n_styles} styles of "

@@ -18,7 +18,7 @@ class FrechetDistance(Metric):
     Not comparable with published FID, whose features are Inception's: only with distances in the same features.
 
     Args:
-        features: images (B, 3, H, W) in [-1, 1] to (B, D), e.g. `FaceEmbedding.statistics`. A function and not a
+        features: images (B, 3, H, W) in [-1, 1] to (B, D), e.g. `ToyFaceEmbedding.statistics`. A function and not a
             module, so that the network is not saved with the metric.
 
     Source: Heusel et al. (arXiv:1706.08500), equation 6.
