@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.models.psp import PSP
+from psp_lightning.utils.arguments import choice
 from psp_lightning.utils.errors import UserError, suggest
 
 SPACES = ("z", "w", "w_plus")
@@ -50,7 +51,7 @@ class Latents:
     latent_avg: bool = True
 
     def __post_init__(self) -> None:
-        check_space(self.space)
+        choice("space", self.space, SPACES)
         wanted = 3 if self.space == "w_plus" else 2
         if self.codes.ndim != wanted or not self.codes.numel():
             shape = "(N, n_styles, style_dim)" if wanted == 3 else "(N, dimensions)"
@@ -133,7 +134,7 @@ class Latents:
         Raises:
             UserError: there is no way, or it needs `net`.
         """
-        check_space(space)
+        choice("space", space, SPACES)
         added = self.latent_avg or self.space == "z"
         if space == self.space and added:
             return replace(self, latent_avg=True)
@@ -154,12 +155,6 @@ class Latents:
                 raise UserError("w_plus into w: the styles of a code differ, one w cannot stand for them.")
             codes = codes[:, 0]
         return replace(self, codes=codes.contiguous(), space=space, latent_avg=True)
-
-
-def check_space(space: str) -> None:
-    """Raise a UserError for an unknown space."""
-    if space not in SPACES:
-        raise UserError(f"space={space} is unknown.{suggest(space, SPACES)} Choose from: {', '.join(SPACES)}")
 
 
 def to_w_plus(codes: Tensor, space: str, generator: nn.Module, average: Tensor | None = None) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.read import read_content
 from psp_lightning.checkpoints.safetensors_io import KEY, is_safetensors, read_described, save_described
-from psp_lightning.latents.codes import Latents, check_space
+from psp_lightning.latents.codes import SPACES, Latents
+from psp_lightning.utils.arguments import choice
 from psp_lightning.utils.atomic import replacing, save_torch
 from psp_lightning.utils.errors import UserError
 
@@ -58,14 +59,20 @@ def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
     save_described(path, KIND, {latents.space: latents.codes.float(), "names": names}, facts)
 
 
-def is_plain(path: Path) -> bool:
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"Latents {path} do not exist.")
+    return path
+
+
+def is_plain(path: str | os.PathLike[str]) -> bool:
     """Tell whether a file holds only numbers, by its suffix, and of an `.npz` by its entries.
 
     Raises:
         UserError: no such file.
     """
-    if not path.is_file():
-        raise UserError(f"Latents {path} do not exist.")
+    path = _existing(path)
     if path.suffix != ".npz":
         return path.suffix != OURS
     try:
@@ -81,9 +88,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
     Raises:
         UserError: no such file; it is damaged, or a plain array, of which nobody knows the generator.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"Latents {path} do not exist.")
+    path = _existing(path)
     if path.suffix in (*PLAIN, ".pth"):
         raise UserError(_plain(path))
     facts, codes, names = _parts(path)
@@ -162,23 +167,13 @@ def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latent
     Raises:
         UserError: no such file; it is damaged, or holds something else. No code from the file runs.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"Latents {path} do not exist.")
+    path = _existing(path)
     if space is not None:
-        check_space(space)
-    if path.suffix == ".npz":
-        arrays = _read_npz(path)
-        if len(arrays) != 1:
-            names = ", ".join(list(arrays)[:5])
-            raise UserError(f"{path} holds {len(arrays)} arrays ({names}): one is expected in a plain file of codes.")
-        codes = _numbers(path, next(iter(arrays.values())))
-    elif path.suffix == ".npy":
-        codes = _numbers(path, _read_npy(path))
-    elif path.suffix in (".pt", ".pth"):
-        codes = _read_pt(path)
-    else:
+        choice("space", space, SPACES)
+    readers = {".npz": _read_one_array, ".npy": _read_npy, ".pt": _read_pt, ".pth": _read_pt}
+    if path.suffix not in readers:
         raise UserError(f"{path}: plain codes are read from .npy, .npz or .pt files.")
+    codes = readers[path.suffix](path)
     codes = codes[None] if codes.ndim == 1 or (codes.ndim == 2 and space == "w_plus") else codes
     space = space or ("w_plus" if codes.ndim == 3 else "w")
     width = max(5, len(str(len(codes))))
@@ -214,11 +209,20 @@ def _numbers(path: Path, array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _read_npy(path: Path) -> Tensor:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # a map, so that a huge shape costs no memory
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a map, so that a huge shape costs no memory
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
         raise UserError(_unreadable(path, error)) from None
+    return _numbers(path, array)
+
+
+def _read_one_array(path: Path) -> Tensor:
+    arrays = _read_npz(path)
+    if len(arrays) != 1:
+        names = ", ".join(list(arrays)[:5])
+        raise UserError(f"{path} holds {len(arrays)} arrays ({names}): one is expected in a plain file of codes.")
+    return _numbers(path, next(iter(arrays.values())))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
