@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from psp_lightning.utils.atomic import replacing
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -34,17 +34,5 @@ def save_atomic(image: Image.Image, path: str | os.PathLike[str], **options: obj
     Raises:
         OSError: when the disk is full or the folder cannot be written; nothing stays under `path`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):  # it may have been moved already
-            os.unlink(name)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
-        raise
+    with replacing(path) as part:
+        image.save(part, format=Image.registered_extensions()[Path(path).suffix.lower()], **options)
