@@ -22,8 +22,8 @@ from typing import Any
 import filelock
 import torch
 
-from psp_lightning.ops import dispatch as _dispatch
 from psp_lightning.ops.cuda import toolchain as _toolchain
+from psp_lightning.ops.cuda.choice import choice
 from psp_lightning.utils.cache import cache_dir
 from psp_lightning.utils.errors import UserError
 
@@ -65,7 +65,7 @@ def kernels() -> Any:
         UserError: with PSP_OPS=cuda where there are none.
     """
     outcome = _outcome or _decide()
-    if outcome.kernels is None and _dispatch.choice() == "cuda":
+    if outcome.kernels is None and choice() == "cuda":
         raise UserError(f"PSP_OPS=cuda, but there are no kernels. {outcome.reason}")
     return outcome.kernels
 
@@ -78,7 +78,7 @@ def _decide() -> Outcome:
                 _outcome = Outcome(load(ensure_built(_toolchain.architectures())))
             except BuildError as error:
                 _outcome = Outcome(reason=str(error))
-                if _dispatch.choice() != "cuda":  # which ends in an error anyway
+                if choice() != "cuda":  # which ends in an error anyway
                     warnings.warn(
                         f"Plain PyTorch is used in place of the CUDA kernels. {error}\n{_toolchain.ADVICE} "
                         "More: psp-doctor ops.",
