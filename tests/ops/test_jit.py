@@ -25,6 +25,8 @@ WORKER = """
 import os, sys
 from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.cuda import toolchain as _toolchain
+
+pytestmark = pytest.mark.serial
 _toolchain.missing = lambda: ""
 open(os.environ["ARRIVED"], "a").write("x")
 _jit.build_command = lambda scratch: [sys.executable, "-c", {compiler!r}, str(scratch)]
