@@ -1,6 +1,7 @@
 """The source obeys the import directions and habits of docs/architecture.md, as read from its syntax tree."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -105,50 +106,96 @@ def test_every_unit_has_a_rule():
     assert not unknown, f"say in ALLOWED what {sorted(unknown)} may import"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_import_directions(path):
-    for name, line, lazy in imports(path):
-        if not name.startswith("psp_lightning."):
-            continue
-        target = name.removeprefix("psp_lightning.")
-        head = target.split(".")[0]
-        if head in {"utils", unit(path)} | ALLOWED[unit(path)] or not (
-            (SOURCE / head).is_dir() or (SOURCE / f"{head}.py").is_file()
-        ):
-            continue
-        if (unit(path), target) in EXCEPTIONS or (lazy and (relative(path), target) in LAZY_EXCEPTIONS):
-            continue
-        pytest.fail(f"{relative(path)}:{line} imports {name}, which {unit(path)} may not know")
+def refuse(offenders: list[str]) -> None:
+    assert not offenders, "\n" + "\n".join(offenders)
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_frameworks_stay_in_their_places(path):
-    for name, line, _ in imports(path):
-        places = FRAMEWORKS.get("pytorch_lightning" if name.startswith("lightning") else name.split(".")[0])
-        if places is None:
-            continue
-        assert relative(path).startswith(places), f"{relative(path)}:{line} imports {name}; only {places} may"
+def ours(path: Path) -> list[tuple[str, int, bool]]:
+    """Return the imports of modules of this package, relative to it."""
+    return [
+        (name.removeprefix("psp_lightning."), line, lazy)
+        for name, line, lazy in imports(path)
+        if name.startswith("psp_lightning.")
+    ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_no_device_choice_and_no_unsafe_reading(path):
-    for node in ast.walk(tree(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Attribute):
-            assert node.func.attr != "cuda", f"{relative(path)}:{node.lineno} calls .cuda(); use .to(device)"
-        for keyword in node.keywords:
-            unsafe = (
-                keyword.arg == "weights_only"
-                and isinstance(keyword.value, ast.Constant)
-                and keyword.value.value is not True
-            )
-            assert not unsafe, f"{relative(path)}:{node.lineno} reads with {ast.unparse(keyword)}"
-        if ast.unparse(node.func) == "torch.load":
-            names = {keyword.arg for keyword in node.keywords}
-            assert "weights_only" in names, f"{relative(path)}:{node.lineno}: torch.load without weights_only=True"
-        unpickles = ast.unparse(node.func) in {"pickle.load", "pickle.loads"}
-        assert not unpickles, f"{relative(path)}:{node.lineno} unpickles"
+def is_unit(head: str) -> bool:
+    return (SOURCE / head).is_dir() or (SOURCE / f"{head}.py").is_file()
+
+
+def test_import_directions():
+    offenders = []
+    for path in FILES:
+        allowed = {"utils", unit(path)} | ALLOWED[unit(path)]
+        for target, line, lazy in ours(path):
+            head = target.split(".")[0]
+            stated = (unit(path), target) in EXCEPTIONS or (lazy and (relative(path), target) in LAZY_EXCEPTIONS)
+            if is_unit(head) and head not in allowed and not stated:
+                offenders.append(f"{relative(path)}:{line} imports {target}, which {unit(path)} may not know")
+    refuse(offenders)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_cycle():
+    """None among modules, also none that is hidden in a function; `__init__.py` of the package is lazy."""
+    modules = {module_of(path): path for path in FILES if module_of(path)}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for target, _, lazy in ours(path):
+            while target and target not in modules:
+                target = target.rpartition(".")[0]
+            if target and target != name and not (lazy and (relative(path), target) in LAZY_EXCEPTIONS):
+                graph[name].add(target)
+    order = graphlib.TopologicalSorter(graph)
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_files_are_short():
+    long = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    refuse([f"{name}: {n} lines, at most 400" for name, n in long.items() if n > 400])
+    assert long["models/stylegan2.py"] <= 280
+
+
+def test_frameworks_stay_in_their_places():
+    offenders = []
+    for path in FILES:
+        for name, line, _ in imports(path):
+            places = FRAMEWORKS.get("pytorch_lightning" if name.startswith("lightning") else name.split(".")[0])
+            if places is not None and not relative(path).startswith(places):
+                offenders.append(f"{relative(path)}:{line} imports {name}; only {places} may")
+    refuse(offenders)
+
+
+def test_no_device_choice_and_no_unsafe_reading():
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                offenders += [f"{relative(path)}:{node.lineno}: {why}" for why in unsafe(node)]
+    refuse(offenders)
+
+
+def unsafe(call: ast.Call) -> list[str]:
+    """Return what is wrong with a call: a chosen device, or a reader that may run code."""
+    found = []
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "cuda":
+        found.append("calls .cuda(); use .to(device)")
+    given = keywords.get("weights_only")
+    if isinstance(given, ast.Constant) and given.value is not True:
+        found.append("reads with weights_only=False")
+    if ast.unparse(call.func) == "torch.load" and "weights_only" not in keywords:
+        found.append("torch.load without weights_only=True")
+    if ast.unparse(call.func) in {"pickle.load", "pickle.loads"}:
+        found.append("unpickles")
+    return found
 
 
 # What a module may call while it is imported: declarations that cost nothing and change nothing outside.
@@ -203,13 +250,16 @@ def dataclasses_of_ours() -> set[str]:
 RECORDS = dataclasses_of_ours()
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_import_does_no_work(path):
-    for call in work_at_import(tree(path)):
-        # a console script's decorator: it wraps the function, and needs the folder of the configuration to do so
-        if relative(path).startswith("cli/") and ast.unparse(call.func) in {"hydra.main", "config_root"}:
-            continue
-        pytest.fail(f"{relative(path)}:{call.lineno} calls {ast.unparse(call.func)}() while being imported")
+def test_import_does_no_work():
+    offenders = []
+    for path in FILES:
+        for call in work_at_import(tree(path)):
+            # a console script's decorator: it wraps the function, and needs the folder of the configuration to do so
+            if not (relative(path).startswith("cli/") and ast.unparse(call.func) in {"hydra.main", "config_root"}):
+                offenders.append(
+                    f"{relative(path)}:{call.lineno} calls {ast.unparse(call.func)}() while being imported"
+                )
+    refuse(offenders)
 
 
 def test_the_rules_find_offenders(tmp_path):
@@ -219,3 +269,6 @@ def test_the_rules_find_offenders(tmp_path):
     assert ("psp_lightning.models.irse", 13, False) not in imports(SOURCE / "utils" / "errors.py")
     found = {name for name, _, _ in imports(SOURCE / "losses" / "identity.py")}
     assert {"psp_lightning.models.irse", "psp_lightning.zoo.locate"} <= found
+    calls = [node for node in ast.walk(ast.parse("x.cuda()\ntorch.load(f)\npickle.load(f)\nf(weights_only=False)"))
+             if isinstance(node, ast.Call)]  # fmt: skip
+    assert [len(unsafe(call)) for call in calls] == [1, 1, 1, 1]

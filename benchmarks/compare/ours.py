@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import inputs
+from benchmarks.compare.case import Case
 from benchmarks.compare.floor import floor
 from benchmarks.compare.kernels import measure_kernels
 from benchmarks.compare.rows import BFLOAT16, GRAPH, Job
-from benchmarks.compare.worker import Case
 from psp_lightning import PSP
 from psp_lightning.checkpoints.weight_files import save_psp
 from psp_lightning.data.spec import InputSpec

@@ -6,17 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.compare.comparison import Comparison
 from benchmarks.compare.report import spread
 from benchmarks.compare.rows import BFLOAT16, FLOAT32, Row
 from benchmarks.compare.worker import ROOT, WorkerError
-
-if TYPE_CHECKING:
-    from benchmarks.compare.__main__ import Comparison
 
 PRECISION = {FLOAT32: "32-true", BFLOAT16: "bf16"}
 IMPORTS = {

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.compare import inputs
+from benchmarks.compare.case import Case
 from benchmarks.compare.rows import Job
-from benchmarks.compare.worker import Case
 
 NEEDED = ("models/psp.py", "models/stylegan2/model.py", "training/coach.py", "options/train_options.py")
 # package: what the clone imports of it and a comparison has no use for

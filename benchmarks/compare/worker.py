@@ -15,32 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.compare.case import Case
 from benchmarks.compare.rows import REFERENCE, REFERENCE_KEPT, Job
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass
-class Case:
-    """One side of a row, set up.
-
-    Args:
-        draw: seed to fresh random inputs.
-        run: the work that is timed; what it returns as a dict is passed on.
-        check: inputs to tensors by name (`Tensor` each) that must agree with the other sides'.
-        notes: for the results.
-        floor: measures the least time that the machine needs, where that is known.
-    """
-
-    draw: Callable[[int], Any]
-    run: Callable[[Any], Any]
-    check: Callable[[Any], dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-    floor: Callable[[], dict[str, float]] | None = None
 
 
 class WorkerError(Exception):
@@ -58,17 +39,21 @@ class Worker:
 
     Args:
         job: what it sets up.
+        environment: further variables of the process.
+        root: the checkout whose code it runs.
 
     Raises:
         WorkerError: by every method, when the process fails.
     """
 
-    def __init__(self, job: Job, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, job: Job, environment: dict[str, str] | None = None, root: Path = ROOT) -> None:
         self.job = job
+        path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.compare.worker"], cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, **(environment or {})},
+            [sys.executable, "-m", "benchmarks.compare.worker"], cwd=root, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment,
         )  # fmt: skip
         self._send(job.plain())
 

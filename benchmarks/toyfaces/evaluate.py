@@ -86,7 +86,7 @@ def frechet(n: int = 10_000) -> dict[str, Any]:
     """Generated against drawn, and two disjoint drawn sets."""
     generator, _ = load_generator("toyfaces/generator")
     embedding = load_embedding("toyfaces/identity").eval()
-    generated, drawn = (FrechetDistance(embedding.statistics) for _ in range(2))
+    generated, drawn = (FrechetDistance(embedding.statistics, sum(embedding.config["widths"])) for _ in range(2))
     for start in range(0, n, 500):
         real = draw(HELD_OUT, 500, start).images
         generated.update(real, real=True)
@@ -100,7 +100,7 @@ def frechet(n: int = 10_000) -> dict[str, Any]:
 def training(run: Path, n: int = 2000, shown: Sequence[int] = (1000, 3000, 6000, 10_000, 17_000)) -> dict[str, Any]:
     """The generators that a run exported on its way: Frechet distance, and the same eight latents with truncation."""
     embedding = load_embedding("toyfaces/identity").eval()
-    distance = FrechetDistance(embedding.statistics)
+    distance = FrechetDistance(embedding.statistics, sum(embedding.config["widths"]))
     distance.update(draw(HELD_OUT, n).images, real=True)
     rows, grid = [], []
     for file in sorted(run.glob("generator_*.safetensors")):

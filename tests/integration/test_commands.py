@@ -145,6 +145,7 @@ def test_every_input_gives_one_output(n: int, psp, small: Path, tmp_path: Path) 
     assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == n
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4])
 def test_two_ranks_write_every_output_once(n: int, shell, psp, small: Path, tmp_path: Path) -> None:

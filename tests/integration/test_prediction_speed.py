@@ -22,6 +22,8 @@ from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import keep_freed_memory
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.serial
+
 SETTINGS = [
     "trainer.max_steps=20",
     "trainer.log_every_n_steps=1",

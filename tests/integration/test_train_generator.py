@@ -210,6 +210,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 
 # 20 images in batches of 8: two steps a pass, so that 9 is in the middle of one and 10 at the end of one
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "ranks"), [(9, 1), (10, 1), (9, 2)])
 def test_resume_is_bit_exact(every: int, ranks: int, faces: Path, tmp_path: Path) -> None:
@@ -279,6 +280,7 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
 # --- several ranks
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_two_ranks_agree_with_one(faces: Path, tmp_path: Path) -> None:
     """Two ranks of 4 see the images, latents, noise and groups of one process of 8.
@@ -431,6 +433,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces: Path, psp) -> None:
     assert done.code == 1 and "became" in done.err and "optimizer.lr" in done.err, done.err
 
 
+@pytest.mark.serial
 def test_help_and_settings_are_shown(shell) -> None:
     begun = time.monotonic()
     shown = shell("train_generator", "--help")

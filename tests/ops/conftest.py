@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,26 @@ from psp_lightning.ops import dispatch as _dispatch
 from psp_lightning.ops import library as _library
 from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.cuda import toolchain as _toolchain
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep, of each test of the kernels, the cases that bring a new pair of parameter values."""
+    if config.getoption("--all-kernels"):
+        return
+    seen: dict[object, set[object]] = {}
+    left_out = []
+    for item in items:
+        if item.path.name != "test_kernels.py" or not hasattr(item, "callspec"):
+            continue
+        values = {name: str(value) for name, value in item.callspec.params.items()}
+        known = seen.setdefault((item.function, values.pop("device", "")), set())  # type: ignore[attr-defined]
+        pairs = set(itertools.combinations(sorted(values.items()), 2))
+        if len(values) > 2 and pairs <= known:
+            left_out.append(item)
+        known |= pairs
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
 
 HOST = Path(__file__).parent / "host"
 BUILD = """

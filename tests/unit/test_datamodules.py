@@ -180,6 +180,7 @@ def test_trainer_and_its_limits():
     assert module.train_seen[:2] == module.train_seen[2:4] == module.train_seen[4:], "overfitting repeats its batches"
 
 
+@pytest.mark.serial
 def _rank(rank, port, folder):
     import os
 

@@ -29,7 +29,7 @@ def test_frechet_agrees_with_the_matrix_square_root() -> None:
 
 def test_frechet_of_a_set_with_itself_is_zero_and_batches_do_not_matter() -> None:
     images = torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole, parts = FrechetDistance(flat), FrechetDistance(flat)
+    whole, parts = FrechetDistance(flat, 12), FrechetDistance(flat, 12)
     for real in (True, False):
         whole.update(images, real)
         for part in images.split(7):
@@ -40,8 +40,31 @@ def test_frechet_of_a_set_with_itself_is_zero_and_batches_do_not_matter() -> Non
     assert float(parts.compute()) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_frechet_of_uneven_ranks() -> None:
+    """States of ranks are summed: one rank may have no image, and no order matters."""
+    images = torch.rand(9, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole, ranks = FrechetDistance(flat, 12), [FrechetDistance(flat, 12) for _ in range(3)]
+    for real in (True, False):
+        whole.update(images * (1.0 if real else 0.5), real)
+        ranks[0].update(images[:7] * (1.0 if real else 0.5), real)
+        ranks[2].update(images[7:] * (1.0 if real else 0.5), real)
+    summed = FrechetDistance(flat, 12)
+    for name in summed._defaults:
+        setattr(summed, name, sum(getattr(rank, name) for rank in ranks))
+    summed._update_count = 1
+    assert float(summed.compute()) == pytest.approx(float(whole.compute()), rel=1e-9)
+    assert summed.compute().dtype == torch.float64
+
+
+def test_frechet_saves_no_network() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    metric = FrechetDistance(network, 4)
+    metric.persistent(True)
+    assert not list(metric.children()) and not [key for key in metric.state_dict() if "weight" in key]
+
+
 def test_frechet_needs_images() -> None:
-    metric = FrechetDistance(flat)
+    metric = FrechetDistance(flat, 12)
     metric.update(torch.zeros(4, 3, 2, 2), real=True)
     with pytest.raises(UserError, match="two fake images"):
         metric.compute()

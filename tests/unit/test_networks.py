@@ -199,6 +199,7 @@ def wrong_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("name", wrong_files())
 def test_wrong_files(tmp_path, name):
     content, message = wrong_files()[name]

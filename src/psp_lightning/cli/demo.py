@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -25,9 +24,9 @@ Shows on this machine, in a few minutes and without a download, what the package
   3. mixes styles: several faces for one sketch
   4. trains an inversion from scratch for a few hundred steps
 and writes a page with all of it, OUT/index.html, and the same as one picture, OUT/demo.png.
-Each part prints the command that it runs. A second run replaces what the first one wrote, and nothing else.
+Each part prints the command that it runs. Nothing that exists is changed or deleted.
 
-out     folder, made if missing
+out     folder; where it holds files already, OUT_2, OUT_3, ... is taken
 steps   training steps
 seed    of the drawn faces; not 1, 2 or 11, whose faces the networks were trained on
 
@@ -38,9 +37,6 @@ train   further settings of the training, as in psp-train: train='optimizer.lr=3
 N, SIZE, FACTOR = 8, 64, 8  # drawn faces, their pixels, down-sampling of the super-resolution's input
 FINE = "[4,5,6,7,8,9]"  # of the ten styles, those of 16 px and finer: colours, not shapes
 MIXED = 3  # sketches whose mixed outputs are shown
-RECORD = "files.json"
-# what the demo writes into its folder, and nothing else
-NAMES = ("index.html", "demo.png", "faces", *TASKS, "mixing", "runs", "trained", "sources")
 
 
 @dataclass
@@ -86,48 +82,21 @@ def _parse(arguments: list[str]) -> Settings:
     return settings
 
 
-def _clear(out: Path) -> None:
-    """Make the folder, without what an earlier demo wrote into it.
+def _free(out: Path) -> Path:
+    """Return `out`, or where it holds files already, the first of OUT_2, OUT_3, ... that does not.
 
     Raises:
-        UserError: it is a file, or holds under the demo's names what no demo wrote.
+        UserError: `out` is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is a file: give a folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / RECORD
-    if record.is_file():
-        try:
-            files = [str(name) for name in json.loads(record.read_text(encoding="utf-8"))["psp-demo"]]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{record} is not the list of a demo's files: choose another out=.") from None
-        if files:
-            print(f"{out}: replacing the {len(files)} files of an earlier demo", flush=True)
-        root = out.resolve()
-        for name in files:
-            path, parts = out / name, Path(name).parts
-            inside = path.parent.resolve()
-            ours = bool(parts) and parts[0] in NAMES and ".." not in parts
-            if ours and (inside == root or root in inside.parents) and (path.is_file() or path.is_symlink()):
-                path.unlink()
-        for name in NAMES:
-            for folder, _, _ in os.walk(out / name, topdown=False):
-                if not os.path.islink(folder) and not os.listdir(folder):
-                    os.rmdir(folder)
-    if taken := [out / name for name in NAMES if os.path.lexists(out / name)]:
-        raise UserError(
-            f"{taken[0]} is in the way and not known to be of an earlier demo: move it away, or choose another out=."
-        )
-
-
-def _record(out: Path) -> None:
-    """Write down which files the demo has written, so that the next one may replace them."""
-    found = [out / name for name in NAMES if (out / name).is_file()]
-    found += [Path(folder, name) for top in NAMES for folder, _, names in os.walk(out / top) for name in names]
-    part = out / f"{RECORD}.part"
-    lines = {"psp-demo": sorted(path.relative_to(out).as_posix() for path in found)}
-    part.write_text(json.dumps(lines, indent=1), encoding="utf-8")
-    os.replace(part, out / RECORD)
+    number = 1
+    place = out
+    while place.is_dir() and any(place.iterdir()):
+        number += 1
+        place = out.with_name(f"{out.name}_{number}")
+    if place.exists() and not place.is_dir():
+        raise UserError(f"out={place} is a file: give a folder.")
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def _call(command: str, *arguments: str) -> str:
@@ -176,17 +145,11 @@ INPUTS = {
 
 
 def _demo(settings: Settings) -> Path:
-    """Run all parts; returns the page."""
+    """Run all parts and return the page."""
+    from psp_lightning.cli.demo_page import Part, Picture, SheetRow, read_losses, write_page, write_sheet
+
     start = time.monotonic()
     out, steps = settings.out, settings.numbers["steps"]
-    try:
-        return _parts(settings, out, steps, start)
-    finally:
-        _record(out)
-
-
-def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
-    from psp_lightning.cli.demo_page import Curve, Part, Picture, SheetRow, write_page, write_sheet
 
     total = 3 + len(TASKS) + 1
 
@@ -262,10 +225,10 @@ def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
     )
     seconds = time.monotonic() - began
     again = predict(str(run), "CelebA-HQ-img", "trained")
-    curve = Curve.read(run / "csv" / "metrics.csv")
+    losses = read_losses(run / "csv" / "metrics.csv")
     after = [out / "trained" / f"{i}.png" for i in range(N)]
     shipped = [out / "inversion" / f"{i}.png" for i in range(N)]
-    grids = [(step, run / "images" / f"val_{step:08d}.png") for step, _ in curve.val]
+    grids = [(step, run / "images" / f"val_{step:08d}.png") for step, _ in losses["validation"]]
     text = (
         f"The encoder starts from random weights and learns for {steps} steps ({_time(seconds)} here); the generator "
         "stays as it is. Top: a drawn face. Middle: the output after this training. Bottom: the output of the network "
@@ -281,11 +244,11 @@ def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
         for i in range(N)
     ]
     title = f"A training from scratch: inversion, {steps} steps"
-    parts.append(Part(title, text, [trained, again], [cells], curve, pictures))
+    parts.append(Part(title, text, [trained, again], [cells], losses, pictures))
     sheet.append((title, [SheetRow("input", originals), SheetRow(f"output after\n{steps} steps", after)]))
 
     say(total, "The page")
-    write_sheet(out / "demo.png", sheet, curve, "The loss of this training")
+    write_sheet(out / "demo.png", sheet, losses, "The loss of this training")
     page = out / "index.html"
     intro = (
         "pixel2style2pixel on drawn faces of 64 pixels: an encoder turns a picture, a sketch or a label map into "
@@ -296,7 +259,7 @@ def _parts(settings: Settings, out: Path, steps: int, start: float) -> Path:
 
     footer = f"Made by psp-demo of psp_lightning {__version__} in {_time(time.monotonic() - start)}."
     links = {"everything as one picture": "demo.png", **_documents(out)}
-    write_page(page, "psp_lightning: a demonstration", intro, parts, links, footer)
+    write_page(page, title="psp_lightning: a demonstration", intro=intro, parts=parts, links=links, footer=footer)
     print(f"done in {_time(time.monotonic() - start)}; the same as one picture: {(out / 'demo.png').resolve()}")
     return page
 
@@ -352,10 +315,12 @@ def main() -> None:
         settings = _parse(arguments)
         print("psp-demo: loading", flush=True)
         from psp_lightning.checkpoints.read import resolve
+        from psp_lightning.cli.demo_page import check_packages
 
         for checkpoint in settings.checkpoints.values():
             resolve(checkpoint)  # what is missing is said before anything is written
-        _clear(settings.out)
+        check_packages()
+        settings.out = _free(settings.out)
         page = _demo(settings)
         print(page.resolve())
 

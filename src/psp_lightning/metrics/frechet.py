@@ -11,15 +11,19 @@ from torchmetrics import Metric
 
 from psp_lightning.utils.errors import UserError
 
+SETS = ("real", "fake")
+
 
 class FrechetDistance(Metric):
     """Distance of two Gaussians fitted to the features of two sets of images; lower is better.
 
-    Not comparable with published FID, whose features are Inception's: only with distances in the same features.
+    Not comparable with published FID, whose features are Inception's: only with distances in the same features. Memory
+    does not grow with the number of images, and the result does not depend on batches or ranks beyond rounding in
+    float64; a rank may have no image.
 
     Args:
-        features: images (B, 3, H, W) in [-1, 1] to (B, D), e.g. `ToyFaceEmbedding.statistics`. A function and not a
-            module, so that the network is not saved with the metric.
+        features: from images (B, 3, H, W) in [-1, 1] to (B, size). A network given here is not part of the state dict.
+        size: number of features.
 
     Source: Heusel et al. (arXiv:1706.08500), equation 6.
     """
@@ -28,36 +32,41 @@ class FrechetDistance(Metric):
     higher_is_better = False
     is_differentiable = False
 
-    def __init__(self, features: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.features = features
-        for name in ("real", "fake"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.__dict__["features"] = features  # not registered: a network would be saved with the metric
+        for name in SETS:
+            self.add_state(f"{name}_count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+            self.add_state(f"{name}_sum", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"{name}_products", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
         """Add images (B, 3, H, W), clamped to [-1, 1] here, to one of the two sets."""
-        (self.real if real else self.fake).append(self.features(images.clamp(-1, 1)).float())  # type: ignore[union-attr, operator]
+        name = SETS[0] if real else SETS[1]
+        values = self.features(images.clamp(-1, 1)).double()
+        setattr(self, f"{name}_count", getattr(self, f"{name}_count") + len(values))
+        setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + values.sum(0))
+        setattr(self, f"{name}_products", getattr(self, f"{name}_products") + values.t() @ values)
 
     def compute(self) -> Tensor:
-        """float64 scalar.
+        """Return the distance, a float64 scalar.
 
         Raises:
-            UserError: a set with fewer than two images.
+            UserError: a set has fewer than two images.
         """
-        means, covariances = [], []
-        for name in ("real", "fake"):
-            parts = getattr(self, name)
-            values = (torch.cat(parts) if isinstance(parts, list) and parts else torch.empty(0, 0)).double().cpu()
-            if len(values) < 2:
-                raise UserError(f"FrechetDistance needs at least two {name} images, got {len(values)}.")
-            means.append(values.mean(0))
-            covariances.append(values.t().cov())
-        return frechet(means[0], covariances[0], means[1], covariances[1])
+        moments = []
+        for name in SETS:
+            count, total = int(getattr(self, f"{name}_count")), getattr(self, f"{name}_sum")
+            if count < 2:
+                raise UserError(f"FrechetDistance needs at least two {name} images, got {count}.")
+            mean = total / count
+            moments += [mean, (getattr(self, f"{name}_products") - count * torch.outer(mean, mean)) / (count - 1)]
+        return frechet(*moments)
 
 
 def frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:
-    """Squared 2-Wasserstein distance of two Gaussians: means (D,), covariances (D, D), float64.
+    """Return the squared 2-Wasserstein distance of two Gaussians with means (D,), covariances (D, D), float64.
 
     The trace of `(A B)^(1/2)` is the sum of the roots of the eigenvalues of `A^(1/2) B A^(1/2)`, which is symmetric.
     """

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.ops.cuda.choice import choice
+from psp_lightning.utils.errors import UserError
 
-CHOICES = ("auto", "cuda", "ref")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _forced = False
-
-
-def choice() -> str:
-    """`$PSP_OPS`: `auto` (kernels where they can be built), `cuda` (kernels or an error), `ref` (plain PyTorch).
-
-    Raises:
-        UserError: for another value.
-    """
-    value = os.environ.get("PSP_OPS") or "auto"
-    if value not in CHOICES:
-        raise UserError(f"PSP_OPS={value} is unknown.{suggest(value, CHOICES)} Choose from: {', '.join(CHOICES)}.")
-    return value
 
 
 def use_op(x: Tensor) -> bool:

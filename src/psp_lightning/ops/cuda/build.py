@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
-from psp_lightning.ops import dispatch as _dispatch
 from psp_lightning.ops.cuda import toolchain as _toolchain
-from psp_lightning.ops.cuda.lock import FileLock
+from psp_lightning.ops.cuda.choice import choice
 from psp_lightning.utils.cache import cache_dir
 from psp_lightning.utils.errors import UserError
 
 LIBRARY, RECORD = f"{_toolchain.NAME}.so", "build.json"
 TIME_LIMIT = 1800  # seconds that a compiler may take
+LOCK_LIMIT = TIME_LIMIT + 60  # seconds to wait for another process that compiles
 TAIL = 12  # of its last lines in a warning
 
 
@@ -64,7 +65,7 @@ def kernels() -> Any:
         UserError: with PSP_OPS=cuda where there are none.
     """
     outcome = _outcome or _decide()
-    if outcome.kernels is None and _dispatch.choice() == "cuda":
+    if outcome.kernels is None and choice() == "cuda":
         raise UserError(f"PSP_OPS=cuda, but there are no kernels. {outcome.reason}")
     return outcome.kernels
 
@@ -77,7 +78,7 @@ def _decide() -> Outcome:
                 _outcome = Outcome(load(ensure_built(_toolchain.architectures())))
             except BuildError as error:
                 _outcome = Outcome(reason=str(error))
-                if _dispatch.choice() != "cuda":  # which ends in an error anyway
+                if choice() != "cuda":  # which ends in an error anyway
                     warnings.warn(
                         f"Plain PyTorch is used in place of the CUDA kernels. {error}\n{_toolchain.ADVICE} "
                         "More: psp-doctor ops.",
@@ -136,19 +137,13 @@ def _sha256(path: Path) -> str:
 
 
 def _build_once(folder: Path, architectures: list[str]) -> Path:
-    lock, failure = FileLock(folder.with_name(f"{folder.name}.lock")), folder.with_name(f"{folder.name}.failed")
+    failure = folder.with_name(f"{folder.name}.failed")
     before = _content(failure)
-
-    def settled() -> bool:  # while another process holds the lock
-        return is_complete(folder) or _content(failure) != before
-
-    held = lock.acquire(settled)
-    try:
+    with _lock(folder):
         if is_complete(folder):
             return folder / LIBRARY
-        failed = _content(failure)
-        if failed != before or not held:  # while this process waited another one's compiler failed: so would ours
-            raise BuildError(failed.partition("\n")[2] or "Another process gave up building them.")
+        if (failed := _content(failure)) != before:  # another compiler failed while this process waited: so would ours
+            raise BuildError(failed.partition("\n")[2])
         try:
             with _scratch(folder) as scratch:
                 _compile(scratch, architectures)
@@ -158,9 +153,24 @@ def _build_once(folder: Path, architectures: list[str]) -> Path:
             raise
         failure.unlink(missing_ok=True)
         return folder / LIBRARY
-    finally:
-        if held:
-            lock.release()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, or wait for it. The system releases it when its owner dies, however it dies.
+
+    It saves time only. Should two processes build all the same, the rename in `_install` keeps the result correct.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    try:
+        with filelock.FileLock(path, timeout=LOCK_LIMIT):
+            yield
+    except filelock.Timeout:
+        raise BuildError(
+            f"Another process has held {path} for {LOCK_LIMIT} s. End it, or choose another folder: PSP_OPS_DIR."
+        ) from None
+    except NotImplementedError as error:
+        raise BuildError(f"{path} cannot be locked ({error}). Choose another folder: PSP_OPS_DIR.") from error
 
 
 def _content(path: Path) -> str:
