@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from psp_lightning.checkpoints.safetensors_io import is_safetensors, read_described
+from psp_lightning.checkpoints.file_kinds import file_kind
+from psp_lightning.checkpoints.safetensors_io import read_described
 from psp_lightning.checkpoints.torch_files import read_torch
-from psp_lightning.importers.detect import check_file
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 
@@ -56,17 +56,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: anything else; the message says what the file is instead.
     """
-    return _read(resolve(path))
+    return read_checkpoint(resolve(path))
 
 
-def read_content(path: Path) -> Any:
-    """Read whatever a file of torch.save holds; errors as in `read`."""
-    check_file(path)
-    return read_torch(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = read_content(path)
+def read_checkpoint(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Read as `read` does, from a file; `kind`: what `file_kind` said, where it was asked."""
+    content = read_torch(path, kind)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")
     return content
@@ -85,7 +80,8 @@ def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Any] | None, dict[s
     Raises:
         UserError: as in `read` and `read_described`.
     """
-    return read_described(path, *kinds) if is_safetensors(path) else (None, _read(path))
+    kind = file_kind(path)
+    return read_described(path, *kinds) if kind == "safetensors" else (None, read_checkpoint(path, kind))
 
 
 def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:

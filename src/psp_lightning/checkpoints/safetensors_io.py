@@ -27,38 +27,6 @@ HEADER_LIMIT = 4 << 20  # bytes; the header of a network with a thousand tensors
 STATISTICS = (".running_mean", ".running_var")  # tiny, and of a wide range: never stored in half precision
 
 
-def _header_size(path: Path) -> int | None:
-    """Return the length of a safetensors header, None where the file does not begin like one.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-    size = int.from_bytes(head[:8], "little")
-    return size if len(head) == 9 and head[8:] == b"{" and size < 1 << 27 else None
-
-
-def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Tell whether the file begins like one: eight bytes of length, then a JSON object.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
-    return _header_size(Path(path)) is not None
-
-
-def check_header(path: Path) -> None:
-    """Raise a UserError unless the file begins as a safetensors file with a header of a network's size."""
-    size = _header_size(path)
-    if size is None or size > HEADER_LIMIT:
-        reason = "it does not begin like one" if size is None else f"a header of {size} bytes"
-        raise UserError(f"{path} is damaged or no safetensors file ({reason}).")
-
-
 def save_described(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any],
     dtype: torch.dtype | None = None,
@@ -142,7 +110,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, d
         UserError: a damaged file.
     """
     path = Path(path)
-    check_header(path)
+    _check_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -155,8 +123,20 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any] | None, d
     return description, tensors
 
 
+def _check_header(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    size = int.from_bytes(head[:8], "little")
+    if head[8:] != b"{" or size > HEADER_LIMIT:
+        reason = f"a header of {size} bytes" if head[8:] == b"{" else "it does not begin like one"
+        raise UserError(f"{path} is damaged or no safetensors file ({reason}).")
+
+
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read only the description of a safetensors file; an empty dict where it has none."""
+    """Read only the description of a safetensors file that is known to be whole; an empty dict where it has none."""
     with safe_open(path, framework="pt") as file:
         return _parse((file.metadata() or {}).get(KEY, "{}"))
 

@@ -26,11 +26,10 @@ import psp_lightning.models.embedding  # noqa: F401  fills the registry of embed
 from psp_lightning.checkpoints.read import select, tensors_of
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
 from psp_lightning.checkpoints.strict import build_and_load, wrap_errors
-from psp_lightning.checkpoints.torch_files import check_tree
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, check_tree
 from psp_lightning.zoo import locate
 
 LATENT_SAMPLES, LATENT_SEED = 100_000, 0

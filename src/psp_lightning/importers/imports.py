@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.checkpoints.read import read_weights, resolve, select, tensors_of
-from psp_lightning.checkpoints.safetensors_io import check_described, is_safetensors, read_tensors
+from psp_lightning.checkpoints.file_kinds import file_kind
+from psp_lightning.checkpoints.read import read_checkpoint, resolve, select, tensors_of
+from psp_lightning.checkpoints.safetensors_io import check_described, read_tensors
 from psp_lightning.checkpoints.strict import build_and_load, wrap_errors
-from psp_lightning.checkpoints.torch_files import LEGACY_TORCH, PickledNetwork, read_pickle
 from psp_lightning.checkpoints.weight_files import COMPUTED, restore_generator, restore_psp, restore_trained
-from psp_lightning.importers.detect import check_sums, explain
-from psp_lightning.importers.nvidia import NvidiaGenerator, convert_nvidia
+from psp_lightning.importers.detect import explain
+from psp_lightning.importers.nvidia import (
+    NvidiaGenerator,
+    convert_nvidia,
+    convert_nvidia_state,
+    is_nvidia_state,
+    read_nvidia,
+)  # fmt: skip
 from psp_lightning.importers.published import (
     infer_generator,
     is_generator_state,
@@ -88,25 +94,22 @@ def import_file(
 
 def _read(file: Path, label: int | None, what: str, in_channels: int | None) -> Imported:
     """Read a file by its kind, then by its layout."""
-    with open(file, "rb") as stream:
-        head = stream.read(len(LEGACY_TORCH))
-    if is_safetensors(file):  # first: the length that it begins with may be a pickle's first byte
+    kind = file_kind(file)
+    if kind == "pickle":
+        content = read_nvidia(file)
+        with wrap_errors(file):
+            return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
+    if kind == "safetensors":
         description, content = read_tensors(file)
         if description is not None:
             _refuse_label(label, file)
             return _own_file(file, *check_described(file, description, content, ("psp", "generator")))
-    elif head.startswith(b"\x80") and head != LEGACY_TORCH:
-        content = read_pickle(file)
-        with wrap_errors(file):
-            return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
     else:
-        _, content = read_weights(file)
-        if head.startswith(b"PK"):
-            check_sums(file)
+        content = read_checkpoint(file, kind)
     with wrap_errors(file):
         state = tensors_of(content)
-        if any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in state):
-            return _nvidia(convert_nvidia({"G_ema": _as_network(state)}, label), "state dict in NVIDIA's layout")
+        if is_nvidia_state(state):
+            return _nvidia(convert_nvidia_state(state, label), "state dict in NVIDIA's layout")
     _refuse_label(label, file)
     with wrap_errors(file):
         if "psp" in content:
@@ -156,19 +159,6 @@ def _short_average(file: Path, average: Tensor, net: Generator) -> Tensor:
 
 
 # --- NVIDIA's layout ------------------------------------------------------------------------------------------------
-
-
-def _as_network(state: Mapping[str, Any]) -> PickledNetwork:
-    """Turn a flat state dict in NVIDIA's layout into the tree that its pickle would hold."""
-    prefix = next(m[1] or "" for m in (re.match(r"(.*\.)?synthesis\.", key) for key in state) if m)
-    root = PickledNetwork("state dict", {"_parameters": {}, "_modules": {}})
-    for key, tensor in select(state, prefix).items():
-        *parts, name = key.split(".")
-        node = root
-        for part in parts:
-            node = node.state["_modules"].setdefault(part, PickledNetwork(part, {"_parameters": {}, "_modules": {}}))
-        node.state["_parameters"][name] = tensor
-    return root
 
 
 def _nvidia(found: NvidiaGenerator, source: str) -> Imported:

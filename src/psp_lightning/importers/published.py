@@ -15,11 +15,10 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.read import select, tensors_of
 from psp_lightning.checkpoints.strict import build_and_load, first
-from psp_lightning.checkpoints.torch_files import check_tree
 from psp_lightning.models.encoders import IMAGE_CHANNELS
 from psp_lightning.models.irse import BLOCKS
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.errors import UserError, clean
+from psp_lightning.utils.errors import UserError, check_tree, clean
 
 State = dict[str, Tensor]
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 import psp_lightning
+from psp_lightning.checkpoints.file_kinds import file_kind
 from psp_lightning.checkpoints.read import resolve
-from psp_lightning.checkpoints.safetensors_io import is_safetensors, read_description
+from psp_lightning.checkpoints.safetensors_io import read_description
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import clean
@@ -60,7 +61,7 @@ with torch.no_grad():
 def facts_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a checkpoint that could be loaded tells of itself: `checkpoint`, `sha256` of its file, `origin`."""
     path = resolve(checkpoint, generator=True)
-    origin = read_description(path).get("origin") if is_safetensors(path) else None
+    origin = read_description(path).get("origin") if file_kind(path) == "safetensors" else None
     return {
         "checkpoint": os.fspath(checkpoint),
         "sha256": locate.sha256(path),

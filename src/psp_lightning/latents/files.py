@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psp_lightning.checkpoints.read import read_content
-from psp_lightning.checkpoints.safetensors_io import KEY, is_safetensors, read_described, save_described
+from psp_lightning.checkpoints.safetensors_io import KEY, read_described, save_described
+from psp_lightning.checkpoints.torch_files import read_torch
 from psp_lightning.latents.codes import SPACES, Latents
 from psp_lightning.utils.arguments import choice
 from psp_lightning.utils.atomic import replacing, save_torch
@@ -107,7 +107,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
 
 def _parts(path: Path) -> tuple[Any, Tensor | None, Any]:
     """Return description, codes and names of a file, not yet checked."""
-    if is_safetensors(path):
+    if path.suffix != ".npz":
         facts, tensors = read_described(path, KIND)
         text = tensors.get("names")
         names = None if text is None or text.dtype != torch.uint8 else _json(path, text.numpy().tobytes())
@@ -247,7 +247,7 @@ def _unreadable(path: Path, error: BaseException) -> str:
 
 
 def _read_pt(path: Path) -> Tensor:
-    content = read_content(path)
+    content = read_torch(path)
     if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
         if any(part.shape != content[0].shape for part in content):
             raise UserError(f"{path} holds tensors of several shapes, not one tensor of codes.")
