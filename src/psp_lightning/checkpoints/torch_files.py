@@ -315,10 +315,7 @@ def read_torch(path: str | os.PathLike[str], kind: str | None = None) -> Any:
     """Return what a file of `torch.save` holds, in either of its formats: plain containers and values, CPU tensors.
 
     Parameters become tensors, namespaces dicts, NumPy arrays `Placeholder`s. All of it has memory of its own.
-
-    Args:
-        path: the file.
-        kind: what `file_kind` said, where the caller asked already.
+    `kind` is what `file_kind` said, where the caller asked already.
 
     Raises:
         UserError: the file is of another kind, damaged, or asks for anything else. Nothing in it was run.
