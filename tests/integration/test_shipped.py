@@ -15,7 +15,7 @@ from psp_lightning.checkpoints.weight_files import save_generator, save_psp
 from psp_lightning.loading import load_generator
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import locate
 
 ORIGIN = {"made_by": "psp-train", "licence": "MIT"}
 QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]
@@ -24,7 +24,7 @@ QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A package with weights, in small."""
-    monkeypatch.setattr(pretrained, "shipped_dir", lambda: tmp_path / "package")
+    monkeypatch.setattr(locate, "shipped_dir", lambda: tmp_path / "package")
     folder = tmp_path / "package" / "toyfaces"
     generator = Generator.seeded(0, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
     save_generator(folder / "generator.safetensors", generator, ORIGIN, torch.float16)
@@ -36,7 +36,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_records(folder)
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "x.png")
     yield
-    pretrained.forget_records()
+    locate.forget_records()
 
 
 def test_predict(shipped, psp, tmp_path: Path) -> None:

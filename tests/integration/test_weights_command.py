@@ -17,7 +17,7 @@ from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import locate
 
 
 def load(name: str) -> ModuleType:
@@ -111,7 +111,7 @@ def test_the_words_of_a_file_do_not_steer_the_terminal(psp, tmp_path):
 
 
 def test_verify_shipped(psp):
-    for name, entry in pretrained.shipped().items():
+    for name, entry in locate.shipped().items():
         result = psp("weights", "verify", name)
         assert result.code == 0 and "as recorded in the package" in result.out and entry.sha256 in result.out, result
 
@@ -120,9 +120,9 @@ def test_list_get_verify(psp, tmp_path, monkeypatch):
     monkeypatch.setenv("PSP_WEIGHTS", str(tmp_path / "w"))
     result = psp("weights", "list")
     assert result.code == 0
-    for entry in pretrained.RECORDS.values():
+    for entry in locate.RECORDS.values():
         assert entry.name in result.out and entry.licence in result.out and entry.url in result.out
-    for name in pretrained.shipped():
+    for name in locate.shipped():
         assert name in result.out
     assert "[there]" not in result.out
     result = psp("weights", "get", "alexnet", "offline=true")
@@ -131,8 +131,8 @@ def test_list_get_verify(psp, tmp_path, monkeypatch):
 
     torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
     digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-    entry = pretrained.Record("mine", "w.pth", "http://127.0.0.1:9/w.pth", "MIT", "tests", digest[:8])
-    monkeypatch.setitem(pretrained.RECORDS, "mine", entry)
+    entry = locate.Record("mine", "w.pth", "http://127.0.0.1:9/w.pth", "MIT", "tests", digest[:8])
+    monkeypatch.setitem(locate.RECORDS, "mine", entry)
     result = psp("weights", "verify", "w.pth")
     assert result.code == 0 and "as published" in result.out, result
     (tmp_path / "w").mkdir()
@@ -199,6 +199,6 @@ def test_the_page_on_weights(psp, tmp_path, pickled):
     for name, *arguments in lines:
         result = psp(name.removeprefix("psp-"), *arguments)
         assert result.code == 0, (arguments, result.err)
-    for entry in pretrained.RECORDS.values():
+    for entry in locate.RECORDS.values():
         if entry.name.startswith(("psp_", "e4e_", "stylegan2_ada")):
             assert f"`{entry.name}`" in page and f"`{entry.filename}`" in page, f"the page lacks {entry.name}"

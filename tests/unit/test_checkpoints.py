@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import hashlib
 import io
 import os
@@ -16,13 +17,13 @@ import torch
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.importers import published as convert
-from psp_lightning.loading import load_generator, load_psp
+from psp_lightning.loading import load_decoder, load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.atomic import save_torch
 from psp_lightning.utils.errors import UserError
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import locate
 
 SMALL = dict(style_dim=32, blocks=(1, 1, 1, 1), width=8)
 FOREIGN = {ours: theirs for theirs, ours in convert.ENCODER_NAMES.items()}
@@ -71,6 +72,22 @@ def test_own_checkpoint(tmp_path):
     assert torch.equal(before, torch.get_rng_state()), "loading must leave the random state alone"
     assert not loaded.training and loaded.describe() == net.describe()
     assert_same(net, loaded)
+
+
+@pytest.mark.parametrize("load", [load_psp, load_generator, load_decoder])
+@pytest.mark.parametrize("layout", [lightning_checkpoint, released_checkpoint])
+def test_a_file_is_read_once(tmp_path, monkeypatch, load, layout):
+    """One look at its kind, one reading."""
+    path = save(layout(network()), tmp_path / "a.pt")
+    opened, real = [], builtins.open
+
+    def spy(file, *args, **kwargs):
+        opened.append(file)
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", spy)
+    load(path)
+    assert [os.fspath(file) for file in opened if not isinstance(file, int)].count(os.fspath(path)) == 2, opened
 
 
 def test_run_folder_takes_best_then_last(tmp_path):
@@ -388,33 +405,33 @@ def test_save_torch(tmp_path):
 
 def test_pretrained_find(tmp_path, monkeypatch):
     monkeypatch.setenv("PSP_WEIGHTS", str(tmp_path / "w"))
-    for name, record in pretrained.RECORDS.items():
+    for name, record in locate.RECORDS.items():
         with pytest.raises(UserError) as error:
-            pretrained.find(name)
+            locate.find(name)
         message = str(error.value)
         for part in (record.filename, str(tmp_path / "w"), "curl -L -o" if "drive" not in record.url else "gdown"):
             assert part in message, name
     (tmp_path / "w").mkdir()
     file = tmp_path / "w" / "model_ir_se50.pth"
     file.write_bytes(b"x")
-    assert pretrained.find("ir_se50") == file and pretrained.find("alexnet", file) == file
+    assert locate.find("ir_se50") == file and locate.find("alexnet", file) == file
     with pytest.raises(UserError, match="Did you mean 'ir_se50'"):
-        pretrained.find("irse50")
+        locate.find("irse50")
     with pytest.raises(UserError, match="missing.pth does not exist"):
-        pretrained.find("ir_se50", tmp_path / "missing.pth")
+        locate.find("ir_se50", tmp_path / "missing.pth")
 
 
 def test_pretrained_verify(tmp_path, monkeypatch):
     file = tmp_path / "a.pth"
     file.write_bytes(b"weights")
     with pytest.raises(UserError, match="not the published file"):
-        pretrained.verify("alexnet", file)
+        locate.verify("alexnet", file)
     digest = hashlib.sha256(b"weights").hexdigest()[:8]
-    entry = pretrained.Record("a", "a.pth", "https://example.org/a.pth", "none", "tests", digest)
-    monkeypatch.setitem(pretrained.RECORDS, "a", entry)
-    pretrained.verify("a", file)
+    entry = locate.Record("a", "a.pth", "https://example.org/a.pth", "none", "tests", digest)
+    monkeypatch.setitem(locate.RECORDS, "a", entry)
+    locate.verify("a", file)
 
 
 def test_default_weights_folder(monkeypatch):
     monkeypatch.delenv("PSP_WEIGHTS", raising=False)
-    assert pretrained.weights_dir().name == "psp_lightning" and pretrained.weights_dir().parent != Path.home()
+    assert locate.weights_dir().name == "psp_lightning" and locate.weights_dir().parent != Path.home()

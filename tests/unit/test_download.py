@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 
 from psp_lightning.utils.errors import UserError
-from psp_lightning.zoo import download
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import download, locate
 from psp_lightning.zoo.records import Record
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -105,7 +104,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record(monkeypatch: pytest.MonkeyPatch, url: str, sha256: str | None = None) -> Record:
     entry = Record("mine", "w.pth", url, "MIT", "tests", sha256)
-    monkeypatch.setitem(pretrained.RECORDS, "mine", entry)
+    monkeypatch.setitem(locate.RECORDS, "mine", entry)
     return entry
 
 
@@ -120,7 +119,7 @@ def test_whole_file(server, folder, monkeypatch):
     file, said = download.get("mine", progress=lambda done, total: seen.append((done, total)))
     assert file == folder / "w.pth" and file.read_bytes() == DATA and "as published" in said
     assert names(folder) == {"w.pth"} and seen[-1] == (len(DATA), len(DATA))
-    assert pretrained.find("mine") == file
+    assert locate.find("mine") == file
     download.get("mine", offline=True)
     assert len(behaviour.requests) == 1, "what is there is not downloaded again"
 

@@ -20,7 +20,7 @@ from psp_lightning.models import registry
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo import locate
 
 ROOT = Path(__file__).parents[2]
 ORIGIN = {"made_by": "psp-train domain=toyfaces", "licence": "MIT"}
@@ -47,7 +47,7 @@ def network(net, **source):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Shipped weights as the package has them: a generator, an embedding, a network that refers to the generator."""
-    monkeypatch.setattr(pretrained, "shipped_dir", lambda: tmp_path / "weights")
+    monkeypatch.setattr(locate, "shipped_dir", lambda: tmp_path / "weights")
     monkeypatch.setitem(registry.EMBEDDINGS, "DummyEmbedding", DummyEmbedding)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "weights" / "toyfaces"
@@ -58,7 +58,7 @@ def folder(tmp_path, monkeypatch):
     save_psp(folder / "inversion.safetensors", trained, ORIGIN, HALF, generator_file="toyfaces/generator")
     write_records(folder)
     yield folder
-    pretrained.forget_records()
+    locate.forget_records()
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def test_every_loader_takes_names(folder):
     stored, average = load_generator("toyfaces/generator")
     assert average.shape == (16,) and torch.allclose(stored.input.input, generator().input.input, rtol=1e-3)
     assert type(load_embedding("toyfaces/identity")) is DummyEmbedding
-    assert pretrained.find("toyfaces/generator") == folder / "generator.safetensors"
+    assert locate.find("toyfaces/generator") == folder / "generator.safetensors"
     again, _ = load_generator("toyfaces/inversion")  # the network's generator, as from any checkpoint
     assert torch.equal(again.input.input, stored.input.input)
 
@@ -93,7 +93,7 @@ def test_a_users_path_of_the_same_spelling_wins(folder, tmp_path):
         load_embedding("toyfaces/identity")
 
 
-@pytest.mark.parametrize("load", [load_psp, load_generator, load_embedding, pretrained.find])
+@pytest.mark.parametrize("load", [load_psp, load_generator, load_embedding, locate.find])
 def test_unknown_names(folder, load):
     with pytest.raises(UserError, match="no file or folder toyfaces/invertion.*Did you mean 'toyfaces/inversion'.*ide"):
         load("toyfaces/invertion")
@@ -135,7 +135,7 @@ def test_missing_files_and_damaged_records(folder):
     with pytest.raises(UserError, match="toyfaces/identity are missing"):
         load_embedding("toyfaces/identity")
     (folder / "records.json").write_text('{"toyfaces/a": {"file": "a"}}')
-    pretrained.forget_records()
+    locate.forget_records()
     with pytest.raises(UserError, match=r"records\.json is damaged"):
         load_psp("toyfaces/a")
 
@@ -147,8 +147,8 @@ def test_write_records(folder, capsys):
     assert [entry["kind"] for entry in records.values()] == ["generator", "embedding", "psp"]
     main([str(folder), "--licence", "CC0-1.0", "--made-by", "identity=a b=c"])
     assert "toyfaces/identity" in capsys.readouterr().out
-    assert pretrained.shipped()["toyfaces/identity"].made_by == "a b=c"
-    assert {entry.licence for entry in pretrained.shipped().values()} == {"CC0-1.0"}
+    assert locate.shipped()["toyfaces/identity"].made_by == "a b=c"
+    assert {entry.licence for entry in locate.shipped().values()} == {"CC0-1.0"}
     save_generator(folder / "generator2.safetensors", generator(), {"licence": "MIT"})
     with pytest.raises(SystemExit, match=r"generator2\.safetensors does not say its made_by"):
         main([str(folder)])
@@ -167,8 +167,8 @@ def test_write_records_refuses_too_much(folder, monkeypatch):
 
 def test_shipped_files_and_records_agree():
     root = ROOT / "src" / "psp_lightning" / "weights"
-    assert pretrained.shipped_dir() == root
-    records = {entry.file: entry for entry in pretrained.shipped().values()}
+    assert locate.shipped_dir() == root
+    records = {entry.file: entry for entry in locate.shipped().values()}
     # everything in the folder: what is there is shipped
     files = {file for file in root.rglob("*") if file.is_file() and file.name not in ("records.json", "README.md")}
     assert files == set(records), "run python -m benchmarks.toyfaces.records on the folder"
@@ -182,7 +182,7 @@ def test_shipped_files_and_records_agree():
 
 @torch.no_grad()
 def test_shipped_networks_work():
-    for name in [name for name, entry in pretrained.shipped().items() if entry.kind == "psp"]:
+    for name in [name for name, entry in locate.shipped().items() if entry.kind == "psp"]:
         net = PSP.from_pretrained(name)
         image = net(torch.zeros(1, net.encoder.in_channels, net.encoder.input_size, net.encoder.input_size))
         assert image.shape == (1, 3, net.generator.output_size, net.generator.output_size), name
