@@ -39,10 +39,11 @@ EXCEPTIONS = {
     ("checkpoints", "importers.nvidia"),
     ("zoo", "checkpoints.safetensors_io"),
     ("importers", "loading"),
-    ("models", "inference.fused"),
     ("optim", "ops"),
 }
-LAZY_EXCEPTIONS = {("models/psp.py", "loading")}  # inside a function only
+LAZY_EXCEPTIONS = {
+    ("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")
+}  # in a function
 
 FRAMEWORKS = {
     "hydra": ("cli/", "build/"),

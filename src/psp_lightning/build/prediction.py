@@ -23,6 +23,7 @@ from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
+from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
 from psp_lightning.latents.codes import generator_hash, load_decoder
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, PredictionWriter, make_inject
@@ -142,7 +143,8 @@ def _check_speed(cfg: DictConfig) -> None:
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     """The network as the settings of speed want it; autocast takes the plain one."""
     if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
-        return net.to(memory_format=torch.channels_last)
+        net = net.to(memory_format=torch.channels_last)
+        return net if cfg.compile else freeze_psp_generator(net, AUTOCAST.get(cfg.precision))
     return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
 
 

@@ -22,6 +22,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.checks import NUMBERS, check_monitored, check_numbers
+from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
 from psp_lightning.lit.callbacks.epochs import EpochStart
 from psp_lightning.lit.callbacks.fit import AverageBatchNorm, ImageGrids, LastCheckpoint, ProgressBar
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
@@ -152,7 +153,7 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         checkpoint_units(net.encoder)
     if cfg.model.compile:
         net.encoder.compile()  # in place: the keys of the state dict stay clean
-    return net
+    return freeze_psp_generator(net, AUTOCAST.get(cfg.trainer.precision))
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
+from psp_lightning.inference.frozen import plain_generator
 from psp_lightning.inference.model_card import OPSET, model_card
 from psp_lightning.loading import load_generator, load_psp
-from psp_lightning.models.half import HalfPrecision
+from psp_lightning.models.layers import HalfPrecision
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
@@ -181,6 +182,7 @@ def export(
     path, facts = Path(path), dict(facts or {})
     make = {"onnx": _onnx, "torchscript": _torchscript, "safetensors": _safetensors}[format]
     net = copy.deepcopy(net).float().cpu()
+    net.generator = plain_generator(net.generator)
     for module in net.modules():
         if isinstance(module, HalfPrecision):
             module.half_from = None

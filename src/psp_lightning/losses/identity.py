@@ -12,8 +12,8 @@ from psp_lightning.checkpoints.weight_files import load_embedding
 from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
-from psp_lightning.models.frozen import freeze
 from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.zoo import locate as pretrained
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.zoo import locate as pretrained
 

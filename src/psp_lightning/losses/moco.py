@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.zoo import locate as pretrained
 
 

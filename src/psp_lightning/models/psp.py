@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import psp_lightning.models.encoders  # noqa: F401  fills the registry that from_description reads
-from psp_lightning.models.frozen import freeze
-from psp_lightning.models.half import HalfPrecision
+from psp_lightning.models.layers import HalfPrecision, freeze
 from psp_lightning.models.registry import ENCODERS, GENERATORS
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.errors import UserError, suggest
@@ -166,6 +165,7 @@ class PSP(nn.Module):
         Raises:
             UserError: another dtype.
         """
+        from psp_lightning.inference.frozen import freeze_generator, plain_generator
         from psp_lightning.inference.fused import FusedEncoder
 
         if dtype not in (torch.float32, torch.bfloat16):
@@ -173,9 +173,10 @@ class PSP(nn.Module):
         encoder: nn.Module = self.encoder
         if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: of a generator alone
             encoder = FusedEncoder(encoder, dtype, pack)
-        generator = copy.deepcopy(self.generator).to(memory_format=torch.channels_last)
+        generator = copy.deepcopy(plain_generator(self.generator)).to(memory_format=torch.channels_last)
         if dtype != torch.float32 and isinstance(generator, HalfPrecision):
             generator.use_half(16, dtype)
+        generator = freeze_generator(generator) if pack else generator
         return PSP(encoder, generator, self.latent_avg, self.start_from_latent_avg, self.source).eval()
 
     def describe(self) -> dict[str, Any]:
@@ -225,9 +226,10 @@ class PSP(nn.Module):
         Raises:
             UserError: when there is none at `path`; the message says what is there. No code from the file runs.
         """
-        from psp_lightning.loading import load_psp  # checkpoints builds on models, so only here
+        from psp_lightning.inference.frozen import freeze_psp_generator  # both build on models, so only here
+        from psp_lightning.loading import load_psp
 
-        return load_psp(path, device)
+        return freeze_psp_generator(load_psp(path, device))
 
     @classmethod
     def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> PSP:
@@ -242,9 +244,10 @@ class PSP(nn.Module):
         Raises:
             UserError: no such network, with the names that there are; a file that was changed.
         """
+        from psp_lightning.inference.frozen import freeze_psp_generator
         from psp_lightning.loading import load_pretrained
 
-        return load_pretrained(name, device)
+        return freeze_psp_generator(load_pretrained(name, device))
 
 
 def build_described(table: Mapping[str, type[nn.Module]], role: str, node: Any) -> Any:
