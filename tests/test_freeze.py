@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from psp_lightning.models.encoders import GradualStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -18,7 +18,7 @@ from psp_lightning.models.stylegan2 import Generator
 
 @pytest.fixture
 def embedder():
-    return freeze(FaceEmbedder(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
+    return freeze(ArcFaceIRSE(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
 
 
 def test_train_keeps_eval(embedder, is_frozen):

@@ -22,7 +22,7 @@ from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
 from psp_lightning.lit.prediction import FORMATS
 from psp_lightning.models.encoders import GradualStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.images import save_atomic, to_pil
 
@@ -48,7 +48,7 @@ def write_weights(job: Job) -> None:
         net = PSP(GradualStyleEncoder(generator.n_styles), generator, torch.randn(512) / 2, source={"kind": "rgb"})
         save_psp(job.files["psp"], net)
     if not Path(job.files["ir_se50"]).exists():
-        torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), job.files["ir_se50"])
+        torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), job.files["ir_se50"])
         torch.save(torchvision.models.alexnet(weights=None).state_dict(), job.files["alexnet"])
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.weight_files import save_embedding
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.models.embedding import FaceEmbedding
+from psp_lightning.models.embedding import ToyFaceEmbedding
 from psp_lightning.utils.images import from_uint8
 
 
@@ -36,7 +36,7 @@ def batch(images: np.ndarray, indices: np.ndarray, flip: np.ndarray) -> Tensor:
     return from_uint8(torch.from_numpy(np.ascontiguousarray(chosen)).permute(0, 3, 1, 2).contiguous())
 
 
-def verification(network: FaceEmbedding, images: np.ndarray, per_person: int) -> dict[str, float]:
+def verification(network: ToyFaceEmbedding, images: np.ndarray, per_person: int) -> dict[str, float]:
     """How well pairs of one person separate from pairs of two, on people that training has not seen.
 
     Returns:
@@ -84,7 +84,7 @@ def main() -> None:
     images = draw(ToyFaces(64, seed=11, n=people * pictures, identities=people))
     held_out = draw(ToyFaces(64, seed=12, n=1000, identities=250))
     print(f"{len(images)} pictures of {people} people drawn in {time.monotonic() - start:.0f} s", flush=True)
-    network = FaceEmbedding().to(memory_format=torch.channels_last)
+    network = ToyFaceEmbedding().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps)
     for step in range(1, options.steps + 1):

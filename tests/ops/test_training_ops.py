@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psp_lightning.models.encoders import GradualStyleEncoder, MapToStyle, StridedConv, styles
+from psp_lightning.models.encoders import GradualStyleEncoder, MapToStyle, StridedConv
 from psp_lightning.models.irse import PReLU
 from psp_lightning.ops.cpu import product as product_module
 from psp_lightning.ops.cpu import strided_conv as module
@@ -15,7 +15,7 @@ from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
 from psp_lightning.ops.cpu.prelu import _PReLU, prelu
 from psp_lightning.ops.cpu.product import product
 from psp_lightning.ops.cpu.slices import slices
-from psp_lightning.ops.cpu.strided_conv import _MatrixConv, strided_conv, strided_convs
+from psp_lightning.ops.cpu.strided_conv import _MatrixConv, strided_conv
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -60,7 +60,7 @@ def test_strided_convolution_is_conv2d(narrow, size, channels_last, second):
 def test_strided_convolution_gives_the_gradients_that_are_asked_for(need):
     inputs = [draw(2, 4, 6, 6), draw(5, 4, 3, 3, seed=1), draw(5, seed=2)]
     found = []
-    for function in (lambda *t: _MatrixConv.apply(*t)[0], lambda *t: F.conv2d(*t, 2, 1)):
+    for function in (_MatrixConv.apply, lambda *t: F.conv2d(*t, 2, 1)):
         leaves = [t.clone().requires_grad_(n) for t, n in zip(inputs, need, strict=True)]
         function(*leaves).square().sum().backward()
         found.append([t.grad for t in leaves])
@@ -143,106 +143,6 @@ def test_wide_heads_take_the_product(monkeypatch):
     monkeypatch.setattr(module, "product", lambda *t: calls.append(t) or product(*t))
     StridedConv(342, 342)(draw(1, 342, 2, 2)).sum().backward()
     assert len(calls) == 2, "a forward product and one for the weights, as the source needs no gradient"
-
-
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-@pytest.mark.parametrize("second", [False, True])
-def test_convolutions_of_one_map_share_its_neighbourhoods(monkeypatch, narrow, size, second):
-    x, calls = draw(3, 4, *size), []
-    parameters = [draw(5, 4, 3, 3, seed=1), draw(6, 4, 3, 3, seed=2), draw(5, seed=3), draw(6, seed=4)]
-    count = module._neighbourhoods
-    monkeypatch.setattr(module, "_neighbourhoods", lambda t: calls.append(1) or count(t))
-    monkeypatch.setattr(module, "PIXELS", 1 << 20)
-
-    def both(x, *t, function=lambda x, w, b: [F.conv2d(x, *t, 2, 1) for t in zip(w, b, strict=True)]):
-        first, other = function(x, t[:2], t[2:])
-        return torch.cat([first, other.square()], 1)
-
-    found = gradients(lambda *t: both(*t, function=strided_convs), (x, *parameters), second)
-    assert_near(found, gradients(both, (x, *parameters), second), 1e-5)
-    assert second or len(calls) == 2, "once forward, once for the weights' gradients"
-
-
-def test_convolutions_of_one_map_of_which_only_one_is_used(narrow):
-    """The other's parameters get no gradient, as everywhere in PyTorch."""
-    x, weights, biases = draw(2, 4, 6, 6), [], []
-    for i in range(2):
-        weights.append(draw(5, 4, 3, 3, seed=i).requires_grad_())
-        biases.append(draw(5, seed=i).requires_grad_())
-    strided_convs(x.requires_grad_(), weights, biases)[1].square().sum().backward()
-    found = [x.grad, weights[1].grad, biases[1].grad]
-    assert weights[0].grad is None and biases[0].grad is None
-    x.grad = weights[1].grad = biases[1].grad = None
-    F.conv2d(x, weights[1], biases[1], 2, 1).square().sum().backward()
-    assert_near(found, [x.grad, weights[1].grad, biases[1].grad], 1e-5)
-
-
-@pytest.mark.parametrize("case", ["plain", "frozen head", "hook", "another layer", "no convolution"])
-def test_heads_of_one_map_are_the_heads(monkeypatch, narrow, case):
-    side, calls = 1 if case == "no convolution" else 4, []
-    heads, x = [MapToStyle(3, 3, side) for _ in range(2)], draw(2, 3, side, side)
-    if case == "frozen head":
-        heads[1].requires_grad_(False)
-    if case == "hook":
-        heads[1].convs[0].register_forward_hook(lambda *_: calls.append(1))
-    if case == "another layer":
-        heads[1].convs[0] = nn.Conv2d(3, 3, 3, 2, 1)
-    for a, b in zip(styles(x, heads), [head(x) for head in heads], strict=True):
-        torch.testing.assert_close(a, b)
-    assert len(calls) == (2 if case == "hook" else 0)
-
-
-HEAD_CHANGES = {
-    "hook": lambda head, heard: head.register_forward_hook(heard),
-    "hook before": lambda head, heard: head.register_forward_pre_hook(heard),
-    "hook behind": lambda head, heard: head.convs.register_full_backward_hook(heard),
-    "hook of the convolution": lambda head, heard: head.convs[0].register_full_backward_pre_hook(heard),
-    "own forward": lambda head, heard: setattr(head, "forward", lambda x: heard() or torch.zeros(2, 4)),
-    "the convolution's own forward": lambda head, heard: setattr(
-        head.convs[0], "forward", lambda x: heard() or torch.zeros(2, 4, 2, 2)
-    ),
-    "the convolutions' own forward": lambda head, heard: setattr(
-        head.convs, "forward", lambda x: heard() or torch.zeros(2, 4, 1, 1)
-    ),
-}
-
-
-@pytest.mark.parametrize("change", list(HEAD_CHANGES))
-def test_what_was_changed_of_a_head_is_called(narrow, change):
-    heads, calls = [MapToStyle(3, 4, 4), MapToStyle(3, 4, 4)], []
-    HEAD_CHANGES[change](heads[1], lambda *_: calls.append(1))
-    torch.stack(styles(draw(2, 3, 4, 4).requires_grad_(), heads)).sum().backward()
-    assert calls == [1]
-
-
-def test_heads_of_other_classes_are_called_as_modules_are(narrow):
-    class Mine(MapToStyle):
-        def forward(self, x):
-            return x.mean((2, 3)) * 0
-
-    heads = [MapToStyle(3, 4, 4), Mine(3, 4, 4), MapToStyle(3, 4, 4)]
-    heads[2].convs = nn.Conv2d(3, 4, 4)
-    assert styles(draw(2, 3, 4, 4), heads)[1].abs().max() == 0
-
-
-def test_global_hooks_hear_of_every_convolution(narrow):
-    heads, calls = [MapToStyle(3, 4, 4), MapToStyle(3, 4, 4)], []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
-    try:
-        styles(draw(2, 3, 4, 4), heads)
-    finally:
-        handle.remove()
-    assert calls.count(StridedConv) == 4
-
-
-def test_an_encoder_in_training_gathers_once_a_map(monkeypatch, narrow):
-    net, calls, gather = GradualStyleEncoder(10, 8, blocks=(1, 1, 1, 1), width=4, input_size=32), [], []
-    gather = module._neighbourhoods
-    monkeypatch.setattr(module, "_neighbourhoods", lambda t: calls.append(t.shape[2]) or gather(t))
-    monkeypatch.setattr(module, "PIXELS", 1 << 20)
-    net(draw(2, 3, 32, 32))
-    first, later = [2, 4, 8], [2] * 4 + [4, 2] * 3
-    assert sorted(calls) == sorted(first + later), "one a map, and one for each of the later convolutions"
 
 
 def test_a_strided_convolution_may_be_followed_by_what_changes_it_in_place(narrow):

@@ -11,7 +11,7 @@ import torch
 
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 
@@ -46,7 +46,7 @@ def test_generator_keys(size):
 @pytest.mark.parametrize("name, depth, mode", [("ir_se50", 50, "ir_se"), ("curricularface_ir101", 100, "ir")])
 def test_face_embedder_keys(name, depth, mode):
     with torch.device("meta"):
-        net = FaceEmbedder(depth, mode)
+        net = ArcFaceIRSE(depth, mode)
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == SHAPES[name]
 
 

@@ -9,14 +9,14 @@ import torch
 
 from psp_lightning.build.training import load_backbone
 from psp_lightning.models.encoders import EncoderIntoW
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.utils.devices import check_launched
 from psp_lightning.utils.errors import UserError
 
 
 @pytest.mark.parametrize("channels", [3, 19])
 def test_backbone_starts_from_the_face_network(channels: int, tmp_path: Path) -> None:
-    state = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict()
+    state = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict()
     torch.save(state, tmp_path / "id.pth")
     encoder = EncoderIntoW(512, channels, 32)
     first = {key: value.clone() for key, value in encoder.state_dict().items() if key.startswith("input_layer.")}
@@ -28,7 +28,7 @@ def test_backbone_starts_from_the_face_network(channels: int, tmp_path: Path) ->
 
 
 def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
-    state = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict()
+    state = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict()
     torch.save({key: value for key, value in state.items() if not key.startswith("input_layer.")}, tmp_path / "id.pth")
     with pytest.raises(UserError, match="input_layer"):
         load_backbone(EncoderIntoW(512, 3, 32), str(tmp_path / "id.pth"))

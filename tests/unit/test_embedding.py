@@ -9,14 +9,14 @@ import torch
 
 from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding
 from psp_lightning.losses import IDLoss, LossInputs, PerceptualLoss
-from psp_lightning.models.embedding import FaceEmbedding
+from psp_lightning.models.embedding import ToyFaceEmbedding
 from psp_lightning.utils.errors import UserError
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    network = FaceEmbedding(32, (8, 12, 16), 10)
+    network = ToyFaceEmbedding(32, (8, 12, 16), 10)
     with torch.no_grad():  # running statistics that are not those of a fresh network
         network.train()(torch.rand(8, 3, 32, 32))
     save_embedding(tmp_path / "small.safetensors", network.eval(), {"licence": "MIT"})
@@ -45,7 +45,7 @@ def test_large_images_are_pooled(file: Path) -> None:
 @pytest.mark.parametrize("size", [4, 48])
 def test_sizes_that_do_not_halve_are_refused(size: int) -> None:
     with pytest.raises(UserError, match=f"input_size={size}"):
-        FaceEmbedding(size, (8, 12, 16))
+        ToyFaceEmbedding(size, (8, 12, 16))
 
 
 def test_perceptual_distance(file: Path, is_frozen) -> None:

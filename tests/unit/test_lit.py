@@ -24,7 +24,7 @@ from psp_lightning.losses import CompositeLoss, LossTerm
 from psp_lightning.losses.identity import IDLoss
 from psp_lightning.losses.l2 import L2Loss
 from psp_lightning.models.encoders import GradualStyleEncoder
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.optim import Ranger
@@ -61,7 +61,7 @@ def trainer(folder: Path, steps: int = 1, callbacks=(), **options) -> pl.Trainer
 def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path, is_frozen) -> None:
     """Claim: no parameter of a frozen network has a gradient, its buffers are unchanged, it is in eval mode."""
     torch.manual_seed(1)
-    torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
+    torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
     frozen = {"generator": lit.net.generator, "identity": lit.losses.terms["id"].network}
     before = {
@@ -212,7 +212,7 @@ def test_grid_has_a_row_for_each_sample_and_captions() -> None:
 def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
     from psp_lightning.lit.callbacks.fit import ImageGrids
 
-    torch.save(FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
+    torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
     trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", InputSpec("rgb", 32), 1, 2)]).fit(lit, data(n=2))
     assert Image.open(tmp_path / "images" / "train_00000001.png").size == (96, 2 * (32 + 14))

@@ -14,7 +14,7 @@ from psp_lightning.importers.foreign import import_file
 from psp_lightning.inference.export import SUFFIXES, export
 from psp_lightning.loading import load_psp
 from psp_lightning.models.encoders import ReStyleEncoder, ReStyleEncoder4Editing
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
@@ -156,7 +156,7 @@ def test_wrong_sources_and_arguments():
 
 
 def test_backbone_leaves_the_image_out_at_first(tmp_path):
-    state = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112).state_dict()
+    state = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict()
     torch.save(state, tmp_path / "id.pth")
     encoder = ReStyleEncoder(2, style_dim=4, input_size=32)
     load_backbone(encoder, str(tmp_path / "id.pth"))

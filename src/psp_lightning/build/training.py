@@ -30,7 +30,7 @@ from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import LoadReport, load_psp, load_strict, read
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
-from psp_lightning.models.irse import checkpoint_units
+from psp_lightning.models.checkpointing import checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.devices import check_launched, resolve_devices
 from psp_lightning.utils.errors import UserError

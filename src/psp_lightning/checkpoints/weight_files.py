@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import psp_lightning.models.embedding  # noqa: F401  fills the registry that load_embedding reads
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
 from psp_lightning.checkpoints.strict import build_and_load, resolve, understanding
-from psp_lightning.models.psp import PSP, build_described
-from psp_lightning.models.registry import EMBEDDINGS, GENERATORS
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate as pretrained
@@ -80,9 +80,7 @@ def read_generator(path: Path) -> tuple[Generator, Tensor | None]:
     average = tensors.pop("latent_avg", None)
     with understanding(path):
         node = description.get("generator")
-        generator = build_and_load(
-            lambda: build_described(GENERATORS, "generator", node), tensors, "the described generator"
-        )
+        generator = build_and_load(lambda: build_described("generator", node), tensors, "the described generator")
         if average is not None and average.shape[-1:] != (generator.style_dim,):
             raise UserError(f"its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")
     return generator, average
@@ -183,7 +181,5 @@ def load_embedding(path: str | os.PathLike[str]) -> Any:
     description, tensors = read_described(path, "embedding")
     with understanding(path):
         node = description.get("embedding")
-        network = build_and_load(
-            lambda: build_described(EMBEDDINGS, "embedding", node), tensors, "the described embedding"
-        )
+        network = build_and_load(lambda: build_described("embedding", node), tensors, "the described embedding")
     return network.eval()

@@ -95,7 +95,7 @@ class Imported:
         ]
         if isinstance(self.net, PSP):
             encoder: Any = self.net.encoder
-            passes = f", {encoder.iterations} passes" if hasattr(encoder, "iterations") else ""
+            passes = f", {self.net.passes} passes" if self.net.passes else ""
             text = f"{type(encoder).__name__}, {encoder.in_channels} channels of {encoder.input_size} px{passes}"
             lines.insert(1, ("encoder", text))
             lines.append(("source", ", ".join(f"{k}: {v}" for k, v in self.net.source.items() if v) or "not said"))

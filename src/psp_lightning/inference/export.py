@@ -69,7 +69,7 @@ class Part(nn.Module):
         self.net, self.what = net, what
         if what == "generator":
             self.net = PSP(nn.Identity(), net.generator)
-        elif what == "encoder" and not hasattr(net.encoder, "iterations"):  # whose passes take the generator
+        elif what == "encoder" and not net.passes:  # passes take the generator
             self.net = PSP(net.encoder, Sizes(net.generator), net.latent_avg, net.start_from_latent_avg)
         self.eval()
         self.input = "w_plus" if what == "generator" else "source"

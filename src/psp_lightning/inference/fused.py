@@ -10,12 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psp_lightning.inference.frozen import freeze_generator, plain_generator
 from psp_lightning.models.encoders import StridedConv
 from psp_lightning.models.irse import PReLU
-from psp_lightning.models.layers import EqualisedLinear
+from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 
 CONVOLUTIONS = (nn.Conv2d, StridedConv)  # a user's own subclass may compute anything
+
+
+def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
+    """See `PSP.for_inference`."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"for_inference takes torch.float32 or torch.bfloat16, not {dtype}.")
+    encoder: nn.Module = net.encoder
+    if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: of a generator alone
+        encoder = FusedEncoder(encoder, dtype, pack)
+    generator = copy.deepcopy(plain_generator(net.generator)).to(memory_format=torch.channels_last)
+    if dtype != torch.float32 and isinstance(generator, HalfPrecision):
+        generator.use_half(16, dtype)
+    generator = freeze_generator(generator) if pack else generator
+    return PSP(encoder, generator, net.latent_avg, net.start_from_latent_avg, net.source).eval()
 
 
 class FusedEncoder(nn.Module):
@@ -36,13 +52,17 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype = torch.float32, pack: bool = True) -> None:
         super().__init__()
-        for name in ("n_styles", "style_dim", "in_channels", "input_size", "iterations"):
-            if hasattr(encoder, name):
-                setattr(self, name, getattr(encoder, name))
         self.dtype = dtype
         with torch.no_grad():
             self.network = _fuse(encoder, dtype, pack)
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the encoder's attribute: its sizes and number of passes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -113,8 +113,7 @@ def model_card(part: Part, path: Path, format: str, checked: str, facts: Mapping
         f"- made from: {_checkpoint(facts)}",
     ]
     if part.what != "generator":
-        passes = getattr(net.encoder, "iterations", 0)
-        more = f", {passes} passes, each over an image of the generator, which the file holds" if passes else ""
+        more = f", {net.passes} passes, each over an image of the generator, which the file holds" if net.passes else ""
         lines.append(f"- encoder: {type(net.encoder).__name__}, {_millions(net.encoder)} parameters{more}")
     lines += [
         f"- generator: {type(generator).__name__}, {generator.output_size} px, {net.n_styles} styles of "

@@ -12,34 +12,34 @@ from psp_lightning.checkpoints.weight_files import load_embedding
 from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
-from psp_lightning.models.irse import FaceEmbedder
+from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.locate import find
 
-INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # the face crop's size that each network was trained with
-RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}
+INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # side of the face crop that the network was trained with
+RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}  # weight record of the network
 
 
 def load_face_network(backbone: str, weights: str | os.PathLike[str] | None) -> nn.Module:
-    """A frozen network from face crops (B, 3, s, s) in [-1, 1] to unit vectors (B, 512).
+    """Load a frozen network from face crops (B, 3, s, s) in [-1, 1] to unit vectors (B, 512).
 
     Args:
         backbone: `ir_se50` (ArcFace, the paper's, s = 112) or `facenet` (facenet-pytorch's InceptionResnetV1, s = 160).
         weights: its file; None looks in the weights folder.
 
     Raises:
-        UserError: unknown backbone; facenet-pytorch not installed; the file is missing, unreadable or of another
-            network.
+        UserError: the backbone is unknown; facenet-pytorch is not installed; the file is missing, unreadable or of
+            another network.
     """
     if backbone not in RECORD:
         raise UserError(
             f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}, and files "
             "of embeddings, as toyfaces/identity."
         )
-    network = FaceEmbedder(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
-    path = pretrained.find(RECORD[backbone], Path(weights) if weights is not None else None)
-    # facenet-pytorch's files carry the classifier of their training set, which an embedding has no use for.
+    network = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
+    path = find(RECORD[backbone], Path(weights) if weights is not None else None)
+    # facenet-pytorch's files also hold the classifier of their training set
     load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
     return freeze(network)
 
@@ -62,12 +62,12 @@ class IDLoss(SimilarityLoss):
     Logs `id_similarity` and, for an RGB source, `id_improvement`.
 
     Args:
-        backbone: `ir_se50` or `facenet`, on the face crop; or the file or name of an embedding of this library, as
-            `toyfaces/identity`, on the whole image.
+        backbone: `ir_se50` or `facenet`, which see the face crop; or the file or name of an embedding of this library,
+            as `toyfaces/identity`, which sees the whole image.
         weights: the network's file; None looks in the weights folder. Not with an embedding.
 
     Raises:
-        UserError: see `load_face_network`; `weights` beside an embedding.
+        UserError: see `load_face_network`; `weights` is given with an embedding.
 
     Source: pSp, section 3.2, eq. 3, with ArcFace (Deng et al. 2019); crop and pooling as in its code at commit
         5cfff38, against which the numbers were checked.

@@ -7,13 +7,12 @@ FaceNet (arXiv:1503.03832).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.models.registry import register_embedding
+from psp_lightning.models.registry import record_config, register_embedding
 from psp_lightning.utils.errors import UserError
 
 
@@ -38,30 +37,32 @@ class _Stage(nn.Module):
 
 
 @register_embedding
-class FaceEmbedding(nn.Module):
-    """Images to unit vectors whose dot product says how alike two identities are.
-
-    Args:
-        input_size: side of the images, a power of two; others are resized to it.
-        widths: channels of the stages, each of half the former's resolution.
-        dim: length of the vector.
+class ToyFaceEmbedding(nn.Module):
+    """Map images to unit vectors, whose dot product says how alike two identities are.
 
     Raises:
-        UserError: a size that the stages cannot halve.
+        UserError: the stages cannot halve `input_size`.
     """
 
-    def __init__(self, input_size: int = 64, widths: Sequence[int] = (32, 64, 96, 128), dim: int = 64) -> None:
+    @record_config
+    def __init__(
+        self,
+        input_size: int = 64,  # side of the images, a power of two; other images are resized to it
+        widths: Sequence[int] = (32, 64, 96, 128),  # channels of the stages, each of half the former's resolution
+        dim: int = 64,  # length of the vector
+    ) -> None:
         super().__init__()
         if input_size < 1 << len(widths) or input_size & (input_size - 1):
-            raise UserError(f"FaceEmbedding input_size={input_size}: a power of two from {1 << len(widths)} is needed.")
-        self.config: dict[str, Any] = {"input_size": input_size, "widths": [int(w) for w in widths], "dim": dim}
+            raise UserError(
+                f"ToyFaceEmbedding input_size={input_size}: a power of two from {1 << len(widths)} is needed."
+            )
         self.input_size = input_size
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in zip((3, *widths), widths, strict=False))
         side = input_size >> len(widths)
         self.project = nn.Linear(widths[-1] * side * side, dim)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) in [-1, 1] to the stages' outputs, (B, widths[i], S / 2^(i+1), S / 2^(i+1))."""
+        """Map (B, 3, H, W) in [-1, 1] to the stages' outputs, (B, widths[i], S / 2^(i+1), S / 2^(i+1))."""
         if image.shape[-2:] != (self.input_size, self.input_size):
             size = (self.input_size, self.input_size)
             larger = min(image.shape[-2:]) > self.input_size
@@ -73,9 +74,9 @@ class FaceEmbedding(nn.Module):
         return found
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to unit vectors (B, dim)."""
+        """Map (B, 3, H, W) in [-1, 1] to unit vectors (B, dim)."""
         return F.normalize(self.project(self.features(image)[-1].flatten(1)), dim=1)
 
     def statistics(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to (B, sum of widths): the stages' spatial means, for Frechet distances."""
+        """Map (B, 3, H, W) in [-1, 1] to (B, sum of widths): the stages' spatial means, for Frechet distances."""
         return torch.cat([stage.mean((2, 3)) for stage in self.features(image)], 1)

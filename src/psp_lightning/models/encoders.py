@@ -13,49 +13,52 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from psp_lightning.models.irse import IRSEBody
 from psp_lightning.models.layers import EqualisedLinear
-from psp_lightning.models.registry import register_encoder
-from psp_lightning.ops.cpu.strided_conv import product_pays, strided_conv, strided_convs
+from psp_lightning.models.registry import record_config, register_encoder
+from psp_lightning.ops.cpu.strided_conv import strided_conv
 from psp_lightning.utils.errors import UserError
 
-IMAGE_CHANNELS = 3  # of the generator's image, where an encoder looks at it
+IMAGE_CHANNELS = 3  # of the generator's image, which a ReStyle encoder sees
 COARSE, MIDDLE = 3, 7  # styles 0-2 come from the 1/16 map, 3-6 from the 1/8 map, the others from the 1/4 map
 
 
-class _Encoder(IRSEBody):
-    """What the encoders share: the backbone, `config`, and the check of the input."""
+class IRSEEncoder(IRSEBody):
+    """Base class of the encoders: the arguments that they share, the backbone, and the check of the input.
 
+    Raises:
+        UserError: an argument is out of its range, or the input has another shape than the encoder was built for.
+    """
+
+    smallest_input = 16
+    image_channels = 0  # channels of the image that is seen beside the source
+
+    @record_config
     def __init__(
         self,
-        style_dim: int,
-        in_channels: int,
-        input_size: int,
-        n_layers: int,
-        mode: str,
-        blocks: Sequence[int] | None,
-        width: int,
-        more_channels: int = 0,
+        style_dim: int = 512,  # length of a style
+        in_channels: int = 3,  # channels of the source
+        input_size: int = 256,  # side of the source, a power of two
+        n_layers: int = 50,  # depth of the published backbones: 50, 100 or 152
+        mode: str = "ir_se",  # residual units without ("ir") or with ("ir_se") squeeze and excitation
+        blocks: Sequence[int] | None = None,  # residual units of the four stages, in place of n_layers
+        width: int = 64,  # channels of the stem; the stages have 1, 2, 4 and 8 times as many
     ) -> None:
-        for name, value in (("style_dim", style_dim), ("in_channels", in_channels), ("width", width)):
+        name, smallest = type(self).__name__, self.smallest_input
+        if input_size < smallest or input_size & (input_size - 1):
+            sizes = ", ".join(str(smallest << i) for i in range(5))
+            raise UserError(
+                f"{name} input_size={input_size}: it must be a power of two ({sizes}, ...); published is 256."
+            )
+        for argument, value in (("style_dim", style_dim), ("in_channels", in_channels), ("width", width)):
             if value < 1:
-                raise UserError(f"{type(self).__name__} {name}={value}: it must be 1 or more.")
-        super().__init__(in_channels + more_channels, n_layers, mode, blocks, width)
-        self.in_channels = in_channels  # of the source
-        self.style_dim, self.input_size = style_dim, input_size
-        self.config: dict[str, Any] = {
-            "style_dim": style_dim,
-            "in_channels": in_channels,
-            "input_size": input_size,
-            "n_layers": n_layers,
-            "mode": mode,
-            "blocks": None if blocks is None else [int(b) for b in blocks],
-            "width": width,
-        }
+                raise UserError(f"{name} {argument}={value}: it must be 1 or more.")
+        super().__init__(in_channels + self.image_channels, n_layers, mode, blocks, width)
+        self.style_dim, self.in_channels, self.input_size = style_dim, in_channels, input_size
 
-    def _check(self, x: Tensor) -> None:
+    def check_source(self, x: Tensor) -> None:
+        """Raise a UserError unless x is (B, in_channels, input_size, input_size)."""
         name, side = type(self).__name__, self.input_size
         if x.ndim != 4:
             raise UserError(f"{name} takes a batch (B, {self.in_channels}, {side}, {side}), got {tuple(x.shape)}.")
@@ -70,20 +73,17 @@ class _Encoder(IRSEBody):
                 f"Resize to {side}, or set input_size."
             )
 
-
-def _check_size(name: str, input_size: int, smallest: int) -> None:
-    if input_size < smallest or input_size & (input_size - 1):
-        sizes = ", ".join(str(smallest << i) for i in range(5))
-        raise UserError(f"{name} input_size={input_size}: it must be a power of two ({sizes}, ...); published is 256.")
-
-
-def _check_styles(name: str, n_styles: int) -> None:
-    if n_styles < 1:
-        raise UserError(f"{name} n_styles={n_styles}: it must be 1 or more (2 * log2(output size) - 2).")
+    def check_styles(self, n_styles: int) -> int:
+        """Return `n_styles`, or raise a UserError for less than one."""
+        if n_styles < 1:
+            raise UserError(
+                f"{type(self).__name__} n_styles={n_styles}: it must be 1 or more (2 * log2(output size) - 2)."
+            )
+        return n_styles
 
 
 class StridedConv(nn.Conv2d):
-    """3x3 convolution with a stride of two; a type of its own because of `strided_conv`."""
+    """3x3 convolution with a stride of two, computed by `strided_conv`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, 2, 1)
@@ -108,225 +108,146 @@ class MapToStyle(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.linear = EqualisedLinear(style_dim, style_dim)
 
-    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, in_channels, side, side) to (B, style_dim); `first` (B, style_dim, side / 2, side / 2), where it is
-        known, is what the first convolution gives."""
-        if first is None:
-            return self.linear(self.convs(x).flatten(1))
-        for layer in list(self.convs)[1:]:
-            first = layer(first)
-        return self.linear(first.flatten(1))
-
-
-def styles(x: Tensor, heads: Sequence[nn.Module]) -> list[Tensor]:
-    """What each of the heads gives for one map, (B, style_dim); where that is faster, their first convolutions are one
-    call."""
-    convs = [conv for conv in map(_first_convolution, heads) if conv is not None]
-    pays = all(conv.bias is not None and product_pays(x, conv.weight, conv.bias) for conv in convs)
-    if len(convs) < max(2, len(heads)) or not pays:
-        return [head(x) for head in heads]
-    found = strided_convs(x, [conv.weight for conv in convs], [conv.bias for conv in convs])  # type: ignore[misc]
-    return [head(x, y) for head, y in zip(heads, found, strict=True)]
-
-
-def _first_convolution(head: nn.Module) -> StridedConv | None:
-    """That of a `MapToStyle`, unless somebody would notice that it is not called, or the head otherwise than before."""
-    if type(head) is not MapToStyle or type(head.convs) is not nn.Sequential or not len(head.convs):
-        return None
-    first = head.convs[0]
-    if type(first) is not StridedConv or _has_any_global_hook():
-        return None
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for part in (head, head.convs, first):
-        if "forward" in part.__dict__ or any(getattr(part, name) for name in hooks):
-            return None
-    return first
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, side, side) to (B, style_dim)."""
+        return self.linear(self.convs(x).flatten(1))
 
 
 @register_encoder
-class GradualStyleEncoder(_Encoder):
-    """pSp's encoder: a feature pyramid over three stages, one map2style head for each style.
+class GradualStyleEncoder(IRSEEncoder):
+    """pSp's encoder: a feature pyramid over three stages, and one map2style head for each style.
 
     Args:
-        n_styles: styles to give, `2 * log2(output_size) - 2` of the generator.
-        style_dim: length of a style.
-        in_channels: channels of the source.
-        input_size: side of the source, a power of two from 32.
-        n_layers, mode, blocks, width: the backbone, see `IRSEBody`.
-
-    Raises:
-        UserError: for a size or a backbone that cannot be built.
+        n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
+        *args, **kwargs: see `IRSEEncoder`; `input_size` is at least 32.
     """
 
-    def __init__(
-        self,
-        n_styles: int,
-        style_dim: int = 512,
-        in_channels: int = 3,
-        input_size: int = 256,
-        n_layers: int = 50,
-        mode: str = "ir_se",
-        blocks: Sequence[int] | None = None,
-        width: int = 64,
-    ) -> None:
-        _check_size("GradualStyleEncoder", input_size, 32)
-        _check_styles("GradualStyleEncoder", n_styles)
-        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
-        self.config = {"n_styles": n_styles, **self.config}
-        self.n_styles = n_styles
-        deep = self.widths[3]
-        sides = [input_size // (16 if i < COARSE else 8 if i < MIDDLE else 4) for i in range(n_styles)]
-        self.styles = nn.ModuleList(MapToStyle(deep, style_dim, side) for side in sides)
-        self.latlayer1 = nn.Conv2d(self.widths[2], deep, 1)
-        self.latlayer2 = nn.Conv2d(self.widths[1], deep, 1)
+    smallest_input = 32
+
+    @record_config
+    def __init__(self, n_styles: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.n_styles = self.check_styles(n_styles)
+        _, fine, middle, deep = self.widths
+        scales = [16 if i < COARSE else 8 if i < MIDDLE else 4 for i in range(n_styles)]
+        self.styles = nn.ModuleList(MapToStyle(deep, self.style_dim, self.input_size // scale) for scale in scales)
+        self.latlayer1 = nn.Conv2d(middle, deep, 1)
+        self.latlayer2 = nn.Conv2d(fine, deep, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """
+        """Map a source to its codes.
+
         Args:
             x: (B, in_channels, input_size, input_size) float; RGB in [-1, 1], sketches and one-hot maps in [0, 1].
 
         Returns:
             (B, n_styles, style_dim), relative to the average latent.
-
-        Raises:
-            UserError: when the input has another shape.
         """
-        self._check(x)
+        self.check_source(x)
         _, c1, c2, c3 = self.features(x)  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
-        p2 = self._add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
-        p1 = self._add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
-        heads = list(self.styles)
-        codes = styles(c3, heads[:COARSE]) + styles(p2, heads[COARSE:MIDDLE]) + styles(p1, heads[MIDDLE:])
-        return torch.stack(codes, 1)
+        p2 = _upsample_and_add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
+        p1 = _upsample_and_add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
+        maps = [c3 if i < COARSE else p2 if i < MIDDLE else p1 for i in range(self.n_styles)]
+        return torch.stack([head(features) for head, features in zip(self.styles, maps, strict=True)], 1)
 
-    @staticmethod
-    def _add(coarse: Tensor, fine: Tensor) -> Tensor:
-        return F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=True) + fine
+
+def _upsample_and_add(coarse: Tensor, fine: Tensor) -> Tensor:
+    return F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=True) + fine
 
 
 @register_encoder
 class Encoder4Editing(GradualStyleEncoder):
-    """e4e's encoder: the first head gives one style for all, the others add their differences to it.
+    """e4e's encoder: the first head gives one style for all, and the others add their differences to it.
 
-    Layers, arguments and state dict are those of `GradualStyleEncoder`.
+    Arguments, layers and state dict are those of `GradualStyleEncoder`.
 
     Source: Tov et al., e4e (arXiv:2102.02766), section 4, in its last stage of training, where every style has its
     difference.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of `GradualStyleEncoder`."""
+        """Map a source to its codes; shapes as of `GradualStyleEncoder`."""
         return _add_to_first(super().forward(x))
 
 
 def _add_to_first(codes: Tensor) -> Tensor:
-    """(B, n_styles, style_dim): the first style, and the others with it added."""
+    """Return codes (B, n_styles, style_dim) with the first style added to the others."""
     return torch.cat([codes[:, :1], codes[:, :1] + codes[:, 1:]], dim=1)
 
 
 @register_encoder
-class EncoderIntoW(_Encoder):
+class EncoderIntoW(IRSEEncoder):
     """One w for the whole image, from the average of the last feature map.
 
-    Arguments as of `GradualStyleEncoder`; `input_size` from 16.
+    Args:
+        *args, **kwargs: see `IRSEEncoder`.
     """
 
-    def __init__(
-        self,
-        style_dim: int = 512,
-        in_channels: int = 3,
-        input_size: int = 256,
-        n_layers: int = 50,
-        mode: str = "ir_se",
-        blocks: Sequence[int] | None = None,
-        width: int = 64,
-    ) -> None:
-        _check_size("EncoderIntoW", input_size, 16)
-        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
-        self.linear = EqualisedLinear(self.widths[3], style_dim)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.linear = EqualisedLinear(self.widths[3], self.style_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, input_size, input_size) to (B, style_dim); errors as of `GradualStyleEncoder`."""
-        self._check(x)
+        """Map (B, in_channels, input_size, input_size) to (B, style_dim)."""
+        self.check_source(x)
         x = self.body(self.input_layer(x))  # (B, 512, 16, 16)
         return self.linear(x.mean((2, 3)))  # (B, style_dim)
 
 
 @register_encoder
-class EncoderIntoWPlus(_Encoder):
+class EncoderIntoWPlus(IRSEEncoder):
     """All styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
 
-    Arguments as of `GradualStyleEncoder`; `input_size` from 16.
+    Args:
+        n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
+        *args, **kwargs: see `IRSEEncoder`.
     """
 
-    def __init__(
-        self,
-        n_styles: int,
-        style_dim: int = 512,
-        in_channels: int = 3,
-        input_size: int = 256,
-        n_layers: int = 50,
-        mode: str = "ir_se",
-        blocks: Sequence[int] | None = None,
-        width: int = 64,
-    ) -> None:
-        _check_size("EncoderIntoWPlus", input_size, 16)
-        _check_styles("EncoderIntoWPlus", n_styles)
-        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width)
-        self.config = {"n_styles": n_styles, **self.config}
-        self.n_styles = n_styles
+    @record_config
+    def __init__(self, n_styles: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.n_styles = self.check_styles(n_styles)
         deep = self.widths[3]
         self.output_layer_2 = nn.Sequential(
-            nn.BatchNorm2d(deep), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(deep * 49, style_dim)
+            nn.BatchNorm2d(deep), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(deep * 49, self.style_dim)
         )
-        self.linear = EqualisedLinear(style_dim, style_dim * n_styles)
+        self.linear = EqualisedLinear(self.style_dim, self.style_dim * n_styles)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, input_size, input_size) to (B, n_styles, style_dim); errors as of `GradualStyleEncoder`."""
-        self._check(x)
+        """Map (B, in_channels, input_size, input_size) to (B, n_styles, style_dim)."""
+        self.check_source(x)
         x = self.body(self.input_layer(x))  # (B, 512, 16, 16)
         x = self.output_layer_2(x)  # (B, style_dim)
         return self.linear(x).unflatten(1, (self.n_styles, self.style_dim))
 
 
 @register_encoder
-class ReStyleEncoder(_Encoder):
-    """ReStyle's encoder: all styles from the last feature map, refined in several passes.
-
-    A pass sees the source and the image of the codes so far, and gives what is added to them; `PSP` makes the passes.
+class ReStyleEncoder(IRSEEncoder):
+    """ReStyle's encoder: all styles from the last feature map, refined in several passes, which `PSP` makes.
 
     Args:
+        n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
         iterations: passes, 1 to 100; published are 5.
-        in_channels: of the source; the first layer takes the image's three after them.
-
-    Other arguments as of `GradualStyleEncoder`; `input_size` from 32.
+        *args, **kwargs: see `IRSEEncoder`; `input_size` is at least 32. The first layer takes the image's channels
+            after the source's.
 
     Source: Alaluf et al., ReStyle (arXiv:2104.02699), section 3; its code, commit 5e80276, `BackboneEncoder`.
     """
 
-    def __init__(
-        self,
-        n_styles: int,
-        style_dim: int = 512,
-        in_channels: int = 3,
-        input_size: int = 256,
-        iterations: int = 5,
-        n_layers: int = 50,
-        mode: str = "ir_se",
-        blocks: Sequence[int] | None = None,
-        width: int = 64,
-    ) -> None:
-        _check_size("ReStyleEncoder", input_size, 32)
-        _check_styles("ReStyleEncoder", n_styles)
+    smallest_input = 32
+    image_channels = IMAGE_CHANNELS
+
+    @record_config
+    def __init__(self, n_styles: int, *args: Any, iterations: int = 5, **kwargs: Any) -> None:
         if not isinstance(iterations, int) or not 1 <= iterations <= 100:
             raise UserError(f"ReStyleEncoder iterations={iterations}: it must be 1 to 100; published is 5.")
-        super().__init__(style_dim, in_channels, input_size, n_layers, mode, blocks, width, IMAGE_CHANNELS)
-        self.config = {"n_styles": n_styles, "iterations": iterations, **self.config}
-        self.n_styles, self.iterations = n_styles, iterations
-        self.styles = nn.ModuleList(MapToStyle(self.widths[3], style_dim, input_size // 16) for _ in range(n_styles))
+        super().__init__(*args, **kwargs)
+        self.n_styles, self.iterations = self.check_styles(n_styles), iterations
+        side = self.input_size // 16
+        self.styles = nn.ModuleList(MapToStyle(self.widths[3], self.style_dim, side) for _ in range(n_styles))
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        """One pass.
+        """Make one pass.
 
         Args:
             x: the source, (B, in_channels, input_size, input_size) float.
@@ -336,14 +257,14 @@ class ReStyleEncoder(_Encoder):
             (B, n_styles, style_dim), to be added to these codes.
 
         Raises:
-            UserError: when the source has another shape, or the image is not of three channels.
+            UserError: the source has another shape, or the image does not have three channels.
         """
-        self._check(x)
+        self.check_source(x)
         if image.shape[1] != IMAGE_CHANNELS:
             raise UserError(f"ReStyle's encoder looks at images of 3 channels, the generator makes {image.shape[1]}.")
         image = F.adaptive_avg_pool2d(image, self.input_size).expand(x.shape[0], -1, -1, -1)
         x = self.body(self.input_layer(torch.cat([x, image], dim=1)))  # (B, 512, 16, 16)
-        return torch.stack(styles(x, list(self.styles)), 1)
+        return torch.stack([head(x) for head in self.styles], 1)
 
 
 @register_encoder
@@ -354,5 +275,5 @@ class ReStyleEncoder4Editing(ReStyleEncoder):
     """
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        """As of `ReStyleEncoder`."""
+        """Make one pass; shapes as of `ReStyleEncoder`."""
         return _add_to_first(super().forward(x, image))

@@ -1,45 +1,118 @@
-"""Networks by class name, so that a checkpoint names its classes and never brings code."""
+"""Networks by class name: a checkpoint names its classes and their arguments, and never brings code."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
+from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.registry import register
+
 ClassT = TypeVar("ClassT", bound=type[nn.Module])
+InitT = TypeVar("InitT", bound=Callable[..., None])
 
 ENCODERS: dict[str, type[nn.Module]] = {}
 GENERATORS: dict[str, type[nn.Module]] = {}
 EMBEDDINGS: dict[str, type[nn.Module]] = {}
+TABLES = {"encoder": ENCODERS, "generator": GENERATORS, "embedding": EMBEDDINGS}
 
-
-def _register(table: dict[str, type[nn.Module]], cls: ClassT) -> ClassT:
-    known = table.get(cls.__name__)
-    if known is not None and known.__qualname__ != cls.__qualname__:
-        raise ValueError(f"{cls.__name__} is registered already, by {known.__module__}.")
-    table[cls.__name__] = cls
-    return cls
+RENAMED = {"FaceEmbedding": "ToyFaceEmbedding"}  # class names in files of older versions
+LARGEST = 1 << 20  # number in a description of one of the library's own networks
 
 
 def register_encoder(cls: ClassT) -> ClassT:
-    """Class decorator: makes an encoder loadable by its class name.
+    """Class decorator: make an encoder loadable by its class name. `models.protocols.Encoder` is its interface.
 
-    An encoder has `.config` (a dict of plain values that rebuilds it: `cls(**config)`), `.in_channels`, `.input_size`,
-    and maps (B, in_channels, input_size, input_size) to (B, n_styles, style_dim) or (B, style_dim). One that has
-    `.iterations`, a number of passes, is called with the image of its codes so far as well, see `PSP.encode_delta`.
+    Raises:
+        UserError: another encoder has the name.
     """
-    return _register(ENCODERS, cls)
+    return register(ENCODERS, cls.__name__, cls)
 
 
 def register_generator(cls: ClassT) -> ClassT:
-    """Class decorator: makes a generator loadable by its class name. Its interface is that of `Generator`."""
-    return _register(GENERATORS, cls)
+    """Class decorator: make a generator loadable by its class name. `models.protocols.Generator` is its interface.
+
+    Raises:
+        UserError: another generator has the name.
+    """
+    return register(GENERATORS, cls.__name__, cls)
 
 
 def register_embedding(cls: ClassT) -> ClassT:
-    """Class decorator: makes an embedding loadable by its class name.
+    """Class decorator: make an embedding loadable by its class name. `models.protocols.Embedding` is its interface.
 
-    An embedding has `.config` as encoders have, `features(image)` (list of feature maps), and maps images
-    (B, 3, H, W) in [-1, 1] to unit vectors (B, D).
+    Raises:
+        UserError: another embedding has the name.
     """
-    return _register(EMBEDDINGS, cls)
+    return register(EMBEDDINGS, cls.__name__, cls)
+
+
+def record_config(init: InitT) -> InitT:
+    """Decorate a constructor so that `self.config` holds its arguments, with their defaults, as plain values.
+
+    `cls(**config)` builds the module again. Arguments that a constructor passes on as `*args, **kwargs` are recorded by
+    the decorated constructor of the base class, and follow its own. Where the constructor itself sets
+    `self.config[name]` of one of its arguments, that value stays.
+    """
+    signature = inspect.signature(init)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = [name for name, kind in kinds.items() if kind not in collecting][1:]  # not self
+    passes_on = inspect.Parameter.VAR_KEYWORD in kinds.values()
+
+    @functools.wraps(init)
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        config = {name: _plain(given.arguments[name]) for name in own}
+        inner: dict[str, Any] = getattr(self, "config", {})
+        config |= {name: value for name, value in inner.items() if passes_on or name in own}
+        self.config = config
+
+    return recorded  # type: ignore[return-value]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def build_described(role: str, node: Any) -> Any:
+    """Build a network from its description: call the class that `node["class"]` names with the other values.
+
+    Args:
+        role: `encoder`, `generator` or `embedding`; its registry has the class.
+        node: the description, plain values.
+
+    Raises:
+        UserError: the class is not registered, or the values do not fit it.
+    """
+    table = TABLES[role]
+    if not isinstance(node, Mapping) or not isinstance(node.get("class"), str):
+        raise UserError(f"The network's description lacks its {role}.")
+    arguments = dict(node)
+    name = arguments.pop("class")
+    name = name if name in table else RENAMED.get(name, name)
+    if name not in table:
+        raise UserError(
+            f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. An own class must be "
+            f"decorated with register_{role} and imported before its checkpoint is loaded."
+        )
+    if table[name].__module__.startswith("psp_lightning."):  # own classes may use numbers as they like
+        _check_numbers(role, arguments)
+    try:
+        return table[name](**arguments)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"The network's description does not fit its {role} {name}: {error}") from error
+
+
+def _check_numbers(role: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse counts that would keep a constructor busy for ever."""
+    for key, value in arguments.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not abs(number) <= LARGEST:
+                raise UserError(f"The network's description does not fit its {role}: {key}={str(number)[:20]}.")

@@ -1,0 +1,106 @@
+"""Interfaces of the networks that a user may replace.
+
+A network of one's own is an `nn.Module` with these members; it derives from nothing here. `EncoderModule` and
+`GeneratorModule` exist for type checkers, which know no other way to say "a module with this interface".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from psp_lightning.models.stylegan2 import Noise
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A network from sources to codes, registered with `register_encoder`.
+
+    Where it has `n_styles` and `style_dim`, they must be those of the generator.
+
+    Attributes:
+        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+        in_channels: channels of the source.
+        input_size: side of the source.
+    """
+
+    config: dict[str, Any]
+    in_channels: int
+    input_size: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, input_size, input_size) to codes relative to the average latent: (B, n_styles,
+        style_dim), or (B, style_dim), one style for all layers."""
+
+
+@runtime_checkable
+class RefiningEncoder(Protocol):
+    """An encoder that refines its codes in several passes, see `PSP.encode_delta`.
+
+    Attributes:
+        config, in_channels, input_size: see `Encoder`.
+        iterations: number of passes.
+    """
+
+    config: dict[str, Any]
+    in_channels: int
+    input_size: int
+    iterations: int
+
+    def __call__(self, x: Tensor, image: Tensor) -> Tensor:
+        """Map a source and the image (B or 1, 3, output_size, output_size) of the codes so far to what is added to
+        these codes, (B, n_styles, style_dim)."""
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A network from codes to images, registered with `register_generator`.
+
+    Attributes:
+        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+        output_size: side of the image.
+        n_styles: styles of an image.
+        style_dim: length of a style.
+        z_dim: length of z.
+    """
+
+    config: dict[str, Any]
+    output_size: int
+    n_styles: int
+    style_dim: int
+    z_dim: int
+
+    def mapping(self, z: Tensor) -> Tensor:
+        """Map z (B, z_dim), standard normal, to w (B, style_dim)."""
+
+    def synthesis(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
+        """Map w_plus (B, n_styles, style_dim) to images (B, 3, output_size, output_size), about [-1, 1], unclamped."""
+
+    def latent_average(self, n: int = 100_000, seed: int = 0) -> Tensor:
+        """Return the mean w (style_dim,) of `n` draws of z."""
+
+
+@runtime_checkable
+class Embedding(Protocol):
+    """A network from images to unit vectors, registered with `register_embedding`.
+
+    Attributes:
+        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+    """
+
+    config: dict[str, Any]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Map (B, 3, H, W) in [-1, 1] to unit vectors (B, D)."""
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) in [-1, 1] to the feature maps (B, C, h, w) of the stages."""
+
+
+class EncoderModule(nn.Module, Encoder):
+    """The type of `PSP.encoder`."""
+
+
+class GeneratorModule(nn.Module, Generator):
+    """The type of `PSP.generator`."""
