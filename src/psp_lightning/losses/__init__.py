@@ -1,6 +1,6 @@
-"""Loss terms, one file each, behind one registry (`LOSSES`), and their weighted sum."""
+"""Loss terms, one file each, their registry (`LOSSES`) and their weighted sum."""
 
-from psp_lightning.losses.base import LOSSES, LossInputs, LossTerm, TermOutput, get_loss, register_loss
+from psp_lightning.losses.base import LOSSES, LossInputs, LossTerm, TermOutput, register_loss
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.losses.cropped import L2CropLoss, LPIPSCropLoss
 from psp_lightning.losses.identity import IDLoss
@@ -26,6 +26,5 @@ __all__ = [
     "SimilarityLoss",
     "TermOutput",
     "WNormLoss",
-    "get_loss",
     "register_loss",
 ]

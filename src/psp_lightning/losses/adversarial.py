@@ -14,26 +14,30 @@ from torch import Tensor
 
 
 def generator_loss(fake_scores: Tensor) -> Tensor:
-    """Mean of -log(sigmoid(score)) over the scores (B,) of generated images."""
+    """Return the mean of -log(sigmoid(score)) over the scores (B,) of generated images."""
     return F.softplus(-fake_scores).mean()
 
 
 def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    """Mean of -log(1 - sigmoid(fake)) plus mean of -log(sigmoid(real)); scores (B,)."""
+    """Return the mean of -log(1 - sigmoid(fake)) plus the mean of -log(sigmoid(real)) over scores (B,)."""
     return F.softplus(fake_scores).mean() + F.softplus(-real_scores).mean()
 
 
 def r1_penalty(real_scores: Tensor, images: Tensor) -> Tensor:
-    """Mean squared norm of the scores' gradient with respect to the real images (B, C, H, W), which require it.
+    """Return the mean squared norm of the scores' gradient with respect to the real images.
 
-    R1 is half of it, times gamma. Differentiable with respect to the discriminator's weights.
+    R1 is half of it, times gamma. It is differentiable with respect to the discriminator's weights.
+
+    Args:
+        real_scores: (B,), computed from `images`.
+        images: (B, C, H, W), requires a gradient.
     """
     (grad,) = torch.autograd.grad(real_scores.sum(), images, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
 
 
 def path_lengths(images: Tensor, w_plus: Tensor, noise: Tensor) -> Tensor:
-    """Norm of `J_w^T y`: how far the image moves, in random directions, when the style moves.
+    """Return the norm of `J_w^T y`: how far the image moves, in random directions, when the style moves.
 
     Args:
         images: (B, C, H, W), made from `w_plus`.

@@ -1,4 +1,4 @@
-"""What every loss term receives and returns, the face crop that several of them share, and the registry."""
+"""The base class of loss terms with its input and output, their registry, and the face crop that some share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.registry import register
 
-# Rows and columns of the face in an aligned 256 x 256 image (FFHQ crop). Every cropped loss and the identity loss
-# take their box from here.
+# Rows and columns of the face in an aligned 256 x 256 image (FFHQ crop)
 FACE_ROWS = (35, 223)
 FACE_COLUMNS = (32, 220)
 FACE_REFERENCE_SIZE = 256
@@ -22,12 +21,12 @@ FACE_REFERENCE_SIZE = 256
 
 @dataclass(frozen=True)
 class LossInputs:
-    """All that a loss term may look at.
+    """Everything that a loss term may look at.
 
     Attributes:
         y_hat: (B, 3, S, S) float, the output, nominally in [-1, 1] but not clamped.
         y: (B, 3, S, S) float in [-1, 1], the target.
-        x: (B, C, S', S') float, the source; the very object `y` where source and target are the same image.
+        x: (B, C, S', S') float, the source; it is the object `y` itself where source and target are the same image.
         delta_w_plus: (B, n_styles, style_dim) float, the encoder's output before the average latent is added.
         w_plus: (B, n_styles, style_dim) float, the codes that the generator received.
         latent_avg: (n_styles, style_dim) float, the average latent.
@@ -41,7 +40,7 @@ class LossInputs:
     latent_avg: Tensor | None = None
 
     def float(self) -> LossInputs:
-        """The same inputs in float32; `x` stays the same object as `y` where it was."""
+        """Return the same inputs in float32; `x` stays the same object as `y` where it was."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value.float() for name, value in values.items() if value is not None}
         if self.x is self.y:
@@ -50,7 +49,7 @@ class LossInputs:
 
 
 class TermOutput(NamedTuple):
-    """A term's value with further numbers for the log.
+    """A term's value, and more numbers for the log.
 
     Attributes:
         value: scalar with a graph.
@@ -64,15 +63,15 @@ class TermOutput(NamedTuple):
 class LossTerm(nn.Module, ABC):
     """One summand of the training objective.
 
-    A subclass implements `forward` and is found by its registered name. `forward` runs in float32 with autocast off
-    (see `CompositeLoss`), must not modify its inputs and must not wait for the device (no `.item()`).
+    A subclass implements `forward`, which runs in float32 with autocast off (see `CompositeLoss`), must not modify its
+    inputs and must not wait for the device (no `.item()`). `register_loss` sets its `name`.
     """
 
     name: str = ""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:
-        """The unweighted value: scalar, mean over the batch, optionally with extra logs."""
+        """Return the unweighted value, a scalar averaged over the batch, and more logs if there are any."""
 
 
 LOSSES: dict[str, type[LossTerm]] = {}
@@ -80,36 +79,22 @@ Term = TypeVar("Term", bound=type[LossTerm])
 
 
 def register_loss(name: str) -> Callable[[Term], Term]:
-    """Class decorator: put a `LossTerm` under `name` into `LOSSES`.
+    """Class decorator: put a `LossTerm` into `LOSSES` under `name`, which is also its key in the log.
 
     Raises:
-        UserError: when another class holds the name already.
+        UserError: another loss has the name.
     """
 
-    def register(cls: Term) -> Term:
-        held = LOSSES.get(name)
-        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise UserError(f"Two losses are called '{name}': {held.__qualname__} and {cls.__qualname__}.")
+    def decorate(cls: Term) -> Term:
+        register(LOSSES, name, cls)
         cls.name = name
-        LOSSES[name] = cls
         return cls
 
-    return register
-
-
-def get_loss(name: str) -> type[LossTerm]:
-    """The class registered under `name`.
-
-    Raises:
-        UserError: unknown name; the closest one is suggested.
-    """
-    if name not in LOSSES:
-        raise UserError(f"Unknown loss '{name}'.{suggest(name, LOSSES)} Known losses: {', '.join(sorted(LOSSES))}.")
-    return LOSSES[name]
+    return decorate
 
 
 def face_crop(image: Tensor) -> Tensor:
-    """Cut the face out of an aligned image: rows 35:223, columns 32:220 of 256, scaled with the image.
+    """Cut the face out of an aligned image: rows 35:223 and columns 32:220 of 256, scaled with the image.
 
     Args:
         image: (B, C, H, W).
@@ -117,7 +102,7 @@ def face_crop(image: Tensor) -> Tensor:
     Returns:
         (B, C, about 0.734 H, about 0.734 W), a view.
 
-    Source: pSp's identity loss and its cropped losses, which know 256 px only.
+    Source: the identity loss and the cropped losses of pSp's code, for 256 px.
     """
     height, width = image.shape[-2:]
     top, bottom = (round(edge * height / FACE_REFERENCE_SIZE) for edge in FACE_ROWS)
@@ -126,5 +111,5 @@ def face_crop(image: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast off on `device`: the frozen networks and the sums over pixels lose too much in 16 bits."""
+    """Turn autocast off on `device`: frozen networks and sums over pixels lose too much in 16 bits."""
     return torch.autocast(device_type=device.type, enabled=False)

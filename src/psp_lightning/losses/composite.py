@@ -13,16 +13,17 @@ from psp_lightning.utils.errors import UserError, suggest
 
 
 class CompositeLoss(nn.Module):
-    """Sum of weight * term.
+    """Weighted sum of terms.
 
-    A term whose weight is 0 is measured and logged, without a graph, and adds nothing.
+    A term of weight 0 is computed without a graph and logged, and adds nothing.
 
     Args:
         terms: name to term; the names are the log keys.
-        weights: name to weight, a finite number >= 0, for exactly the names of `terms`.
+        weights: name to weight, a finite number >= 0; the names are those of `terms`.
 
     Raises:
-        UserError: no term, a weight without its term or the reverse, a weight that is no finite number >= 0.
+        UserError: there is no term, a weight lacks its term or a term its weight, a weight is not a finite number >= 0,
+            or all are 0.
 
     Source: pSp, section 3.2, eq. 5.
     """
@@ -51,11 +52,11 @@ class CompositeLoss(nn.Module):
         self.weights = {name: float(weights[name]) for name in terms}
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Evaluate every term in float32, autocast off.
+        """Compute every term in float32 with autocast off.
 
         Returns:
-            The objective (scalar with a graph), and detached float32 scalars: each term's unweighted value under
-            its name, then the terms' extra logs. Nothing waits for the device.
+            The objective, a scalar with a graph; and detached float32 scalars, each term's unweighted value under its
+            name and then the terms' own logs. Nothing waits for the device.
         """
         with full_precision(inputs.y_hat.device):
             inputs = inputs.float()

@@ -8,7 +8,7 @@ from psp_lightning.losses.base import LossInputs, LossTerm, register_loss
 
 
 def mse_per_image(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference over channels and pixels.
+    """Return the mean squared difference over channels and pixels.
 
     Args:
         y_hat: (B, C, H, W) float.

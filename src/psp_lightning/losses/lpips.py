@@ -15,25 +15,25 @@ from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
 from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.locate import find
 
 BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet"}  # name in lpips -> weight record
 
 
 def load_lpips(net: str, weights: str | os.PathLike[str] | None) -> Any:
-    """The package's LPIPS v0.1 network with its own heads and the backbone read from a torchvision file.
+    """Load the package's LPIPS v0.1 network, frozen: its own heads, and the backbone from a torchvision file.
 
-    The package itself would download the backbone in its constructor; here the file is looked up and read safely.
+    The package would download the backbone in its constructor; here the file is looked up and read safely.
 
     Raises:
-        UserError: unknown `net`; the file is missing, unreadable or of another network.
+        UserError: `net` is unknown; the file is missing, unreadable or of another network.
     """
     if net not in BACKBONES:
         raise UserError(f"Unknown LPIPS network '{net}'.{suggest(net, BACKBONES)} Known: {', '.join(BACKBONES)}.")
-    path = pretrained.find(BACKBONES[net], Path(weights) if weights is not None else None)
+    path = find(BACKBONES[net], Path(weights) if weights is not None else None)
     state = read(path)
 
-    import lpips  # here, because it pulls in torchvision and more, which importing this library should not
+    import lpips  # here, since it imports torchvision and more
 
     with warnings.catch_warnings():  # torchvision's deprecated spelling inside lpips 0.1.4
         warnings.simplefilter("ignore")
@@ -65,7 +65,7 @@ class LPIPSLoss(LossTerm):
         self.network: Any = load_lpips(net, weights)
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """LPIPS of pairs.
+        """Return the LPIPS distance of pairs.
 
         Args:
             y_hat: (B, 3, H, W) float, nominally [-1, 1]; gradients flow into it.

@@ -13,11 +13,11 @@ from psp_lightning.loading import load_strict, read
 from psp_lightning.losses.base import register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.layers import freeze
-from psp_lightning.zoo import locate as pretrained
+from psp_lightning.zoo.locate import find
 
 
 def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A MoCo file's (or torchvision's) ResNet-50 to torchvision's keys without the classifier.
+    """Convert a MoCo file's (or torchvision's) ResNet-50 to torchvision's keys, without the classifier.
 
     MoCo saves the query encoder under `module.encoder_q.`, next to the key encoder and the queue; both its projection
     head and torchvision's classifier are called `fc`.
@@ -31,15 +31,15 @@ def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_resnet50(weights: str | os.PathLike[str] | None) -> nn.Module:
-    """A frozen ResNet-50 from (B, 3, 224, 224) to (B, 2048).
+    """Load a frozen ResNet-50 from (B, 3, 224, 224) to (B, 2048).
 
     Raises:
         UserError: the file is missing, unreadable or of another network.
     """
-    path = pretrained.find("moco_v2", Path(weights) if weights is not None else None)
+    path = find("moco_v2", Path(weights) if weights is not None else None)
     state = convert_moco(read(path))
 
-    from torchvision.models import resnet50  # here: importing this library should not import torchvision
+    from torchvision.models import resnet50  # here, since importing this library should not import torchvision
 
     network = resnet50(weights=None)
     network.fc = nn.Identity()

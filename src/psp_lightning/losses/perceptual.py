@@ -1,4 +1,4 @@
-"""Perceptual distance in the features of an embedding of the library's own, for domains without ImageNet weights."""
+"""Perceptual distance in the features of the library's own embedding, for domains without ImageNet weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PerceptualLoss(LossTerm):
         self.network = freeze(load_embedding(weights))
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """Distance of pairs.
+        """Return the perceptual distance of pairs.
 
         Args:
             y_hat: (B, 3, H, W) float, nominally [-1, 1]; gradients flow into it.

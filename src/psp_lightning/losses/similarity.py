@@ -1,4 +1,4 @@
-"""The losses that compare embeddings of a frozen network: one minus cosine, and the improvement over the source."""
+"""Base class of the losses that compare embeddings of a frozen network."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SimilarityLoss(LossTerm):
 
     @abstractmethod
     def embed(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) float32, nominally [-1, 1], to unit vectors (B, D)."""
+        """Map (B, 3, H, W) float32, nominally [-1, 1], to unit vectors (B, D)."""
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Cosine of the two images' embeddings, in [-1, 1].
+        """Return the cosine of the two images' embeddings, in [-1, 1].
 
         Args:
             a: (B, 3, H, W) float, nominally [-1, 1].
@@ -39,10 +39,8 @@ class SimilarityLoss(LossTerm):
         x, y = inputs.x, inputs.y
         with torch.no_grad():
             target = self.embed(y)  # (B, D)
-            # A sketch or a label map is no face to compare with.
-            if x is None or x.shape[1] != 3:
-                source = None
-            else:
+            source = None
+            if x is not None and x.shape[1] == 3:  # a sketch or a label map cannot be embedded
                 source = target if x is y else self.embed(x)
         similarity = cosine(self.embed(inputs.y_hat), target)  # (B,)
         logs = {f"{self.name}_similarity": similarity.detach().mean()}
@@ -52,5 +50,5 @@ class SimilarityLoss(LossTerm):
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of unit vectors: (B, D), (B, D) to (B,)."""
+    """Return the dot products (B,) of unit vectors (B, D) and (B, D)."""
     return (a * b).sum(dim=1)

@@ -13,9 +13,9 @@ from psp_lightning.utils.errors import UserError
 class WNormLoss(LossTerm):
     """Euclidean norm of each sample's whole code relative to the average latent, mean over the batch.
 
-    The encoder's own output (`delta_w_plus`) is that difference already where the average is added to it, and it is
-    the code itself where it is not; so its norm is what the reference computes in both settings. Without it,
-    `w_plus` minus `latent_avg` (if given) is taken.
+    The encoder's output (`delta_w_plus`) is this difference where the average is added to it, and the code itself where
+    it is not: the reference takes its norm in both settings. Without it, the difference is `w_plus - latent_avg`, or
+    `w_plus` without an average.
 
     Source: pSp, section 3.2, eq. 4 (numbers checked against its code at commit 5cfff38).
     """

@@ -1,5 +1,6 @@
 """torchmetrics metrics over the same functions as the losses."""
 
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity, ImageMean
+from psp_lightning.metrics.registry import METRICS, register_metric
 
-__all__ = ["MSE", "PSNR", "IdSimilarity", "ImageMean"]
+__all__ = ["METRICS", "MSE", "PSNR", "IdSimilarity", "ImageMean", "register_metric"]
