@@ -26,7 +26,6 @@ from psp_lightning.data.transforms import load_source
 from psp_lightning.latents.codes import Latents, generator_hash, load_decoder
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
-from psp_lightning.lit.psp import gather
 from psp_lightning.loading import load_psp
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, number, whole
@@ -64,20 +63,6 @@ class PredictionPlan:
         path = self.outputs.folder / f"latents.{'npz' if cfg.latents == 'npz' else 'safetensors'}"
         gather_latents(path, [self.outputs.code(index) for index in good])
         return path
-
-
-@dataclass
-class Prediction:
-    """Everything that a rank of a prediction needs."""
-
-    trainer: pl.Trainer
-    module: LitPredictor
-    loader: DataLoader[Any]
-    writer: PredictionWriter
-
-    def gather_records(self) -> list[dict[str, Any]]:
-        """Return the manifest's records of all ranks."""
-        return [record for share in gather(self.writer.records) for record in share]
 
 
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
@@ -179,8 +164,10 @@ def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
             taken.add(path)
 
 
-def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
-    """Build network, inputs of this rank, writer and Trainer.
+def build_prediction(
+    cfg: DictConfig, plan: PredictionPlan
+) -> tuple[pl.Trainer, LitPredictor, DataLoader[Any], PredictionWriter]:
+    """Build Trainer, network, inputs of this rank and writer.
 
     Raises:
         UserError: anything in the checkpoint, the inputs or the settings that a person can mend.
@@ -226,14 +213,14 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         Subset(dataset, plan.todo[trainer.global_rank :: world]),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers if plan.latents is None else 0,
         collate_fn=collate_inputs,
         pin_memory=torch.cuda.is_available(),
     )
-    return Prediction(trainer, module, loader, writer)
+    return trainer, module, loader, writer
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:

@@ -145,6 +145,8 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
     losses = build_losses(cfg)
     net = build_net(cfg, source, data.spec.channels)
     optimizer = instantiate(cfg, "optimizer")
+    with naming(cfg, "optimizer"):
+        optimizer([torch.nn.Parameter(torch.zeros(1))])  # what it refuses is reported before the training starts
     with naming(cfg, "model"):
         module = LitPSP(
             net,
