@@ -80,7 +80,7 @@ def _inference(job: Job) -> Case:
     if job.kind == "predict":
         return Case(lambda seed: Path(job.files["images"]), lambda folder: parts(run, net, folder), lambda _: {})
     if job.side == GRAPH:
-        from psp_lightning.lit.prediction import FixedBatch  # psp-predict cuda_graphs=true
+        from psp_lightning.inference.fixed_batch import FixedBatch  # psp-predict cuda_graphs=true
 
         run = torch.inference_mode()(FixedBatch(net, job.batch, compile=False, graph=True))
     lowest = (lambda: floor(description, job)) if job.kind == "image" else None
@@ -123,7 +123,8 @@ def module_for(job: Job) -> Any:
     from hydra import compose, initialize_config_dir
 
     from psp_lightning._conf import config_root
-    from psp_lightning.build.training import build_data, build_module, quiet
+    from psp_lightning.build.trainer import quiet
+    from psp_lightning.build.training import build_data, build_module
 
     quiet()
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(config_root(), version_base="1.3"):

@@ -79,7 +79,6 @@ def test_generator_trainers_are_those_of_psp_train_with_own_defaults() -> None:
 
 
 def test_generator_settings_and_code_agree() -> None:
-    from psp_lightning.build.generator_training import NUMBERS
     from psp_lightning.lit.generator import Recipe
 
     cfg = composed_generator()
@@ -87,11 +86,7 @@ def test_generator_settings_and_code_agree() -> None:
     for key, value in cfg.model.items():
         if key not in ("half", "half_blocks"):
             assert names[key].default == value, f"model.{key}"
-    absent = [key for key in NUMBERS if OmegaConf.select(cfg, key, default=absent_key) is absent_key]
-    assert set(absent) == {"model.ada_every", "model.path_decay"}, "checked numbers that no setting has"
-
-
-absent_key = object()
+    assert names.keys() - cfg.model.keys() == {"ada_every", "path_decay"}, "numbers that no setting has"
 
 
 def test_generator_runs_of_every_domain_compose_together() -> None:
@@ -138,6 +133,23 @@ def test_losses_and_files_agree() -> None:
         node = composed(f"loss=[{name}]").loss[name]
         assert hydra.utils.get_class(node["_target_"]) is LOSSES[name]
         assert "weight" in node
+
+
+def test_metrics_are_selected_as_a_list() -> None:
+    files = {path.stem for path in (CONF / "metric").glob("*.yaml")}
+    assert set(composed().metric) == files == {"mse", "psnr", "id_similarity"}
+    for name in files:
+        assert list(composed(f"metric=[{name}]").metric) == [name]
+    assert set(composed("~metric.psnr").metric) == files - {"psnr"}
+
+
+def test_metrics_that_need_a_term_follow_the_losses() -> None:
+    from psp_lightning.build.training import build_losses, build_metrics
+
+    for losses, expected in (("[l2]", ["mse", "psnr"]), ("[l2,id]", ["mse", "psnr", "id_similarity"])):
+        cfg = composed(f"loss={losses}")
+        metrics = build_metrics(cfg, build_losses(cfg))
+        assert list(metrics) == expected, losses
 
 
 def test_tasks_and_files_agree() -> None:

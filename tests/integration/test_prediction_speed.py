@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from psp_lightning.build.prediction import _check_speed
-from psp_lightning.lit.prediction import FixedBatch
+from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator

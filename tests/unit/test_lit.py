@@ -153,7 +153,8 @@ def test_resumed_log_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.log_metrics({"a": step}, step)
     log.save()
-    again = CsvLog(tmp_path, keep_until=2)
+    again = CsvLog(tmp_path)
+    again.keep_until(2)
     again.log_metrics({"a": 30, "b": 1}, 3)
     again.save()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
@@ -214,7 +215,7 @@ def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
 
     torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
-    trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", InputSpec("rgb", 32), 1, 2)]).fit(lit, data(n=2))
+    trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", 1, 2)]).fit(lit, data(n=2))
     assert Image.open(tmp_path / "images" / "train_00000001.png").size == (96, 2 * (32 + 14))
     assert (tmp_path / "images" / "val_00000001.png").exists()
 

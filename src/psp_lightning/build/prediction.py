@@ -16,46 +16,41 @@ from omegaconf import DictConfig, ListConfig
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from psp_lightning.build.checks import check_numbers
-from psp_lightning.build.training import import_plugins, quiet
+from psp_lightning.build.instantiate import import_plugins, naming
+from psp_lightning.build.trainer import quiet
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
 from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
-from psp_lightning.latents.codes import generator_hash, load_decoder
+from psp_lightning.latents.codes import Latents, generator_hash, load_decoder
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
-from psp_lightning.lit.prediction import FORMATS, LitPredictor, PredictionBar, PredictionWriter, make_inject
-from psp_lightning.lit.psp import gather
+from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_psp
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.devices import resolve_devices
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.arguments import choice, number, whole
+from psp_lightning.utils.devices import count_devices, resolve_devices
+from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
-NUMBERS: dict[str, tuple[type, float, float]] = {
-    "resize": (int, 1, 2**15),
-    "batch_size": (int, 1, math.inf),
-    "num_workers": (int, 0, 1024),
-    "factor": (int, 1, 2**15),
-    "seed": (int, 0, math.inf),
-    "mix.n_outputs": (int, 1, math.inf),
-    "mix.alpha": (float, -math.inf, math.inf),
-    "mix.seed": (int, 0, math.inf),
-}
+SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 
 
 @dataclass
 class PredictionPlan:
-    """Which inputs there are, which need no work, where the manifest goes."""
+    """Which outputs there will be, which of them exist, and the input's codes where it holds latents."""
 
-    files: list[InputFile]
+    outputs: Outputs
     todo: list[int]
-    skipped: list[dict[str, Any]]
-    manifest: Path
-    writer: PredictionWriter
+    latents: Latents | None
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """Return the manifest's records of the inputs that need no work."""
+        todo = set(self.todo)
+        return [self.outputs.record(i, "skipped") for i in range(len(self.outputs.files)) if i not in todo]
 
     def gather_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors (or .npz): the codes of all inputs that have one; None: not asked for.
@@ -66,37 +61,49 @@ class PredictionPlan:
         good = sorted(record["index"] for record in records if record["status"] != "error")
         if not cfg.latents or not good:
             return None
-        path = self.writer.folder / f"latents.{'npz' if cfg.latents == 'npz' else 'safetensors'}"
-        gather_latents(path, [self.writer.latents_of(self.files[index]) for index in good])
+        path = self.outputs.folder / f"latents.{'npz' if cfg.latents == 'npz' else 'safetensors'}"
+        gather_latents(path, [self.outputs.code(index) for index in good])
         return path
 
 
-@dataclass
-class Prediction:
-    """Everything that a rank of a prediction needs."""
-
-    trainer: pl.Trainer
-    module: LitPredictor
-    loader: DataLoader[Any]
-    writer: PredictionWriter
-
-    def gather_records(self) -> list[dict[str, Any]]:
-        """The manifest's records of all ranks."""
-        return [record for share in gather(self.writer.records) for record in share]
-
-
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
-    """List the inputs and leave out what exists already.
+    """Check the settings, list the inputs and leave out what exists already.
 
     Raises:
-        UserError: no input; an unknown format; an output folder that cannot be written.
+        UserError: a setting that makes no sense, no input, or an output folder that cannot be written.
     """
-    if cfg.format not in FORMATS:
-        options = ", ".join(FORMATS)
-        raise UserError(f"format={cfg.format} is unknown.{suggest(cfg.format, FORMATS)} Choose from: {options}")
-    if cfg.precision not in PRECISIONS:
-        raise UserError(f"precision={cfg.precision} is unknown. Choose from: {', '.join(PRECISIONS)}")
-    for key in ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs"):
+    _check_settings(cfg)
+    folder = Path(cfg.output)
+    latents = None
+    if Path(str(cfg.input)).suffix in (*DESCRIBED, *PLAIN):
+        latents = _read_latents(cfg)
+        files = [InputFile(Path(str(cfg.input)).expanduser(), name) for name in latents.names]
+    else:
+        files = list_inputs(str(cfg.input), exclude=folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written: {error.strerror}.") from None
+    outputs = Outputs(
+        folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents), named=latents is not None
+    )
+    _refuse_clashes(outputs, cfg.sheet)
+    every = range(len(files))
+    todo = [i for i in every if cfg.overwrite or not all(path.exists() for path in outputs.all(i))]
+    return PredictionPlan(outputs, todo, latents)
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    """Check the settings themselves, so that a mistake is reported before a network is loaded.
+
+    Raises:
+        UserError: one that makes no sense, does not go with another, or needs something that is missing here.
+    """
+    choice("format", cfg.format, FORMATS)
+    choice("precision", cfg.precision, PRECISIONS)
+    for key in SWITCHES:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]} must be true or false.")
     _check_speed(cfg)
@@ -104,27 +111,15 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         raise UserError(f"latents={cfg.latents} must be true, false, safetensors or npz.")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
         raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
-    if cfg.mask.kind is not None and cfg.mask.kind not in SHAPES:
-        raise UserError(
-            f"mask.kind={cfg.mask.kind} is unknown.{suggest(cfg.mask.kind, SHAPES)} Choose from: {', '.join(SHAPES)}"
-        )
-    check_numbers(cfg, NUMBERS)
-    output = Path(cfg.output)
-    latents = holds_latents(cfg.input)
-    files = _list_latents(cfg) if latents else list_inputs(str(cfg.input), exclude=output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}.") from None
-    writer = _writer(cfg, files, None, named=latents)
-    _refuse_clashes(writer, files, cfg.sheet)
-    results = [(*writer.outputs_of(file), *writer.extras_of(file)) for file in files]
-    done = [not cfg.overwrite and all(path.exists() for path in paths) for paths in results]
-    skipped = [writer.record(i, "skipped", writer.outputs_of(files[i]), 0.0) for i, skip in enumerate(done) if skip]
-    todo = [i for i, skip in enumerate(done) if not skip]
-    return PredictionPlan(files, todo, skipped, output / "manifest.jsonl", writer)
+    if cfg.mask.kind is not None:
+        choice("mask.kind", cfg.mask.kind, SHAPES)
+    for key, low, high in (("batch_size", 1, math.inf), ("num_workers", 0, 1024), ("seed", 0, math.inf)):
+        cfg[key] = whole(key, cfg[key], low, high)
+    for key in ("resize", "factor"):
+        cfg[key] = whole(key, cfg[key], 1, 2**15, optional=True)
+    cfg.mix.n_outputs = whole("mix.n_outputs", cfg.mix.n_outputs, 1)
+    cfg.mix.seed = whole("mix.seed", cfg.mix.seed, 0)
+    number("mix.alpha", cfg.mix.alpha)
 
 
 def _check_speed(cfg: DictConfig) -> None:
@@ -140,21 +135,8 @@ def _check_speed(cfg: DictConfig) -> None:
         raise UserError("compile=true needs a C++ compiler: install g++, or name one in CXX.")
 
 
-def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
-    """The network as the settings of speed want it; autocast takes the plain one."""
-    if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
-        net = net.to(memory_format=torch.channels_last)
-        return net if cfg.compile else freeze_psp_generator(net, AUTOCAST.get(cfg.precision))
-    return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
-
-
-def holds_latents(path: Any) -> bool:
-    """Whether `input` means a file of latents, by its suffix."""
-    return Path(str(path)).suffix in (*DESCRIBED, *PLAIN)
-
-
-def _list_latents(cfg: DictConfig) -> list[InputFile]:
-    """The codes of `input` by their names.
+def _read_latents(cfg: DictConfig) -> Latents:
+    """Read the codes of `input`.
 
     Raises:
         UserError: no file of latents; settings that are for images.
@@ -168,14 +150,14 @@ def _list_latents(cfg: DictConfig) -> list[InputFile]:
     results = {Path(cfg.output) / f"latents{suffix}" for suffix in DESCRIBED}
     if cfg.latents and path.resolve() in {result.resolve() for result in results}:
         raise UserError(f"latents={cfg.latents} would write over input={cfg.input}: give another output folder.")
-    return [InputFile(path, name) for name in latents.names]
+    return latents
 
 
-def _refuse_clashes(writer: PredictionWriter, files: list[InputFile], sheet: bool) -> None:
+def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
     """Raise a UserError where two results would be one file: a picture called sheet, a folder called side_by_side."""
-    taken = {writer.folder / "sheet.png"} if sheet else set()
-    for file in files:
-        for path in (*writer.outputs_of(file), *writer.extras_of(file)):
+    taken = {outputs.folder / "sheet.png"} if sheet else set()
+    for index, file in enumerate(outputs.files):
+        for path in outputs.all(index):
             if path in taken:
                 raise UserError(
                     f"{path} would be written twice (for {file.path}): rename the input or change the options."
@@ -183,17 +165,75 @@ def _refuse_clashes(writer: PredictionWriter, files: list[InputFile], sheet: boo
             taken.add(path)
 
 
-def _writer(
-    cfg: DictConfig, files: list[InputFile], spec: InputSpec | None, generator: str | None = None, named: bool = False
-) -> PredictionWriter:
-    return PredictionWriter(
-        Path(cfg.output), files, spec, cfg.mix.n_outputs, cfg.format, cfg.side_by_side, bool(cfg.latents),
-        generator, str(cfg.ckpt), named,
+def build_prediction(
+    cfg: DictConfig, plan: PredictionPlan
+) -> tuple[pl.Trainer, LitPredictor, DataLoader[Any], PredictionWriter]:
+    """Build Trainer, network, inputs of this rank and writer.
+
+    Raises:
+        UserError: anything in the checkpoint, the inputs or the settings that a person can mend.
+    """
+    quiet()
+    import_plugins(cfg.plugins)
+    if computes_on_cpu(cfg.accelerator):
+        keep_freed_memory()
+    spec = None
+    dataset: Dataset[dict[str, Any]]
+    space, average = "w_plus", None
+    if plan.latents is not None:
+        net = load_decoder(cfg.ckpt)
+        latents = plan.latents.of(net.generator, str(cfg.ckpt), cfg.any_generator)
+        space, average = latents.space, latents.lacking(net)
+        dataset = LatentDataset(latents.codes)
+        spec = _spec(cfg, net) if net.source else None  # for mix.reference
+    else:
+        net = load_psp(cfg.ckpt)
+        spec = _spec(cfg, net)
+        masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
+        dataset = InputDataset(plan.outputs.files, spec, cfg.factor, masks, cfg.seed)
+    mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
+    with torch.inference_mode(), naming(cfg, "mix"):
+        inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
+    digest = generator_hash(net.generator) if cfg.latents else None
+    module = LitPredictor(
+        _for_inference(cfg, net), mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average,
+        cfg.compile, cfg.cuda_graphs, cfg.batch_size,
     )  # fmt: skip
+    writer = PredictionWriter(plan.outputs, spec, digest, str(cfg.ckpt))
+    accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
+    world = count_devices(accelerator, devices)
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        precision="32-true" if cfg.precision == "bf16" else cfg.precision,
+        strategy=DDPStrategy() if world > 1 else "auto",
+        use_distributed_sampler=False,  # each rank takes its own share below
+        callbacks=[writer] + ([PredictionBar()] if cfg.progress_bar else []),
+        enable_progress_bar=cfg.progress_bar,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    loader: DataLoader[Any] = DataLoader(
+        Subset(dataset, plan.todo[trainer.global_rank :: world]),
+        batch_size=cfg.batch_size,
+        num_workers=cfg.num_workers if plan.latents is None else 0,
+        collate_fn=collate_inputs,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return trainer, module, loader, writer
+
+
+def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
+    """Return the network as the settings of speed want it; autocast takes the plain one."""
+    if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
+        net = net.to(memory_format=torch.channels_last)
+        return net if cfg.compile else freeze_psp_generator(net, AUTOCAST.get(cfg.precision))
+    return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
 
 
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
-    """What the network takes.
+    """Return what the network takes.
 
     Raises:
         UserError: settings that are for another kind of source.
@@ -212,69 +252,9 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
 
 
 def _reference(cfg: DictConfig, spec: InputSpec | None) -> torch.Tensor | None:
-    """The picture whose styles are injected."""
+    """Return the picture whose styles are injected."""
     if cfg.mix.reference is None:
         return None
     if spec is None:
         raise UserError(f"mix.reference needs an encoder; {cfg.ckpt} is a generator alone.")
     return load_source(cfg.mix.reference, spec)
-
-
-def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
-    """Network, inputs of this rank, writer, Trainer.
-
-    Raises:
-        UserError: whatever in the checkpoint, the inputs or the settings a person can mend.
-    """
-    quiet()
-    import_plugins(cfg.plugins)
-    if computes_on_cpu(cfg.accelerator):
-        keep_freed_memory()
-    latents = None
-    if holds_latents(cfg.input):
-        net = load_decoder(cfg.ckpt)
-        latents = read_latents(str(cfg.input)).of(net.generator, str(cfg.ckpt), cfg.any_generator)
-    else:
-        net = load_psp(cfg.ckpt)
-    spec = None
-    dataset: Dataset[dict[str, Any]]
-    if latents is not None:
-        dataset = LatentDataset(latents.codes)
-        spec = _spec(cfg, net) if net.source else None  # for mix.reference
-    else:
-        spec = _spec(cfg, net)
-        masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
-        dataset = InputDataset(plan.files, spec, cfg.factor, masks, cfg.seed)
-    mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
-    with torch.inference_mode():
-        inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
-    space, average = ("w_plus", None) if latents is None else (latents.space, latents.lacking(net))
-    digest = generator_hash(net.generator) if cfg.latents else None
-    net = _for_inference(cfg, net)
-    module = LitPredictor(
-        net, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average, cfg.compile,
-        cfg.cuda_graphs, cfg.batch_size,
-    )  # fmt: skip
-    writer = _writer(cfg, plan.files, spec, digest, latents is not None)
-    accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
-    world = devices if isinstance(devices, int) else len(devices)
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        precision="32-true" if cfg.precision == "bf16" else cfg.precision,
-        strategy=DDPStrategy() if world > 1 else "auto",
-        use_distributed_sampler=False,  # each rank takes its own share below
-        callbacks=[writer] + ([PredictionBar()] if cfg.progress_bar else []),
-        enable_progress_bar=cfg.progress_bar,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    loader = DataLoader(
-        Subset(dataset, plan.todo[trainer.global_rank :: world]),
-        batch_size=cfg.batch_size,
-        num_workers=0 if latents is not None else cfg.num_workers,
-        collate_fn=collate_inputs,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return Prediction(trainer, module, loader, writer)

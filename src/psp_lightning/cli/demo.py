@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from psp_lightning.cli._main import guard
+from psp_lightning.cli.mistakes import guard
 from psp_lightning.utils.errors import UserError, suggest
 
 TASKS = ("inversion", "sketch2face", "seg2face", "superres")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from psp_lightning.cli._main import guard
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.cli.settings import command, parse, verb
+from psp_lightning.utils.errors import UserError
 
-HELP = """psp-doctor ops [build=true] [check=false]
+USAGE = "psp-doctor ops"
+HELP = f"""{USAGE} [build=true] [check=false]
 
 Prints which kernels are used, why, and what they are built with.
 
@@ -19,23 +20,6 @@ Status 0: what PSP_OPS asks for is there and right; on a GPU, auto asks for the 
 failed, or a kernel is wrong.
 Environment: PSP_OPS=auto|cuda|ref, PSP_OPS_DIR=folder of built kernels, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
-DEFAULTS = {"build": False, "check": True}
-
-
-def _parse(arguments: list[str]) -> dict[str, bool]:
-    if arguments[0] != "ops":
-        raise UserError(
-            f"there is nothing called '{arguments[0]}' to look at.{suggest(arguments[0], ['ops'])} Known: ops."
-        )
-    values = dict(DEFAULTS)
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        if key not in DEFAULTS:
-            raise UserError(f"'{argument}' is no setting.{suggest(key, DEFAULTS)} Settings: {', '.join(DEFAULTS)}.")
-        if value not in ("true", "false"):
-            raise UserError(f"{argument}: write {key}=true or {key}=false.")
-        values[key] = value == "true"
-    return values
 
 
 def _line(name: str, value: object) -> None:
@@ -134,20 +118,16 @@ def _check() -> bool:
     return good
 
 
+def run(arguments: list[str]) -> None:
+    """The command."""
+    verb("psp-doctor", arguments, ["ops"])
+    if not report(**parse(arguments[1:], {"build": False, "check": True}, [], USAGE)):
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point of `psp-doctor`."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP)
-        sys.exit(0 if arguments else 1)
-    good = True
-
-    def run() -> None:
-        nonlocal good
-        good = report(**_parse(arguments))
-
-    guard(run)
-    sys.exit(0 if good else 1)
+    command(HELP, run)
 
 
 if __name__ == "__main__":

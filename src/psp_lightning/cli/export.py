@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from psp_lightning.cli._settings import choice, command, new_file, parse
+from psp_lightning.cli.settings import choice, command, new_file, parse
 
 USAGE = "psp-export ckpt=RUN_OR_FILE out=FILE [what=both]"
-DEFAULTS = {"format": "", "what": "both", "overwrite": "false", "plugins": ""}
+DEFAULTS = {"format": "", "what": "both", "overwrite": False, "plugins": ""}
 HELP = f"""{USAGE} [format=...]
 
 Writes a network for other programs, compares the file with PyTorch at batch 1 and 3, and writes FILE.md beside it:
@@ -31,7 +31,7 @@ ONNX needs two more packages: pip install onnx onnxruntime
 def run(arguments: list[str]) -> None:
     """The command."""
     values = parse(arguments, DEFAULTS, ("ckpt", "out"), USAGE)
-    from psp_lightning.build.training import import_plugins
+    from psp_lightning.build.instantiate import import_plugins
     from psp_lightning.inference.export import PARTS, SUFFIXES, check_packages, export
     from psp_lightning.inference.model_card import facts_of
     from psp_lightning.latents.codes import load_decoder

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psp_lightning.cli._settings import choice, command, new_file, parse
+from psp_lightning.cli.settings import choice, command, new_file, parse
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 USAGE = "psp-latents in=FILE out=FILE [ckpt=...]"
 DEFAULTS = {
-    "ckpt": "", "space": "", "into": "", "name": "", "names": "", "latent_avg": "included", "any_generator": "false",
-    "overwrite": "false", "plugins": "",
+    "ckpt": "", "space": "", "into": "", "name": "", "names": "", "latent_avg": "included", "any_generator": False,
+    "overwrite": False, "plugins": "",
 }  # fmt: skip
 HELP = f"""{USAGE} [space=...] [into=...] [name=...] [names=FILE]
 
@@ -46,12 +46,11 @@ plugins        python modules to import first, as a,b: own networks
 def run(arguments: list[str]) -> None:
     """The command."""
     values = parse(arguments, DEFAULTS, ("in", "out"), USAGE)
-    from psp_lightning.build.training import import_plugins
+    from psp_lightning.build.instantiate import import_plugins
     from psp_lightning.latents.codes import SPACES, load_decoder
     from psp_lightning.latents.files import DESCRIBED, PLAIN, save_latents, save_plain
 
     out = new_file(values, (*DESCRIBED, *PLAIN))
-    any_generator = choice(values, "any_generator", ("true", "false")) == "true"
     if values["into"]:
         choice(values, "into", SPACES)
     latents = _read(values, excluded=choice(values, "latent_avg", ("included", "excluded")) == "excluded")
@@ -59,7 +58,7 @@ def run(arguments: list[str]) -> None:
     if values["ckpt"]:
         import_plugins([name for name in values["plugins"].split(",") if name])
         net = load_decoder(values["ckpt"])
-        latents = latents.of(net.generator, values["ckpt"], any_generator)
+        latents = latents.of(net.generator, values["ckpt"], values["any_generator"])
     elif out.suffix in DESCRIBED and latents.generator is None:
         raise UserError(f"{values['in']} does not name the generator of its codes: give ckpt=...")
     if values["name"]:

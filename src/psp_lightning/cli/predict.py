@@ -7,11 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
-from psp_lightning.cli._main import guard, quote_paths, user_errors
 from psp_lightning.cli.launch import launch
+from psp_lightning.cli.mistakes import guard, user_errors
+from psp_lightning.cli.settings import is_sweep, quote_paths
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError
 
@@ -20,24 +21,23 @@ if TYPE_CHECKING:
 
 
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
-    """The share of this rank; returns the manifest's records of all ranks."""
+    """Predict the share of this rank; return the manifest's records of all ranks."""
     from psp_lightning.build.prediction import build_prediction
+    from psp_lightning.lit.psp import gather
 
-    prediction = build_prediction(cfg, plan)
-    prediction.trainer.predict(prediction.module, prediction.loader, return_predictions=False)
-    return prediction.gather_records()
+    trainer, module, loader, writer = build_prediction(cfg, plan)
+    trainer.predict(module, loader, return_predictions=False)
+    return [record for share in gather(writer.records) for record in share]
 
 
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="predict")
 @user_errors
 def _run(cfg: DictConfig) -> None:
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError(f"{', '.join(missing)} must be given: psp-predict ckpt=RUN_OR_FILE input=DIR output=DIR")
     from psp_lightning.build.prediction import plan_prediction
     from psp_lightning.lit.prediction import save_manifest, save_sheet
 
     plan = plan_prediction(cfg)
-    records = list(plan.skipped)
+    records = plan.skipped
     if plan.todo:
         wanted = count_devices(cfg.accelerator, cfg.devices)
         if wanted > len(plan.todo):  # a rank without an input has nothing to do
@@ -45,31 +45,31 @@ def _run(cfg: DictConfig) -> None:
         records += launch(partial(predict_job, plan), cfg, wanted)
     # what was skipped may be another checkpoint's work
     records = [{**r, "checkpoint": str(cfg.ckpt)} if r["status"] == "ok" else r for r in records]
-    save_manifest(plan.manifest, records)
+    manifest = plan.outputs.folder / "manifest.jsonl"
+    save_manifest(manifest, records)
     if cfg.sheet:
-        save_sheet(plan.manifest.with_name("sheet.png"), records)
+        save_sheet(manifest.with_name("sheet.png"), records)
     count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
     for record in records:
         if record["status"] == "error":
             print(f"error: {record['error']}", file=sys.stderr)
     again = " (overwrite=true writes them again)" if count["skipped"] else ""
-    print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {plan.manifest}")
+    print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {manifest}")
     if codes := plan.gather_latents(cfg, records):
         print(f"latents: {codes}")
     if count["error"]:
         sys.exit(1)
 
 
+def _command_line(arguments: list[str]) -> list[str]:
+    if is_sweep(arguments):
+        raise UserError("psp-predict takes no sweep: input= takes a folder or a glob.")
+    return quote_paths(arguments)
+
+
 def main() -> None:
     """Entry point of `psp-predict`."""
-
-    def run() -> None:
-        sys.argv[1:] = quote_paths(sys.argv[1:])
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            raise UserError("psp-predict takes no sweep: input= takes a folder or a glob.")
-        _run()
-
-    guard(run)
+    guard(_run, _command_line)
 
 
 if __name__ == "__main__":

@@ -10,32 +10,36 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from psp_lightning.cli.mistakes import flat
+from psp_lightning.cli.settings import flags, is_sweep, quote, quote_paths, split
 from psp_lightning.utils.errors import UserError
 
 LAST = Path("checkpoints") / "last.ckpt"
 
+# --- the command line
+
 
 def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
-    """Rewrite a command line that has `resume=`.
+    """Return a command line with its paths quoted and with what `resume=` means.
 
     `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` goes on in RUN with the settings that it was started with; later
     settings on the command line win. `resume=auto` takes the newest run of the task, or the one named by `run=`, and
     starts a new run where there is none.
 
     Args:
+        arguments: as given.
         family: first part of the run directories; None: the task.
 
     Raises:
         UserError: no such run or checkpoint; together with `-m`.
     """
-    settings = dict(_split(argument) for argument in arguments if not argument.startswith("-"))
+    arguments = quote_paths(arguments)
+    options = flags(arguments)
+    settings = dict(split(argument) for argument in arguments if argument not in options)
     wanted = settings.pop("resume", None)
     if wanted in (None, "null"):
         return arguments
-    flags = _flags(arguments)
-    for flag in flags:
-        settings.pop(flag, None)  # the value of an option, as in --config-dir DIR
-    if {"-m", "--multirun"} & set(flags):
+    if is_sweep(options):
         raise UserError("resume= goes on with one run; leave out -m.")
     if wanted == "auto":
         checkpoint = _newest(settings, family or settings.get("task") or "inversion")
@@ -46,39 +50,19 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
     if "hydra.run.dir" in settings:
         raise UserError("resume= goes on in the run's own directory: leave out hydra.run.dir.")
     run = checkpoint.parent.parent
-    recorded = run / "overrides.yaml"
-    before: dict[str, str | None] = {}
-    if recorded.is_file():
-        before = dict(_split(line) for line in yaml.safe_load(recorded.read_text()) or ())
     if (run / "config.yaml").is_file():
-        settings["hydra.run.dir"] = _quote(run)
-    before.pop("init_from", None)  # the checkpoint holds the weights by now
-    merged = {**before, **settings, "resume": _quote(checkpoint)}
-    return [*flags, *(key if value is None else f"{key}={value}" for key, value in merged.items())]
+        settings["hydra.run.dir"] = quote(os.fspath(run.resolve()))
+    merged = {**_recorded_settings(run), **settings, "resume": quote(os.fspath(checkpoint.resolve()))}
+    return [*options, *(key if value is None else f"{key}={value}" for key, value in merged.items())]
 
 
-def _split(argument: str) -> tuple[str, str | None]:
-    key, sign, value = argument.partition("=")
-    return key, value if sign else None
-
-
-def _flags(arguments: list[str]) -> list[str]:
-    """Options of Hydra itself with their values: whatever is no `key=value`, `+key`, `~key`."""
-    flags, takes_value = [], False
-    for argument in arguments:
-        if argument.startswith("-"):
-            flags.append(argument)
-            takes_value = "=" not in argument
-        elif takes_value and "=" not in argument and not argument.startswith(("+", "~")):
-            flags.append(argument)
-            takes_value = False
-        else:
-            takes_value = False
-    return flags
-
-
-def _quote(path: Path) -> str:
-    return "'" + os.fspath(path.resolve()).replace("'", "\\'") + "'"
+def _recorded_settings(run: Path) -> dict[str, str | None]:
+    """Return the settings that a run was started with, in this version's words."""
+    file = run / "overrides.yaml"
+    lines = yaml.safe_load(file.read_text()) if file.is_file() else None
+    settings = dict(split(RENAMED.get(line, line)) for line in lines or ())
+    settings.pop("init_from", None)  # the checkpoint holds the weights by now
+    return settings
 
 
 def _checkpoint(path: Path) -> Path:
@@ -97,13 +81,19 @@ def _newest(settings: dict[str, str | None], family: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+# --- the composed settings
+
 # What makes a run the run that it is. Data, trainer and callbacks may change; the log says what did.
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
-FREE = ("model.compile", "model.checkpointing")  # of speed and memory alone
+FREE = ("model.compile", "model.checkpointing")  # they change speed and memory, no number
+
+# Version 0.1.0: settings that mean something else now, and groups that have other keys.
+RENAMED = {"callbacks.export=null": "callbacks.export.every_n_steps=null"}
+NEW_KEYS = ("metric.", "callbacks.", "logger.")
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
-    """`key: before -> now` for each setting that differs from the run's recorded ones.
+    """Return `key: before -> now` for each setting that differs from the run's recorded ones.
 
     Raises:
         UserError: one of them makes it another run.
@@ -111,10 +101,12 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     recorded = run / "config.yaml"
     if not recorded.is_file():
         return []
-    before, now = _flat(yaml.safe_load(recorded.read_text())), _flat(OmegaConf.to_container(cfg, resolve=True))
-    keys = [key for key in sorted({*before, *now} - {"resume", "init_from", "run"}) if before.get(key) != now.get(key)]
-    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys}
-    if fixed := [lines[key] for key in keys if key.startswith(FIXED) and key not in FREE]:
+    before, now = _settings(yaml.safe_load(recorded.read_text())), _settings(OmegaConf.to_container(cfg, resolve=True))
+    keys = sorted({*before, *now} - {"resume", "init_from", "run"})
+    if "callbacks.last._target_" not in before:  # recorded by version 0.1.0
+        keys = [key for key in keys if (key in before and key in now) or not key.startswith(NEW_KEYS)]
+    lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
+    if fixed := [line for key, line in lines.items() if key.startswith(FIXED) and key not in FREE]:
         raise UserError(
             f"resume= goes on with the run as it was started, which does not allow {'; '.join(fixed)}. Leave this out, "
             f"or start a new run from its weights with init_from={run / LAST}."
@@ -129,7 +121,9 @@ def record(run: Path, cfg: DictConfig) -> None:
     (run / "overrides.yaml").write_text(yaml.safe_dump(given, allow_unicode=True))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+def _settings(container: Any) -> dict[str, Any]:
+    """Return the values of a configuration by their dotted keys; classes of ours by name, as their modules may move."""
+    return {
+        key: value.rpartition(".")[2] if key.endswith("._target_") and "psp_lightning." in str(value) else value
+        for key, value in flat(container).items()
+    }

@@ -2,65 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
-from psp_lightning.cli._fit import fit
-from psp_lightning.cli._main import guard, quote_paths, user_errors
+from psp_lightning.cli.fit import fit
 from psp_lightning.cli.launch import launch
+from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
 from psp_lightning.utils.devices import count_devices
-from psp_lightning.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from psp_lightning.build.trainer import Training
 
 log = logging.getLogger("psp_train_generator")
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 
 
 def train_generator_job(cfg: DictConfig) -> None:
-    """One run in this process, or as one of its ranks."""
+    """Run one training in this process, or as one of its ranks."""
     from psp_lightning.build.generator_training import build_generator_training
 
-    run = Path(cfg.paths.output_dir)
+    run = cfg.paths.output_dir
 
-    def announce(training: Any) -> None:
+    def announce(training: Training) -> None:
+        module: Any = training.module
+        data: Any = training.data
         log.info(
-            "%d px on %s (%d images), %d steps of %d images a device; run directory %s",
-            training.module.generator.output_size, cfg.data.name, len(training.data.images),
-            training.trainer.max_steps, training.data.batch_size, run,
+            "%d px on %s (%d images), %d steps of %d images a device; run directory %s", module.generator.output_size,
+            cfg.data.name, len(data.images), training.trainer.max_steps, data.batch_size, run,
         )  # fmt: skip
 
     training = fit(cfg, build_generator_training, announce, "psp-train-generator", log)
     if training is not None and training.trainer.is_global_zero:
-        log.info("done: step %d; %s", training.trainer.global_step, run / "generator.safetensors")
+        log.info("done: step %d; %s/generator.safetensors", training.trainer.global_step, run)
 
 
 @hydra.main(
-    version_base="1.3",
-    config_path=os.path.join(config_root(), "generator_training"),
-    config_name="train_generator",
+    version_base="1.3", config_path=os.path.join(config_root(), "generator_training"), config_name="train_generator"
 )
 @user_errors
 def _run(cfg: DictConfig) -> Any:
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
     return launch(train_generator_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
 
 
 def main() -> None:
     """Entry point of `psp-train-generator`."""
-
-    def run() -> None:
-        sys.argv[1:] = with_resume(quote_paths(sys.argv[1:]), family="generator")
-        _run()
-
-    guard(run)
+    guard(_run, functools.partial(with_resume, family="generator"))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psp_lightning.cli._settings import choice, command, new_file, parse
-from psp_lightning.utils.errors import UserError, clean, suggest
+from psp_lightning.cli.settings import choice, command, new_file, parse, verb
+from psp_lightning.utils.errors import UserError, clean
 
 if TYPE_CHECKING:
     from psp_lightning.importers.foreign import Imported
@@ -53,10 +53,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> None:
     """The command."""
-    verb, *rest = arguments
-    if verb not in VERBS:
-        raise UserError(f"psp-weights has no '{verb}'.{suggest(verb, VERBS)} It has: {', '.join(VERBS)}.")
-    VERBS[verb](rest)
+    VERBS[verb("psp-weights", arguments, list(VERBS))](arguments[1:])
 
 
 def _subject(arguments: list[str], usage: str) -> tuple[str, list[str]]:
@@ -96,7 +93,7 @@ def import_(arguments: list[str]) -> None:
     """`psp-weights import`."""
     file, settings = _subject(arguments, IMPORT)
     defaults = {
-        "what": "all", "label": "", "latent_avg": "stored", "in_channels": "", "licence": "", "overwrite": "false",
+        "what": "all", "label": "", "latent_avg": "stored", "in_channels": "", "licence": "", "overwrite": False,
     }  # fmt: skip
     values = parse(settings, defaults, ["out"], IMPORT)
     out = new_file(values, [".safetensors"])
@@ -236,8 +233,7 @@ def list_(arguments: list[str]) -> None:
 def get(arguments: list[str]) -> None:
     """`psp-weights get`."""
     name, settings = _subject(arguments, GET)
-    values = parse(settings, {"offline": "false", "url": ""}, [], GET)
-    offline = choice(values, "offline", ("true", "false")) == "true"
+    values = parse(settings, {"offline": False, "url": ""}, [], GET)
     from psp_lightning.zoo import download
     from psp_lightning.zoo import locate as pretrained
 
@@ -252,7 +248,7 @@ def get(arguments: list[str]) -> None:
             shown = percent
             print(f"\r{entry.filename}: {percent}{'%' if total else ' MiB'}", end="", file=sys.stderr, flush=True)
 
-    file, compared = download.get(name, offline, values["url"] or None, progress)
+    file, compared = download.get(name, values["offline"], values["url"] or None, progress)
     if shown >= 0:
         print(file=sys.stderr)
     print(f"{Path(file)}\n{compared}")

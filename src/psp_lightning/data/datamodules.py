@@ -20,6 +20,7 @@ from psp_lightning.data.masks import draw_mask
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import Store, View
+from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.errors import UserError
 
 StoreLike = Store | Callable[[], Store]
@@ -58,14 +59,12 @@ class TaskDataModule(pl.LightningDataModule):
         spec: InputSpec | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
-            raise UserError("batch_size and val_batch_size must be at least 1.")
         self.spec = spec or InputSpec("rgb", input_size)
-        self.target_size, self.seed, self.num_workers = target_size, seed, num_workers
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
-        self.flip = self.default_flip if flip is None or flip is True else float(flip)
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"data.flip={flip} must be a probability, from 0 to 1.")
+        self.target_size, self.seed = target_size, seed
+        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
+        self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)
         self._stores: dict[str, StoreLike] = {"train": train, "val": val}
         self._datasets: dict[str, TaskDataset] = {}
 
@@ -285,7 +284,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def __init__(self, images: ImageSet, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.images, self.batch_size, self.num_workers, self.seed = images, batch_size, num_workers, seed
+        self.images, self.seed = images, seed
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.num_workers = whole("num_workers", num_workers, 0, 1024)
 
     def train_dataloader(self) -> ResumableDataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

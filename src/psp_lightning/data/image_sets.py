@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.data.transforms import open_image, to_8bit
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.arguments import ArgumentError, choice, whole
+from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8
 
 FITS = ("squash", "pad", "crop")
@@ -27,9 +28,11 @@ def is_power_of_two(size: int) -> bool:
     return size >= 8 and not size & (size - 1)
 
 
-def _check_size(size: int) -> None:
+def _check_size(size: int) -> int:
+    size = whole("size", size, 8, 65536)
     if not is_power_of_two(size):
-        raise UserError(f"domain.size={size} must be a power of two from 8, for example {_nearest_power(size)}.")
+        raise ArgumentError("size", size, f"must be a power of two from 8, for example {_nearest_power(size)}.")
+    return size
 
 
 def _nearest_power(size: int) -> int:
@@ -47,8 +50,7 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
     """
 
     def __init__(self, size: int, flip: bool = False, seed: int = 0, cache: bool = False) -> None:
-        _check_size(size)
-        self.size, self.flip, self.seed = size, flip, seed
+        self.size, self.flip, self.seed = _check_size(size), flip, seed
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
     @abstractmethod
@@ -106,12 +108,9 @@ class FolderImages(ImageSet):
     ) -> None:
         if root is None:
             raise UserError("data.root=DIR must be given: the folder with the training images (or domain=toyfaces).")
-        if fit is not None and fit not in FITS:
-            raise UserError(f"data.fit={fit} is unknown.{suggest(fit, FITS)} Choose from: {', '.join(FITS)}")
-        self.files = list_images(root)[:limit]
-        self.fit = fit
-        if size is not None:
-            _check_size(size)
+        self.fit = None if fit is None else choice("fit", fit, FITS)
+        self.files = list_images(root)[: whole("limit", limit, 1, optional=True)]
+        size = None if size is None else _check_size(size)
         if fit is not None and size is None:
             raise UserError("data.fit needs the size to fit to: domain.size=64 (a power of two).")
         sizes = [_header_size(path) for path in self.files]
@@ -196,7 +195,8 @@ class ToyFacesImages(ImageSet):
 
     def __init__(self, size: int = 64, n: int = 50_000, toy_seed: int = 1, limit: int | None = None, **options: Any):
         super().__init__(size, **options)
-        self.faces = ToyFaces(size, toy_seed, n if limit is None else min(n, limit))
+        limit = whole("limit", limit, 1, optional=True)
+        self.faces = ToyFaces(self.size, toy_seed, n if limit is None else min(n, limit))
 
     def __len__(self) -> int:
         return len(self.faces)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from psp_lightning.data.pairing import list_images, pair
 from psp_lightning.data.toyfaces import ToyFaces
+from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.errors import UserError
 
 ImageLike = str | os.PathLike[str] | Image.Image
@@ -108,8 +109,8 @@ class FolderStore(Store):
         if part == "val" and self.own_val:
             root, source, target = val_root, val_source, val_target
         self.root, self.source, self.target = root, source, target
-        self.part, self.val_share = part, val_share
-        self.unpaired, self.limit = unpaired, limit
+        self.part, self.val_share = part, number("val_share", val_share, 0, 1)
+        self.unpaired, self.limit = unpaired, whole("limit", limit, 1, optional=True)
         self._files: list[tuple[Path | None, Path]] = []
 
     def _folder(self, what: str) -> Path | None:
@@ -189,6 +190,7 @@ class ToyFacesStore(Store):
         limit: int | None = None,
         cache: bool = False,
     ) -> None:
+        limit = whole("limit", limit, 1, optional=True)
         self.faces = ToyFaces(size, seed, n if limit is None else min(n, limit), identities)
         self._cache: dict[int, RawSample] | None = {} if cache else None
         self.view = View("inversion")

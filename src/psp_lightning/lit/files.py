@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import csv
+import secrets
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from psp_lightning.loading import save_atomic
+from psp_lightning.utils.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint through a temporary file beside it: a crash or a full disk leaves the former one intact."""
+    """Writes a checkpoint through a temporary file beside it: a crash or a full disk leaves the former one intact.
+
+    Args:
+        loaded: content of the checkpoint that the run continues from, where it has been read already.
+    """
+
+    def __init__(self, loaded: dict[str, Any] | None = None) -> None:
+        self._loaded = loaded
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        content, self._loaded = self._loaded, None
+        return super().load_checkpoint(path, *args, **kwargs) if content is None else content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -26,13 +39,19 @@ class CsvLog(CSVLogger):
 
     Args:
         folder: receives `metrics.csv`.
-        keep_until: None for a new run; otherwise the step that the run resumes from: later rows were logged by a
-            process that ended before it saved them, and are written again.
     """
 
-    def __init__(self, folder: str | Path, keep_until: int | None = None) -> None:
-        self._kept = _read_rows(Path(folder) / "metrics.csv", keep_until) if keep_until is not None else []
+    def __init__(self, folder: str | Path) -> None:
         super().__init__(save_dir=folder, name="", version="")
+        self._kept: list[dict[str, Any]] = []
+
+    def keep_until(self, step: int) -> None:
+        """Continue the file of a run that resumes from `step`; later rows, of a process that ended, are dropped."""
+        path = Path(self.log_dir) / "metrics.csv"
+        if path.is_file():
+            with path.open(newline="") as file:
+                rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+            self._kept = [row for row in rows if int(row["step"]) <= step]
 
     @property
     def experiment(self) -> Any:
@@ -46,9 +65,26 @@ class CsvLog(CSVLogger):
         return experiment
 
 
-def _read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) <= last_step]
+class WandbRun(WandbLogger):
+    """The wandb run of a run directory: a resumed run continues it, by the id that the directory keeps.
+
+    Args:
+        save_dir: the run directory.
+        **options: of `WandbLogger`.
+
+    Raises:
+        UserError: wandb refuses the run; nobody is logged in.
+    """
+
+    def __init__(self, save_dir: str | Path, **options: Any) -> None:
+        identity = Path(save_dir) / "wandb_id"
+        if not identity.exists():
+            identity.parent.mkdir(parents=True, exist_ok=True)
+            identity.write_text(secrets.token_hex(4))
+        super().__init__(save_dir=save_dir, id=identity.read_text(), resume="allow", **options)
+        from wandb.errors import Error
+
+        try:
+            _ = self.experiment  # a mistake is reported before the training starts
+        except Error as error:
+            raise UserError(f"wandb: {error} Log in with `wandb login`, or set logger.wandb.offline=true.") from None

@@ -18,7 +18,8 @@ from psp_lightning.losses import adversarial
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
+from psp_lightning.utils.errors import UserError
 
 FAKE, PATH, REAL, PENALTY = range(4)  # purposes of the random numbers of a step
 AUGMENT = ("none", "fixed", "ada")
@@ -60,11 +61,17 @@ class Recipe:
     ada_every: int = 4
 
     def __post_init__(self) -> None:
-        if self.augment not in AUGMENT:
-            near = suggest(str(self.augment), AUGMENT)
-            raise UserError(f"model.augment={self.augment} is unknown.{near} Choose from: {', '.join(AUGMENT)}")
-        if self.ada_every < 1 or self.path_shrink < 1 or self.ada_images <= 0:
-            raise UserError("model.ada_every, model.path_shrink and model.ada_images must be at least 1.")
+        choice("augment", self.augment, AUGMENT)
+        for name, low in {"r1_every": 0, "path_every": 0, "path_shrink": 1, "ada_every": 1}.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), low))  # 1e4 becomes an int
+        for name in ("mixing", "augment_p", "path_decay"):
+            number(name, getattr(self, name), 0, 1)
+        for name in ("r1_gamma", "ema_images"):
+            number(name, getattr(self, name), 0, optional=True)
+        number("path_weight", self.path_weight, 0)
+        number("ema_ramp", self.ema_ramp, 0)
+        number("ada_target", self.ada_target, -1, 1)
+        number("ada_images", self.ada_images, 1)
 
 
 class LitGenerator(pl.LightningModule):
@@ -80,7 +87,7 @@ class LitGenerator(pl.LightningModule):
 
     Args:
         generator, discriminator: networks of the same size.
-        lr, betas: of Adam, before the correction for lazy regularisation.
+        lr, betas: of Adam, before the correction for lazy regularisation; betas from 0 to below 1.
         recipe: all other numbers.
         seed: of the random numbers.
         log_every: steps between two rows of the log.
@@ -116,7 +123,9 @@ class LitGenerator(pl.LightningModule):
         self.generator, self.discriminator = generator, discriminator
         self.average = freeze(copy.deepcopy(generator))
         self.recipe = recipe or Recipe()
-        self.lr, self.betas, self.seed, self.log_every = lr, betas, seed, log_every
+        if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+            raise ArgumentError("betas", list(betas), "must be two numbers from 0 to below 1.")
+        self.lr, self.betas, self.seed, self.log_every = number("lr", lr, 0), betas, seed, log_every
         for name in ("path_mean", "sign_sum", "sign_count"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("augment_p", torch.tensor(0.0 if self.recipe.augment == "none" else self.recipe.augment_p))

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from psp_lightning.data.inputs import InputFile
 from psp_lightning.data.spec import InputSpec
+from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.lit.callbacks.grids import source_to_rgb
 from psp_lightning.models.psp import PSP
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil
 
@@ -37,7 +40,7 @@ class LitPredictor(pl.LightningModule):
         net: the network.
         latent_mask: styles that are replaced; None: no mixing.
         inject: (n_outputs, n_styles, style_dim) the injected styles, one an output.
-        alpha: 1: the injected style alone.
+        alpha: 1: only the injected style; 0: none of it.
         size: edge length of the outputs; None: the generator's.
         composite: inpainting: keep the known pixels.
         space: of the codes, where batches hold `latents` instead of `source`.
@@ -77,7 +80,7 @@ class LitPredictor(pl.LightningModule):
         self.register_buffer("average", average, persistent=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """`images` (B, n_outputs, 3, S, S) in [-1, 1], `w_plus` (B, n_styles, style_dim) before mixing."""
+        """Return `images` (B, n_outputs, 3, S, S) in [-1, 1] and `w_plus` (B, n_styles, style_dim) before mixing."""
         start = time.perf_counter()
         if not batch["index"]:
             return {"seconds": 0.0}
@@ -109,96 +112,76 @@ def _composite(image: Tensor, known: Tensor, hole: Tensor) -> Tensor:
     return image * hole + known * (1 - hole)
 
 
-class FixedBatch:
-    """Calls a function with batches of one size, which it was compiled or captured for; a smaller one is filled up.
+@dataclass(frozen=True)
+class Outputs:
+    """The files that inputs become, and what the manifest says of them.
 
-    Args:
-        function: of tensors whose samples are independent; it must not wait for the device.
-        batch: the size.
-        compile: compile it at the first call.
-        graph: on CUDA capture it at the first call and replay it from then on.
+    Attributes:
+        folder: output folder.
+        files: all inputs; everything else refers to them by index.
+        format: suffix of the images.
+        n_outputs: outputs of one input.
+        side_by_side: whether source | output is written as well.
+        latents: whether w_plus is written as well, a file for each input.
+        named: whether the inputs are entries of one file, so that the manifest tells their names.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], batch: int, compile: bool, graph: bool) -> None:
-        self.function = torch.compile(function, dynamic=False) if compile else function
-        self.batch, self.wants_graph = batch, graph
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._given: Tensor | None = None
-        self._result: Tensor | None = None
+    folder: Path
+    files: list[InputFile]
+    format: str = "png"
+    n_outputs: int = 1
+    side_by_side: bool = False
+    latents: bool = False
+    named: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        n = len(x)
-        if n < self.batch:
-            x = torch.cat([x, x[-1:].expand(self.batch - n, *x.shape[1:])])
-        return (self._replay(x) if self.wants_graph and x.is_cuda else self.function(x))[:n]
+    def images(self, index: int) -> list[Path]:
+        """Return the images that an input becomes."""
+        name = self.files[index].name
+        names = [name] if self.n_outputs == 1 else [f"{name}_{k}" for k in range(self.n_outputs)]
+        return [self.folder / f"{name}.{self.format}" for name in names]
 
-    def _replay(self, x: Tensor) -> Tensor:
-        if self._graph is None:
-            self._given = x.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is decided or built at a first call is no part of the graph
-                for _ in range(3):
-                    self.function(self._given)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = self.function(self._given)
-        assert self._given is not None and self._result is not None
-        self._given.copy_(x)
-        self._graph.replay()
-        return self._result.clone()  # the next replay writes there
+    def beside(self, index: int) -> Path:
+        """Return where source | output of an input goes."""
+        return self.folder / "side_by_side" / f"{self.files[index].name}.{self.format}"
+
+    def code(self, index: int) -> Path:
+        """Return where the code of an input goes."""
+        return self.folder / "latents" / f"{self.files[index].name}.npz"
+
+    def all(self, index: int) -> list[Path]:
+        """Return every file that an input becomes."""
+        return self.images(index) + [self.beside(index)] * self.side_by_side + [self.code(index)] * self.latents
+
+    def record(self, index: int, status: str, seconds: float = 0.0, error: str | None = None) -> dict[str, Any]:
+        """Return the manifest's line about an input."""
+        line: dict[str, Any] = {
+            "index": index,
+            "source": os.fspath(self.files[index].path),
+            **({"name": self.files[index].name} if self.named else {}),
+            "output": [] if status == "error" else [os.fspath(path) for path in self.images(index)],
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        return line if error is None else {**line, "error": error}
 
 
 class PredictionWriter(Callback):
-    """Writes outputs in threads and a manifest line for each input.
+    """Writes outputs in threads and keeps a record for each input.
 
     Args:
-        folder: output folder.
-        files: all inputs; batches refer to them by index.
+        outputs: what the inputs become.
         spec: what the source is, for side-by-side pictures.
-        n_outputs: outputs of one input.
-        format: suffix of the images.
-        side_by_side: also write source | output.
-        latents: also write w_plus, a file for each input.
-        generator: `generator_hash` of the network, for those files.
+        generator: `generator_hash` of the network, for files of latents.
         checkpoint: its name, for those files.
-        named: the inputs are entries of one file; the manifest tells their names.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        files: list[InputFile],
-        spec: InputSpec | None,
-        n_outputs: int = 1,
-        format: str = "png",
-        side_by_side: bool = False,
-        latents: bool = False,
-        generator: str | None = None,
-        checkpoint: str | None = None,
-        named: bool = False,
+        self, outputs: Outputs, spec: InputSpec | None, generator: str | None = None, checkpoint: str | None = None
     ) -> None:
-        self.generator, self.checkpoint, self.named = generator, checkpoint, named
-        self.folder, self.files, self.spec, self.n_outputs = folder, files, spec, n_outputs
-        self.format, self.side_by_side, self.latents = format, side_by_side, latents
+        self.outputs, self.spec, self.generator, self.checkpoint = outputs, spec, generator, checkpoint
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: list[Future[dict[str, Any]]] = []
         self.records: list[dict[str, Any]] = []
-
-    def outputs_of(self, file: InputFile) -> list[Path]:
-        """The files that one input becomes."""
-        names = [file.name] if self.n_outputs == 1 else [f"{file.name}_{k}" for k in range(self.n_outputs)]
-        return [self.folder / f"{name}.{self.format}" for name in names]
-
-    def extras_of(self, file: InputFile) -> list[Path]:
-        """What is written beside the outputs."""
-        pictures = [self.folder / "side_by_side" / f"{file.name}.{self.format}"] if self.side_by_side else []
-        return pictures + ([self.latents_of(file)] if self.latents else [])
-
-    def latents_of(self, file: InputFile) -> Path:
-        """Where the code of one input goes."""
-        return self.folder / "latents" / f"{file.name}.npz"
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._threads = ThreadPoolExecutor(max_workers=4)
@@ -208,9 +191,9 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         for index, error, seconds in batch["failed"]:
-            self.records.append(self.record(index, "error", [], seconds, error))
+            self.records.append(self.outputs.record(index, "error", seconds, error))
         assert self._threads is not None
-        source = batch["source"].cpu() if self.side_by_side and batch["index"] else None
+        source = batch["source"].cpu() if self.outputs.side_by_side and batch["index"] else None
         for i, index in enumerate(batch["index"]):
             job = (
                 index, batch["seconds"][i] + outputs["seconds"], outputs["images"][i], outputs["w_plus"][i],
@@ -228,53 +211,33 @@ class PredictionWriter(Callback):
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
-    def record(
-        self, index: int, status: str, outputs: list[Path], seconds: float, error: str | None = None
-    ) -> dict[str, Any]:
-        """One line of the manifest."""
-        line: dict[str, Any] = {
-            "index": index,
-            "source": os.fspath(self.files[index].path),
-            **({"name": self.files[index].name} if self.named else {}),
-            "output": [os.fspath(path) for path in outputs],
-            "status": status,
-            "seconds": round(seconds, 6),
-        }
-        return line if error is None else {**line, "error": error}
-
     def _write(
         self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
     ) -> dict[str, Any]:
-        start = time.perf_counter()
-        file = self.files[index]
-        paths = self.outputs_of(file)
-        for image, path in zip(images, paths, strict=True):
-            save_atomic(to_pil(image), path, **FORMATS[self.format])
-        for path in self.extras_of(file):
-            if path.suffix == ".npz":
-                save_latents(path, Latents(w_plus[None], (file.name,), "w_plus", self.generator, self.checkpoint))
-            elif source is not None:
-                save_atomic(self._beside(source, images), path, **FORMATS[self.format])
-        return self.record(index, "ok", paths, seconds + time.perf_counter() - start)
-
-    def _beside(self, source: Tensor, images: Tensor) -> Image.Image:
-        assert self.spec is not None
-        shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
-        return to_pil(torch.cat([shown[0], *images], dim=-1))
+        start, to = time.perf_counter(), self.outputs
+        for image, path in zip(images, to.images(index), strict=True):
+            save_atomic(to_pil(image), path, **FORMATS[to.format])
+        if source is not None:
+            assert self.spec is not None
+            shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
+            save_atomic(to_pil(torch.cat([shown[0], *images], dim=-1)), to.beside(index), **FORMATS[to.format])
+        if to.latents:
+            names = (to.files[index].name,)
+            save_latents(to.code(index), Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint))
+        return to.record(index, "ok", seconds + time.perf_counter() - start)
 
 
 def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON line a record, in the order of the inputs."""
-    part = path.with_suffix(".part")
     lines = ({k: v for k, v in r.items() if k != "index"} for r in sorted(records, key=lambda r: r["index"]))
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def make_inject(
     net: PSP, latent_mask: Sequence[int] | None, n_outputs: int, seed: int, reference: Tensor | None
 ) -> Tensor | None:
-    """The styles to inject, (n_outputs, n_styles, style_dim); None without a mask.
+    """Return the styles to inject, (n_outputs, n_styles, style_dim); None without a mask.
 
     Output k gets the same style for every input: the one drawn from (seed, k), or the reference's.
 
@@ -286,8 +249,7 @@ def make_inject(
         if n_outputs > 1 or reference is not None:
             raise UserError(f"mix.n_outputs and mix.reference need mix.latent_mask: styles from 0 to {n_styles - 1}.")
         return None
-    if wrong := [style for style in latent_mask if not 0 <= style < n_styles]:
-        raise UserError(f"mix.latent_mask: there is no style {wrong[0]}; this generator has 0 to {n_styles - 1}.")
+    net.mix_styles(net.latent_avg[None], None, latent_mask)  # refuses styles that do not exist
     if reference is not None:
         return net.encode(reference[None]).expand(n_outputs, -1, -1)
     z_dim: int = net.generator.z_dim  # type: ignore[assignment]
@@ -297,9 +259,9 @@ def make_inject(
 
 
 def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: int = 128) -> None:
-    """A picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines.
+    """Write a picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines.
 
-    Of latents, which are no pictures, the outputs alone.
+    Latents are no pictures: only their outputs are shown.
     """
     found = [record for record in records if record["output"] and record["status"] != "error"][:most]
     shown = [([] if "name" in record else [record["source"]]) + record["output"] for record in found]

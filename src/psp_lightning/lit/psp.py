@@ -19,7 +19,8 @@ from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Noise
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.arguments import choice, whole
+from psp_lightning.utils.errors import UserError
 
 Batch = dict[str, Any]
 BATCH_NORM_POLICIES = ("sync", "frozen", "local")
@@ -65,20 +66,16 @@ class LitPSP(pl.LightningModule):
         source_is_target: bool = False,
     ) -> None:
         super().__init__()
-        for key, value, options in (
-            ("model.noise", noise, ("random", "const")),
-            ("model.batch_norm", batch_norm, BATCH_NORM_POLICIES),
-        ):
-            if value not in options:
-                raise UserError(f"{key}={value} is unknown.{suggest(value, options)} Choose from: {', '.join(options)}")
         self.net = net
         self.losses = losses
         self.val_metrics = dict(metrics or {})  # plain: they are no part of the checkpoint
         self.make_optimizer = optimizer
-        self.noise: Noise = "random" if noise == "random" else "const"
+        self.noise: Noise = choice("noise", noise, ("random", "const"))
         self.log_every = log_every
-        self.batch_norm = batch_norm
-        self.warmup_steps, self.decay_steps, self.total_steps = warmup_steps, decay_steps, total_steps
+        self.batch_norm = choice("batch_norm", batch_norm, BATCH_NORM_POLICIES)
+        self.warmup_steps = whole("warmup_steps", warmup_steps, 0)
+        self.decay_steps = whole("decay_steps", decay_steps, 0)
+        self.total_steps = total_steps
         self.source_is_target = source_is_target
         self.strict_loading = True
         self._val_sums: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from psp_lightning.models.layers import freeze
 from psp_lightning.models.protocols import EncoderModule, GeneratorModule
 from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Noise
+from psp_lightning.utils.arguments import ArgumentError
 from psp_lightning.utils.errors import UserError
 
 FORMAT = 1
@@ -141,7 +142,8 @@ class PSP(nn.Module):
         indices = [int(i) for i in latent_mask]
         wrong = [i for i in indices if not 0 <= i < self.n_styles]
         if wrong:
-            raise UserError(f"latent_mask holds {wrong[0]}: this network has the styles 0 to {self.n_styles - 1}.")
+            rule = f"must hold styles from 0 to {self.n_styles - 1}: there is no style {wrong[0]}."
+            raise ArgumentError("latent_mask", indices, rule)
         mixed = w_plus.clone()
         if inject is None:
             mixed[:, indices] = 0

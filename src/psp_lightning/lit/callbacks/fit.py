@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from psp_lightning.data.spec import InputSpec
 from psp_lightning.lit.callbacks.grids import image_grid
+from psp_lightning.utils.arguments import whole
 from psp_lightning.utils.images import save_atomic, to_pil
 
 
@@ -34,7 +34,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path, every_n_steps: int | None) -> None:
         self.path = Path(folder) / "last.ckpt"
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = whole("every_n_steps", every_n_steps, 1, optional=True)
         self.interrupted = False
         self._asked, self._pending, self._step, self._ranks = False, False, -1, 1
         self._handlers: dict[int, Any] = {}
@@ -94,6 +94,14 @@ class LastCheckpoint(Checkpoint):
             trainer.should_stop = True
 
 
+def step_checkpoints(folder: str | Path, every_n_steps: int | None) -> ModelCheckpoint:
+    """Return a callback that keeps `step_00001000.ckpt` of every so many steps; None: of no step."""
+    steps = whole("every_n_steps", every_n_steps, 1, optional=True) or 0
+    return ModelCheckpoint(
+        folder, "step_{step:08d}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=steps
+    )
+
+
 class AverageBatchNorm(Callback):
     """Averages the encoder's running statistics over the ranks after each step.
 
@@ -121,16 +129,14 @@ class ImageGrids(Callback):
 
     Args:
         folder: receives `train_00000100.png`, `val_00000100.png`.
-        spec: what the source is.
-        every_n_steps: steps between training grids; a validation always leaves one of its first batch.
+        every_n_steps: steps between training grids (0: none); a validation always leaves one of its first batch.
         n_images: rows.
     """
 
-    def __init__(self, folder: str | Path, spec: InputSpec, every_n_steps: int, n_images: int) -> None:
+    def __init__(self, folder: str | Path, every_n_steps: int, n_images: int) -> None:
         self.folder = Path(folder)
-        self.spec = spec
-        self.every_n_steps = every_n_steps
-        self.n_images = n_images
+        self.every_n_steps = whole("every_n_steps", every_n_steps, 0)
+        self.n_images = whole("n_images", n_images, 1)
         self._drawn_step = -1
 
     def on_train_batch_end(
@@ -158,7 +164,8 @@ class ImageGrids(Callback):
         if identity is not None:
             with torch.no_grad():
                 captions = [f"id {value:.2f}" for value in identity.similarity(output, target).tolist()]
-        grid = to_pil(image_grid(batch["source"][:n], target, output, self.spec, captions))
+        spec = trainer.datamodule.spec  # type: ignore[attr-defined]
+        grid = to_pil(image_grid(batch["source"][:n], target, output, spec, captions))
         step = trainer.global_step
         save_atomic(grid, self.folder / f"{stage}_{step:08d}.png")
         for logger in trainer.loggers:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.weight_files import save_generator
 from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.images import save_atomic, to_pil
 
 
@@ -51,8 +52,8 @@ class SampleGrids(Callback):
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int, truncation: float) -> None:
-        self.folder, self.every_n_steps = Path(folder), every_n_steps
-        self.n_images, self.truncation = n_images, truncation
+        self.folder, self.every_n_steps = Path(folder), whole("every_n_steps", every_n_steps, 0)
+        self.n_images, self.truncation = whole("n_images", n_images, 1, 4096), number("truncation", truncation, 0, 10)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -79,7 +80,8 @@ class ExportGenerator(Callback):
     """
 
     def __init__(self, run: str | Path, every_n_steps: int | None, origin: Mapping[str, Any]) -> None:
-        self.run, self.every_n_steps, self.origin = Path(run), every_n_steps, dict(origin)
+        self.run, self.origin = Path(run), dict(origin)
+        self.every_n_steps = whole("every_n_steps", every_n_steps, 1, optional=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step

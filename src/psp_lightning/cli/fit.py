@@ -1,37 +1,39 @@
-"""What the training commands share: a run directory that is new or gone on with, and how a fit ends."""
+"""What the training commands share: a run directory that is new or continued, and how a fit ends."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from psp_lightning.cli.resume import LAST, record, refuse_changes
 from psp_lightning.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from psp_lightning.build.trainer import Training
+
 
 def fit(
     cfg: DictConfig,
-    build: Callable[[DictConfig, Path | None], Any],
-    announce: Callable[[Any], None],
+    build: Callable[[DictConfig, Path | None], Training],
+    announce: Callable[[Training], None],
     command: str,
     log: logging.Logger,
-) -> Any:
+) -> Training | None:
     """Build a training and run it to its end.
 
     Args:
         cfg: the composed configuration.
-        build: from configuration and checkpoint to an object with `trainer`, `module`, `data`, `resume_step` and
-            `interrupted`.
+        build: from configuration and checkpoint to the training.
         announce: says what is about to start; called on the first rank.
         command: for the message how to go on.
         log: the command's.
 
     Returns:
-        What `build` gave; None where the checkpoint has all steps already.
+        The training; None where the checkpoint has all steps already.
 
     Raises:
         UserError: the directory holds a run already, settings changed that make the run, Lightning refuses them.
@@ -48,7 +50,7 @@ def fit(
     differences = refuse_changes(run, cfg) if resume else []
     training = build(cfg, resume)
     trainer = training.trainer
-    if resume is not None and training.resume_step >= trainer.max_steps:
+    if training.resume_step is not None and training.resume_step >= trainer.max_steps:
         log.info("already at step %d; trainer.max_steps=N goes on. %s", training.resume_step, resume)
         return None
     if trainer.is_global_zero:
@@ -56,7 +58,7 @@ def fit(
             log.info("changed on resume: %s", line)
         announce(training)
         # recorded once everything is loaded: a resume that was refused leaves the record as it was
-        trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: record(run, cfg)))
+        trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: record(run, cfg)))  # type: ignore[attr-defined]
     stopped = False
     try:
         trainer.fit(training.module, training.data, ckpt_path=resume)

@@ -1,0 +1,160 @@
+"""The one way in which commands report mistakes: a message for a person, no traceback, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from psp_lightning.utils.errors import UserError, suggest
+
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+
+class Told(BaseException):
+    """Carries a message past Hydra, which would print the overrides and a hint before a `UserError`."""
+
+
+def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Decorate the function below `hydra.main`: refuse missing settings, let a mistake leave Hydra as `Told`.
+
+    In a sweep, where the other jobs are to go on, it stays an exception of its job.
+    """
+
+    @functools.wraps(task)
+    def run(cfg: Any) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+
+        try:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):
+                raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
+            return task(cfg)
+        except (UserError, OSError) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or (isinstance(error, OSError) and error.errno is None):
+                raise
+            raise Told(_words(error)) from None
+
+    return run
+
+
+def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Call a command's function; a user's mistake becomes one message and status 1, ctrl-C status 130.
+
+    Args:
+        run: the function.
+        prepare: what rewrites the command line first.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its exceptions on, so that they are worded here
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if prepare is not None:
+            sys.argv[1:] = prepare(sys.argv[1:])
+        run()
+    except (UserError, Told) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error))
+    except ValueError as error:
+        if "Config group override must be" not in str(error):  # Hydra has no exception of its own for logger=null
+            raise
+        _fail(_wrong_option(sys.argv[1:]) or str(error))
+    except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(_words(error))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return str(error)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)
+
+
+def explain(error: Exception) -> str:
+    """Return Hydra's or OmegaConf's error in words that name the culprit and the closest match."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
+        return _unknown_option(match[1], match[2], match[3].split())
+    if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
+        return _unknown_option(match[1], match[2])
+    if match := re.search(r"Could not override '(loss|metric)\.(\w+)(?:\.[\w.]+)?'", text):
+        return _unselected(match[1], match[2])
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key, close = match[1], _closest_key(match[1], error.__cause__)
+        return f"there is no configuration key '{key}'.{close} All keys: --cfg job; new ones: +{key}=..."
+    if match := re.search(r"missing EQUAL at|mismatched input|LexerNoViableAlt|token recognition", text):
+        return (
+            f"{text.splitlines()[0]}\nSettings are written KEY=VALUE; a value with special characters: \"KEY='VALUE'\""
+        )
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]} must be given on the command line: {match[1]}=..."
+    return text
+
+
+def _unselected(group: str, name: str) -> str:
+    """Return the message for a setting of something that is not in the list of its group."""
+    from psp_lightning.build.instantiate import not_selected
+
+    if name in (options := _shipped(group)):
+        return not_selected(group, name)
+    return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
+
+
+def _unknown_option(group: str, name: str, options: list[str] | None = None) -> str:
+    options = options or _shipped(group)
+    return f"{group}={name} does not exist.{suggest(name, options)} Choose from: {', '.join(options)}"
+
+
+def _wrong_option(arguments: Sequence[str]) -> str | None:
+    """Return the message for the first argument that gives a group a value which names none of its files."""
+    for argument in arguments:
+        group, sign, value = argument.partition("=")
+        if sign and value not in (options := _shipped(group)) and options and value[:1] != "[":
+            return _unknown_option(group, value, options)
+    return None
+
+
+def _shipped(group: str) -> list[str]:
+    """Return the options of a group."""
+    from psp_lightning._conf import config_root
+
+    folders = [os.path.join(config_root(), group)]
+    if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
+        folders.append(os.path.join(config_root(), "generator_training", group))
+    names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
+    return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
+
+
+def _closest_key(key: str, error: BaseException | None) -> str:
+    """Return the closest key of the composed configuration, which OmegaConf's error refers to."""
+    from omegaconf import OmegaConf
+
+    node = getattr(error, "parent_node", None)
+    if node is None:
+        return ""
+    leaves = flat(OmegaConf.to_container(node._get_root(), resolve=False))
+    return suggest(key, {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)})
+
+
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in flat(value, f"{key}.{name}".lstrip(".")).items()}

@@ -1,0 +1,49 @@
+"""Batches of one size, for functions that are compiled or captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class FixedBatch:
+    """Calls a function with batches of one size, which it was compiled or captured for; a smaller one is filled up.
+
+    Args:
+        function: of tensors whose samples are independent; it must not wait for the device.
+        batch: the size.
+        compile: compile it at the first call.
+        graph: on CUDA capture it at the first call and replay it from then on.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], batch: int, compile: bool, graph: bool) -> None:
+        self.function = torch.compile(function, dynamic=False) if compile else function
+        self.batch, self.wants_graph = batch, graph
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._given: Tensor | None = None
+        self._result: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n = len(x)
+        if n < self.batch:
+            x = torch.cat([x, x[-1:].expand(self.batch - n, *x.shape[1:])])
+        return (self._replay(x) if self.wants_graph and x.is_cuda else self.function(x))[:n]
+
+    def _replay(self, x: Tensor) -> Tensor:
+        if self._graph is None:
+            self._given = x.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is decided or built at a first call is no part of the graph
+                for _ in range(3):
+                    self.function(self._given)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = self.function(self._given)
+        assert self._given is not None and self._result is not None
+        self._given.copy_(x)
+        self._graph.replay()
+        return self._result.clone()  # the next replay writes there

@@ -1,0 +1,107 @@
+"""Checks of arguments, and how the configuration names the setting of a refused one."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from psp_lightning.build.instantiate import instantiate, naming
+from psp_lightning.build.trainer import prepare
+from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
+from psp_lightning.utils.errors import UserError
+
+
+def settings(**trainer: Any) -> DictConfig:
+    cfg = OmegaConf.create({"seed": 0, "trainer": {"max_steps": 1, **trainer}, "optimizer": {"lr": 1}, "plugins": []})
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.inf, -math.inf, math.nan, 1.5, 0, True, "ten", None],
+    ids=["inf", "-inf", "nan", "1.5", "0", "true", "text", "null"],
+)
+def test_what_is_no_whole_number_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match=r"trainer\.max_steps=.* must be a whole number, at least 1\."):
+        prepare(settings(max_steps=value))
+    with pytest.raises(ArgumentError, match=r"n=.* must be a whole number, from 1 to 9\."):
+        whole("n", value, 1, 9)
+
+
+def test_whole_numbers_in_float_notation_become_integers() -> None:
+    cfg = settings(max_steps=1e4)
+    prepare(cfg)
+    assert type(cfg.trainer.max_steps) is int and cfg.trainer.max_steps == 10_000 and cfg.optimizer.lr == 1
+    assert type(whole("n", 16.0, 1)) is int
+
+
+def test_null_is_taken_where_it_may_be() -> None:
+    assert whole("n", None, 1, optional=True) is None and number("x", None, optional=True) is None
+    with pytest.raises(ArgumentError, match=r"x=None must be a number\."):
+        number("x", None)
+
+
+def test_numbers_keep_their_kind() -> None:
+    assert number("x", 0.5, 0, 1) == 0.5 and type(number("x", 1, 0, 1)) is int
+
+
+def test_choices_suggest_the_closest() -> None:
+    assert choice("kind", "box", ("box", "half")) == "box"
+    with pytest.raises(ArgumentError, match=r"kind=bax is unknown\. Did you mean 'box'\? Choose from: box, half"):
+        choice("kind", "bax", ("box", "half"))
+
+
+def test_the_error_survives_a_process_boundary() -> None:
+    again = pickle.loads(pickle.dumps(ArgumentError("n", 0, "must be more.")))
+    assert str(again) == "n=0 must be more." and again.argument == "n"
+
+
+# --- the setting behind an argument
+
+
+def test_the_first_section_that_has_the_argument_gives_the_name() -> None:
+    cfg = OmegaConf.create({"data": {"limit": 0}, "domain": {"size": 3}, "store": {"limit": 0, "share": 2}})
+    for argument, key in (("limit", "data.limit"), ("size", "domain.size"), ("share", "store.share")):
+        with pytest.raises(UserError, match=rf"^{key}=0 must be a whole number, at least 1\.$"):
+            with naming(cfg, "data", "domain", "store"):
+                whole(argument, 0, 1)
+
+
+STORE = "psp_lightning.data.stores.ToyFacesStore"
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"_target_": STORE, "limit": 0}, r"^data\.limit=0 must be a whole number, at least 1\.$"),
+        ({"_target_": STORE, "size": 8, "sise": 3}, r"there is no setting data\.train\.sise\. Did you mean 'size'\?"),
+        ({"_target_": "psp_lightning.data.stores.NoStore"}, r"data\.train: .*NoStore"),
+        ({"_target_": "builtins.int", "_args_": ["x"]}, r"data\.train: invalid literal"),
+        ({"_target_": "builtins.int", "_args_": [[]]}, r"data\.train: .* not 'list'"),
+        ({"_target_": "pytorch_lightning.callbacks.ModelCheckpoint", "mode": "up"}, r"data\.train: .*mode.* got up"),
+        ({"n": 3}, r"data\.train has no _target_: .* data=NAME"),
+    ],
+)
+def test_nodes_that_cannot_be_built(node: dict[str, Any], said: str) -> None:
+    cfg = OmegaConf.create({"data": {"limit": 0, "train": node}})
+    with pytest.raises(UserError, match=said):
+        instantiate(cfg, "data.train", "data")
+
+
+def test_an_argument_that_does_not_exist_is_named() -> None:
+    cfg = OmegaConf.create({"encoder": {"width": 1, "widht": 2}})
+    with pytest.raises(UserError, match=r"there is no setting encoder\.widht\. Did you mean 'width'\?"):
+        with naming(cfg, "encoder"):
+            (lambda width: width)(**cfg.encoder)
+
+
+@pytest.mark.parametrize("group", ["loss", "metric"])
+def test_what_is_set_but_not_selected(group: str) -> None:
+    cfg = OmegaConf.create({group: {"x": {"weight": 1}}})
+    with pytest.raises(UserError, match=rf"{group}\.x is set but 'x' is not selected: .* {group}=\[...,x\]"):
+        instantiate(cfg, f"{group}.x")
