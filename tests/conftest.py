@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from torch import nn
 
 HERE = Path(__file__).parent
 
@@ -45,3 +47,16 @@ def reference() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def photos() -> Path:
     return HERE / "data" / "photos"
+
+
+@pytest.fixture(scope="session")
+def is_frozen() -> Callable[[nn.Module], bool]:
+    """Whether a module stays in eval mode after `.train()` and none of its parameters requires a gradient."""
+
+    def check(module: nn.Module) -> bool:
+        module.train()
+        return not any(part.training for part in module.modules()) and not any(
+            p.requires_grad for p in module.parameters()
+        )
+
+    return check

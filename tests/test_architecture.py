@@ -34,15 +34,11 @@ ALLOWED = {
 }  # fmt: skip
 # (unit, imported module): to be removed, each with the arrow that it turns around
 EXCEPTIONS = {
-    ("checkpoints", "importers.published"),
-    ("checkpoints", "importers.detect"),
-    ("checkpoints", "importers.nvidia"),
-    ("zoo", "checkpoints.safetensors_io"),
-    ("importers", "loading"),
-    ("models", "inference.fused"),
     ("optim", "ops"),
 }
-LAZY_EXCEPTIONS = {("models/psp.py", "loading")}  # inside a function only
+LAZY_EXCEPTIONS = {
+    ("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")
+}  # in a function
 
 FRAMEWORKS = {
     "hydra": ("cli/", "build/"),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from psp_lightning.models.encoders import GradualStyleEncoder
-from psp_lightning.models.frozen import freeze, is_frozen
 from psp_lightning.models.irse import ArcFaceIRSE
+from psp_lightning.models.layers import freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 
@@ -21,7 +21,7 @@ def embedder():
     return freeze(ArcFaceIRSE(input_size=32, blocks=(1, 1, 1, 1), width=8, embed_dim=16))
 
 
-def test_train_keeps_eval(embedder):
+def test_train_keeps_eval(embedder, is_frozen):
     parent = nn.Sequential(nn.Dropout(), embedder).train()
     assert parent.training and parent[0].training
     embedder.body.train()
@@ -30,12 +30,12 @@ def test_train_keeps_eval(embedder):
 
 
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_copies_stay_frozen(embedder, remake):
+def test_copies_stay_frozen(embedder, remake, is_frozen):
     other = remake(embedder)
     assert is_frozen(other) and other.train() is other and not any(m.training for m in other.modules())
 
 
-def test_is_frozen_notices():
+def test_is_frozen_notices(is_frozen):
     net = nn.Linear(2, 2)
     assert not is_frozen(net) and not is_frozen(net.eval().requires_grad_(False))
     freeze(net).weight.requires_grad_(True)
@@ -51,7 +51,7 @@ def test_gradients_pass_through_but_stay_nowhere(embedder):
     assert all(torch.equal(v, buffers[k]) for k, v in embedder.named_buffers())
 
 
-def test_generator_in_psp_after_a_training_step():
+def test_generator_in_psp_after_a_training_step(is_frozen):
     generator = Generator(32, style_dim=32, n_mapping=2, max_channels=16)
     net = PSP(GradualStyleEncoder(8, 32, input_size=32, blocks=(1, 1, 1, 1), width=8), generator).train()
     before = {k: v.clone() for k, v in net.generator.state_dict().items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare.floor import bandwidth, best
 from benchmarks.compare.rows import Job
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.epilogue import epilogue_ref
 from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
@@ -47,7 +47,7 @@ def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device:
         x = torch.randn(shape, device=device).to(kind)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-    blur = fir_kernel(gain=4).to(device)
+    fir = fir_filter(gain=4).to(device)
     x, grown = draw(batch, channels, side, side, kind=dtype), draw(batch, channels, side + 1, side + 1, kind=dtype)
     small = draw(batch, 3, side // 2, side // 2)  # the image so far is in full precision
     bias, half_bias = draw(channels), draw(channels, kind=dtype)
@@ -73,14 +73,14 @@ def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device:
         Kernel(
             f"modconv_epilogue with filter {shape}",
             moved(grown, x, noise),
-            lambda: modconv_epilogue(grown, blur, (1, 1), demod, noise, strength, bias),
-            lambda: epilogue(upfirdn2d_ref(grown, blur, padding=(1, 1, 1, 1))),
+            lambda: modconv_epilogue(grown, fir, (1, 1), demod, noise, strength, bias),
+            lambda: epilogue(upfirdn2d_ref(grown, fir, padding=(1, 1, 1, 1))),
         ),
         Kernel(
             f"upfirdn2d up=2 {batch}x3x{side // 2}x{side // 2}",
             5 * moved(small),
-            lambda: upfirdn2d(small, blur, up=2, padding=(2, 1)),
-            lambda: upfirdn2d_ref(small, blur, (2, 2), (1, 1), (2, 1, 2, 1)),
+            lambda: upfirdn2d(small, fir, up=2, padding=(2, 1)),
+            lambda: upfirdn2d_ref(small, fir, (2, 2), (1, 1), (2, 1, 2, 1)),
         ),
     ]
 

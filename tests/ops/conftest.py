@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ import pytest
 import torch
 
 from psp_lightning.ops import dispatch as _dispatch
-from psp_lightning.ops import library as _library
 from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.cuda import toolchain as _toolchain
 
@@ -87,6 +87,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield torch.device("cuda")
         return
     host = request.getfixturevalue("host_kernels")
-    monkeypatch.setattr(_library, "_kernels", lambda x: host)
+    for name in ("upfirdn2d", "epilogue"):  # by module: the package has functions of these names
+        monkeypatch.setattr(importlib.import_module(f"psp_lightning.ops.{name}"), "kernels_for", lambda x: host)
     with _dispatch.registered():
         yield torch.device("cpu")

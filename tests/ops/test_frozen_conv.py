@@ -1,4 +1,4 @@
-"""Generators with constant weights: the same images and gradients as layer by layer, constants that are never stale."""
+"""Generators with constant weights: the images and gradients of the plain layers, buffers that follow the weights."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.models import stylegan2
-from psp_lightning.models.frozen import freeze
-from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel
+from psp_lightning.inference.frozen import FrozenConv, FrozenStyledConv, freeze_generator, plain_generator
+from psp_lightning.models.layers import freeze
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator, ModulatedConv, StyledConv
+from psp_lightning.ops import fir_filter
 from psp_lightning.ops.cpu import winograd
 from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
 
 TOY = dict(output_size=32, style_dim=32, n_mapping=2, max_channels=16)
+COPIES = {"copy": copy.deepcopy, "pickle": lambda net: pickle.loads(pickle.dumps(net))}
 
 
 @pytest.fixture(params=["direct", "winograd"])
-def generator(request, monkeypatch):
+def plain(request, monkeypatch):
     if request.param == "winograd":  # also for few channels and tiles
         monkeypatch.setattr(winograd, "CHANNELS", 1)
         monkeypatch.setattr(winograd, "TILES", 1)
@@ -32,15 +35,9 @@ def generator(request, monkeypatch):
 
 
 @pytest.fixture
-def plainly(monkeypatch):
-    """Calls a function with the path that makes no use of constant weights."""
-
-    def call(function, *arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(stylegan2, "is_constant", lambda layer: False)
-            return function(*arguments)
-
-    return call
+def frozen(plain):
+    """Shares its parameters with `plain`."""
+    return freeze_generator(plain)
 
 
 def codes(batch=3, dtype=torch.float32):
@@ -58,37 +55,53 @@ def with_gradient(net, w, noise="const"):
 @pytest.mark.parametrize("noise", ["const", "random"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
-def test_image_and_gradient_equal_the_plain_path(generator, plainly, noise, channels_last, dtype, tolerance):
-    generator.to(dtype)
+def test_image_and_gradient_equal_the_plain_path(frozen, plain, noise, channels_last, dtype, tolerance):
+    frozen.to(dtype)
     if channels_last:
-        generator.to(memory_format=torch.channels_last)
+        frozen.to(memory_format=torch.channels_last)
     w = codes(dtype=dtype)
-    actual, expected = with_gradient(generator, w, noise), plainly(with_gradient, generator, w, noise)
+    actual, expected = with_gradient(frozen, w, noise), with_gradient(plain, w, noise)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == dtype and (a - b).abs().max() <= tolerance * b.abs().max()
-    assert all(p.grad is None for p in generator.parameters())
+    assert all(p.grad is None for p in frozen.parameters())
 
 
 @torch.no_grad()
-def test_the_same_with_and_without_gradients(generator):
+def test_the_same_with_and_without_gradients(frozen):
     w = codes()
     with torch.enable_grad():
-        image, _ = with_gradient(generator, w)
-    assert torch.equal(image, generator.synthesis(w))
+        image, _ = with_gradient(frozen, w)
+    assert torch.equal(image, frozen.synthesis(w))
     with torch.inference_mode():
-        assert torch.equal(image, generator.synthesis(w))
+        assert torch.equal(image, frozen.synthesis(w))
 
 
 @torch.no_grad()
-def test_bfloat16_stays_near(generator, plainly):
-    """In 1/255: the bound of bf16 images, as wide as that of the plain path."""
-    w, exact = codes(), generator.synthesis(codes())
+def test_bfloat16_stays_near(plain):
+    """In 1/255: the bound of bf16 images, as wide for the frozen form as for the plain one."""
+    w, exact = codes(), plain.synthesis(codes())
     with torch.autocast("cpu", torch.bfloat16):
-        fast, plain = generator.synthesis(w), plainly(generator.synthesis, w)
+        images = freeze_generator(plain, torch.bfloat16).synthesis(w), plain.synthesis(w)
+    assert not torch.equal(*images), "the frozen form was not used"
     scale = 127.5 / exact.abs().max()
-    for image in (fast, plain):
+    for image in images:
         error = (image - exact).abs() * scale
         assert error.max() < 6 and error.mean() < 0.6, (float(error.max()), float(error.mean()))
+
+
+@torch.no_grad()
+def test_another_type_than_the_chosen_one_is_computed_by_the_plain_layers(plain):
+    assert torch.equal(freeze_generator(plain, torch.bfloat16).synthesis(codes()), plain.synthesis(codes()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(freeze_generator(plain).synthesis(codes()), plain.synthesis(codes()))
+
+
+def test_each_layer_has_the_type_of_its_resolution(plain):
+    plain.use_half(16, torch.bfloat16)
+    frozen = freeze_generator(plain)
+    types = [layer.conv.prepared_weight.dtype for layer in (frozen.conv1, *frozen.convs)]
+    assert types == [torch.float32] * 3 + [torch.bfloat16] * 4
+    assert [layer.conv.prepared_weight.dtype for layer in frozen.to_rgbs] == [torch.float32] + [torch.bfloat16] * 2
 
 
 def layer(up, dtype=torch.float64):
@@ -97,12 +110,12 @@ def layer(up, dtype=torch.float64):
 
     source = torch.Generator().manual_seed(2)
     weight = draw(3, 2, 3, 3)
-    energy = weight.square().sum((2, 3))
+    weight_sq_sum = weight.square().sum((2, 3))
     side = 8 if up else 4
-    constants = (weight.transpose(0, 1) if up else weight, energy, draw(2, 1, side, side), draw(3))
-    blur = (fir_kernel(gain=4).to(dtype), (1, 1)) if up else (None, (0, 0))
+    constants = (weight.transpose(0, 1) if up else weight, weight_sq_sum, draw(2, 1, side, side), draw(3))
+    fir = (fir_filter(gain=4).to(dtype), (1, 1)) if up else (None, (0, 0))
     x, style = draw(2, 2, 4, 4).requires_grad_(), draw(2, 2).requires_grad_()
-    return x, style, lambda x, style: frozen_styled_conv(x, style, *constants, *blur)
+    return x, style, lambda x, style: frozen_styled_conv(x, style, *constants, *fir)
 
 
 @pytest.mark.parametrize("up", [True, False])
@@ -123,10 +136,10 @@ def test_one_input_alone_may_need_a_gradient(up):
             torch.testing.assert_close(one, both[only])
 
 
-def test_function_transforms(generator):
+def test_function_transforms(frozen):
     w = codes(1)
-    expected = with_gradient(generator, w)[1]
-    actual = torch.func.grad(lambda w: generator.synthesis(w).square().mean())(w)
+    expected = with_gradient(frozen, w)[1]
+    actual = torch.func.grad(lambda w: frozen.synthesis(w).square().mean())(w)
     torch.testing.assert_close(actual, expected)
 
 
@@ -139,59 +152,109 @@ def test_to_rgb_in_both_orders():
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
+# --- what a frozen generator holds
+
+
+def test_it_is_the_same_generator_to_whoever_saves_it(frozen, plain, is_frozen):
+    """The same class, settings, state dict and parameters; nothing that was derived is saved."""
+    assert type(frozen) is Generator and frozen.config == plain.config
+    assert list(frozen.state_dict()) == list(plain.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+    assert [id(p) for p in frozen.parameters()] == [id(p) for p in plain.parameters()], "they share the parameters"
+    assert is_frozen(frozen) and all(isinstance(layer, FrozenStyledConv) for layer in (frozen.conv1, *frozen.convs))
+    described = [PSP(nn.Identity(), net).generator for net in (frozen, plain)]
+    assert [type(net).__name__ for net in described] == ["Generator"] * 2
+    derived = {name.rpartition(".")[2] for name, _ in frozen.named_buffers() if name not in frozen.state_dict()}
+    assert derived == {"prepared_weight", "weight_sq_sum"} | ({"winograd_weight"} if winograd.CHANNELS == 1 else set())
+
+
 CHANGES = {
     "loaded": lambda net, other: net.load_state_dict(other.state_dict()),
     "assigned": lambda net, other: net.load_state_dict(other.state_dict(), assign=True),
-    "in place": lambda net, other: [p.copy_(q) for p, q in zip(net.parameters(), other.parameters(), strict=True)],
-    "within data": lambda net, other: [
-        p.data.copy_(q) for p, q in zip(net.parameters(), other.parameters(), strict=True)
+    "changed in place, then moved": lambda net, other: [
+        [p.copy_(q) for p, q in zip(net.parameters(), other.parameters(), strict=True)], net.to("cpu")
     ],
-    "data": lambda net, other: [
-        setattr(p, "data", q.data.clone()) for p, q in zip(net.parameters(), other.parameters(), strict=True)
-    ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
 @torch.no_grad()
-def test_constants_follow_the_weights(generator, plainly, change):
+def test_buffers_follow_the_weights(frozen, plain, change):
     w, other = codes(), freeze(Generator.seeded(1, **TOY))
-    other.noises.load_state_dict(generator.noises.state_dict())
-    before = generator.synthesis(w)
-    CHANGES[change](generator, other)
-    after = generator.synthesis(w)
+    other.noises.load_state_dict(frozen.noises.state_dict())
+    before = frozen.synthesis(w)
+    CHANGES[change](frozen, other)
+    after = frozen.synthesis(w)
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, plainly(generator.synthesis, w), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after, other.synthesis(w), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after, freeze_generator(other).synthesis(w), atol=0, rtol=0)
+    assert torch.equal(plain.synthesis(w), other.synthesis(w)), "the plain form has the new weights too"
 
 
 @torch.no_grad()
-def test_constants_follow_the_precision_and_are_not_saved(generator):
-    w, keys = codes(), list(generator.state_dict())
-    image, plain = generator.synthesis(w), len(pickle.dumps(Generator.seeded(0, **TOY)))
-    assert list(generator.state_dict()) == keys
-    assert len(pickle.dumps(generator)) < 1.3 * plain
-    assert "_kept" not in copy.deepcopy(generator).conv1.conv.__dict__
-    assert generator.double().synthesis(w.double()).dtype == torch.float64
-    torch.testing.assert_close(generator.float().synthesis(w), image)
-
-
-def test_constants_are_computed_once_and_serve_training_after_inference_mode(generator):
-    conv = generator.convs[0].conv
-    with torch.inference_mode():
-        generator.synthesis(codes())
-    first = conv.constants(torch.float32)
-    with_gradient(generator, codes())
-    assert conv.constants(torch.float32) is first
-
-
-def test_a_generator_in_training_is_computed_layer_by_layer(generator, plainly):
-    net = Generator.seeded(0, **TOY)
+def test_buffers_follow_the_precision(frozen):
     w = codes()
-    assert torch.equal(net.train().synthesis(w), plainly(net.synthesis, w))
-    net.train().requires_grad_(False)  # as in the discriminator's half of a step
-    assert torch.equal(net.synthesis(w), plainly(net.synthesis, w))
-    net.requires_grad_(True).eval().synthesis(w).sum().backward()
-    assert all(layer.conv.weight.grad is not None for layer in net.convs)
+    image = frozen.synthesis(w)
+    assert frozen.double().synthesis(w.double()).dtype == torch.float64
+    assert frozen.convs[0].conv.prepared_weight.dtype == frozen.convs[0].conv.weight_sq_sum.dtype == torch.float64
+    torch.testing.assert_close(frozen.float().synthesis(w), image)
+
+
+@pytest.mark.parametrize("remake", COPIES.values(), ids=COPIES)
+@torch.no_grad()
+def test_copies_are_independent(frozen, remake):
+    w, image = codes(), frozen.synthesis(codes())
+    other = remake(frozen)
+    assert torch.equal(other.synthesis(w), image)
+    other.load_state_dict(Generator.seeded(1, **TOY).state_dict())
+    assert not torch.allclose(other.synthesis(w), image) and torch.equal(frozen.synthesis(w), image)
+    assert torch.equal(plain_generator(other).convs[0].conv.weight, other.convs[0].conv.weight)
+
+
+def test_a_pickle_holds_no_buffers(frozen):
+    assert len(pickle.dumps(frozen)) < 1.3 * len(pickle.dumps(Generator.seeded(0, **TOY)))
+
+
+def test_frozen_in_inference_mode_it_serves_training(plain):
+    with torch.inference_mode():
+        frozen = freeze_generator(plain)
+        image = frozen.synthesis(codes())
+    assert torch.equal(with_gradient(frozen, codes())[0], image)
+
+
+def test_the_plain_form_comes_back(frozen, plain, is_frozen):
+    again = plain_generator(frozen)
+    assert [type(layer) for layer in again.modules()] == [type(layer) for layer in plain.modules()]
+    assert torch.equal(again.synthesis(codes()), plain.synthesis(codes())) and is_frozen(again)
+    assert isinstance(frozen.conv1, FrozenStyledConv), "the frozen form stays as it is"
+    again.requires_grad_(True).synthesis(codes()).sum().backward()
+    assert all(layer.conv.weight.grad is not None for layer in again.convs)
+
+
+def test_settings_of_the_frozen_form_go_with_both(frozen):
+    frozen.use_half(16)
+    assert freeze_generator(frozen).half_from == plain_generator(frozen).half_from == 16
+
+
+def test_layers_and_generators_of_others_are_only_frozen(is_frozen):
+    class Own(StyledConv):
+        def forward(self, x, w, noise, clamp=None):
+            return super().forward(x, w, noise, clamp) * 2
+
+    net, other = Generator.seeded(0, **TOY), nn.Linear(2, 2)
+    net.conv1 = Own(16, 16, 32)
+    assert type(freeze_generator(net).conv1) is Own
+    assert freeze_generator(other) is other and is_frozen(other)
+
+
+def test_a_captured_graph_holds_the_weights(frozen, plain):
+    """And not what was computed of them: tracing takes the plain layers."""
+    convolutions = [layer for layer in frozen.modules() if isinstance(layer, ModulatedConv)]
+    assert all(isinstance(layer, FrozenConv) for layer in convolutions)
+    graphs = [torch.jit.trace(lambda w, n=net: n.synthesis(w), codes(), check_trace=False) for net in (frozen, plain)]
+    assert [node.kind() for node in graphs[0].graph.nodes()] == [node.kind() for node in graphs[1].graph.nodes()]
 
 
 def kept(net, w):
@@ -208,12 +271,12 @@ def kept(net, w):
     return sum(size for pointer, size in found.items() if pointer not in own)
 
 
-def test_less_than_half_of_the_memory_is_kept(generator, plainly):
+def test_less_than_half_of_the_memory_is_kept(frozen, plain):
     w = codes(8)
-    assert kept(generator, w) < 0.5 * plainly(kept, generator, w)
+    assert kept(frozen, w) < 0.5 * kept(plain, w)
 
 
-def test_noise_that_needs_a_gradient_gets_one(generator):
-    noise = [torch.randn(1, 1, s, s, requires_grad=True) for s in generator.noise_sides()]
-    generator.synthesis(codes(), noise).sum().backward()
+def test_noise_that_needs_a_gradient_gets_one(frozen):
+    noise = [torch.randn(1, 1, s, s, requires_grad=True) for s in frozen.noise_sides()]
+    frozen.synthesis(codes(), noise).sum().backward()
     assert all(n.grad is not None and n.grad.abs().max() > 0 for n in noise)

@@ -14,7 +14,7 @@ import torch
 
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.check import relative_error
 from psp_lightning.ops.cuda import build as _jit
@@ -37,7 +37,7 @@ def exact() -> Iterator[None]:
 def all_ops(x: torch.Tensor) -> torch.Tensor:
     """Every kernel once, backward included."""
     x = x.detach().requires_grad_()
-    filter = fir_kernel(gain=4).to(x.device)
+    filter = fir_filter(gain=4).to(x.device)
     demod = torch.linspace(0.5, 1.5, x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]).requires_grad_()
     bias = torch.linspace(-1, 1, x.shape[1], device=x.device, requires_grad=True)
     y = modconv_epilogue(x, filter, (1, 1), demod, bias=bias)
@@ -79,7 +79,7 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 
 def test_a_captured_graph_replays_them() -> None:
-    filter = fir_kernel(gain=4).to(CUDA)
+    filter = fir_filter(gain=4).to(CUDA)
     x, bias = torch.randn(2, 16, 33, 33, device=CUDA), torch.randn(16, device=CUDA)
 
     def step() -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_more_elements_than_32_bits_count(order: torch.memory_format) -> None:
     b, c, side = 9, 64, 2048  # 2.4 billion
     if free_bytes() < 5 * b * c * side**2 * 2:
         pytest.skip("needs 25 GB of free GPU memory")
-    filter, bias = fir_kernel((1, 3, 2, 1), gain=4).to(CUDA), torch.linspace(-1, 1, c, device=CUDA)
+    filter, bias = fir_filter((1, 3, 2, 1), gain=4).to(CUDA), torch.linspace(-1, 1, c, device=CUDA)
     demod = torch.linspace(0.5, 1.5, b * c, device=CUDA).view(b, c)
     x = torch.empty(b, c, side, side, dtype=torch.float16, device=CUDA, memory_format=order).normal_()
     assert x.numel() > 2**31
@@ -179,7 +179,7 @@ def test_ref_means_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSP_OPS", "ref")
     x, bias = torch.randn(2, 4, 8, 8, device=CUDA), torch.randn(4, device=CUDA)
     assert torch.equal(fused_leaky_relu(x, bias), bias_act_ref(x, bias, 0.2, 2**0.5))
-    filter = fir_kernel().to(CUDA)
+    filter = fir_filter().to(CUDA)
     assert torch.equal(upfirdn2d(x, filter, padding=(1, 2)), upfirdn2d_ref(x, filter, padding=(1, 2, 1, 2)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.check import BOUNDS, SIZES, away_from, relative_error, run_checks
 from psp_lightning.ops.cuda import launch as _cuda
@@ -19,7 +19,7 @@ from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 DTYPES = tuple(BOUNDS)
 FORMATS = (torch.contiguous_format, torch.channels_last)
-BLUR = fir_kernel((1, 3, 2, 1), gain=4)  # not symmetric, so that a wrong flip shows
+BLUR = fir_filter((1, 3, 2, 1), gain=4)  # not symmetric, so that a wrong flip shows
 FULL = torch.tensor([[1.0, 2, 0, -1], [0, 3, 1, 1], [2, 0, 0, 1], [1, 1, -2, 0]]) / 4
 both_orders = pytest.mark.parametrize("order", FORMATS, ids=["planes", "last"])
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -131,7 +131,7 @@ SETTINGS = [(1, 1, (1, 1)), (1, 1, (2, 1)), (1, 1, (-1, 3)), (2, 1, (2, 1)), (2,
 def compare_upfirdn2d(device, dtype, order, setting, separable, shape):
     up, down, padding = setting
     draw = Draw(device, dtype, order)
-    filter = fir_kernel((1, 3, 2, 1)) if separable else FULL
+    filter = fir_filter((1, 3, 2, 1)) if separable else FULL
     flip, gain = not separable, 1.5
     compare(
         lambda x: upfirdn2d(x, filter.to(device), up, down, padding, flip, gain),

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.ops import dispatch as _dispatch
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.dispatch import registered
 
 
@@ -49,15 +49,15 @@ def test_they_are_what_torch_library_asks_for():
 def test_derivatives_of_the_registered_epilogue():
     inputs = (leaf(2, 2, 3, 4), leaf(2, 2), None, leaf(1), leaf(2))
     with registered():
-        for blur, padding in ((FILTER, (2, 2)), (None, (0, 0))):
-            side = (4, 5) if blur is not None else (3, 4)
+        for fir, padding in ((FILTER, (2, 2)), (None, (0, 0))):
+            side = (4, 5) if fir is not None else (3, 4)
             noise = leaf(1, 1, *side)
             fixed = noise.detach()
 
-            def every(x, d, n, s, b, f=blur, p=padding):
+            def every(x, d, n, s, b, f=fir, p=padding):
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
-            def without_noise_maps(x, d, s, b, n=fixed, f=blur, p=padding):  # the path of one fused pass
+            def without_noise_maps(x, d, s, b, n=fixed, f=fir, p=padding):  # the path of one fused pass
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
             given = (inputs[0], inputs[1], noise, inputs[3], inputs[4])
@@ -194,6 +194,6 @@ def test_plain_path_is_used_on_the_cpu(monkeypatch):
     for name in ("epilogue", "upfirdn2d"):
         monkeypatch.setattr(torch.ops.psp_lightning, name, refuse)
     x = torch.randn(1, 2, 6, 6)
-    upfirdn2d(x, fir_kernel())
+    upfirdn2d(x, fir_filter())
     fused_leaky_relu(x)
-    modconv_epilogue(x, fir_kernel(), (1, 2))
+    modconv_epilogue(x, fir_filter(), (1, 2))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from psp_lightning.models import stylegan2
-from psp_lightning.models.frozen import freeze
+from psp_lightning.inference import frozen as frozen_form
+from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.ops.cpu import frozen_conv, winograd
 from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv
@@ -94,15 +94,15 @@ def test_not_where_products_may_be_of_lower_precision(monkeypatch, precision):
 @pytest.mark.parametrize("second", [False, True])
 def test_styled_layer(second):
     weight = draw(6, 5, 3, 3, seed=1)
-    energy, noise, bias = weight.square().sum((2, 3)), draw(1, 1, 8, 8, seed=3), draw(6, seed=4)
+    weight_sq_sum, noise, bias = weight.square().sum((2, 3)), draw(1, 1, 8, 8, seed=3), draw(6, seed=4)
     found = []
-    for fast in (winograd_weight(weight), None):
+    for transformed in (winograd_weight(weight), None):
         x, style = draw(2, 5, 8, 8).requires_grad_(), draw(2, 5, seed=5).requires_grad_()
-        y = frozen_styled_conv(x, style, weight, energy, noise, bias, fast=fast)
+        y = frozen_styled_conv(x, style, weight, weight_sq_sum, noise, bias, winograd_weight=transformed)
         first = torch.autograd.grad(y.square().sum(), (x, style), create_graph=second)
         more = torch.autograd.grad(first[0].square().sum(), (x, style)) if second else ()
         many = torch.autograd.grad(
-            frozen_styled_conv(x, style, weight, energy, noise, bias, fast=fast),
+            frozen_styled_conv(x, style, weight, weight_sq_sum, noise, bias, winograd_weight=transformed),
             (x, style), draw(3, 2, 6, 8, 8, seed=6), is_grads_batched=True,
         )  # fmt: skip
         found.append([y, *first, *more, *many])
@@ -111,9 +111,8 @@ def test_styled_layer(second):
 
 
 def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
-    """Its layers of 256 channels and more, at 32 px and above, forward and backward; their weights are prepared once,
-    and again when they change."""
-    generator = freeze(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
+    """Its layers of 256 channels and more, at 32 px and above, forward and backward; their weights are prepared when it
+    is frozen, and again when it is loaded."""
     calls, prepared = [], []
 
     def convolve(x, *arguments, **options):
@@ -125,19 +124,21 @@ def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
         return winograd_weight(weight)
 
     monkeypatch.setattr(frozen_conv, "winograd_conv", convolve)
-    monkeypatch.setattr(stylegan2, "winograd_weight", prepare)
+    monkeypatch.setattr(frozen_form, "winograd_weight", prepare)
+    generator = freeze_generator(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
+    layers = len(generator.convs) // 2 + 1  # those that keep the resolution
     w = draw(1, 8, 512).requires_grad_()
     generator.synthesis(w).sum().backward()
-    assert calls == [32, 32] and len(prepared) == 1
-    generator.convs[-1].conv.weight.mul_(2)
+    assert calls == [32, 32] and len(prepared) == layers
+    generator.load_state_dict(generator.state_dict())
     with torch.no_grad():
         generator.synthesis(w)
-    assert calls == [32, 32, 32] and len(prepared) == 2
+    assert calls == [32, 32, 32] and len(prepared) == 2 * layers
 
 
 def test_derivatives_in_forward_mode():
     """For which the products have none: the plain path answers."""
-    generator = freeze(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
+    generator = freeze_generator(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
     w, tangent = draw(1, 8, 512), draw(1, 8, 512, seed=1)
     found = []
     for net, dtype in ((generator, torch.float32), (copy.deepcopy(generator).double(), torch.float64)):
@@ -153,12 +154,3 @@ def test_the_first_call_may_be_under_another_default_device():
     with torch.device("meta"):
         assert all(t.device.type == "cpu" for t in winograd._transforms(False))
     assert all(t.device.type == "cpu" for t in winograd._matrices())
-
-
-def test_copies_of_a_layer_keep_their_own():
-    layer = freeze(Generator.seeded(0, output_size=8, n_mapping=1, channels=[8] * 2)).convs[0].conv
-    layer.constants(torch.float32)
-    other = copy.copy(layer)
-    other.constants(torch.bfloat16)
-    assert layer.__dict__["_kept"] is not other.__dict__["_kept"]
-    assert layer.constants(torch.float32)[0].dtype == torch.float32

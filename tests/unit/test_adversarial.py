@@ -14,7 +14,7 @@ from psp_lightning.data.augment import augment, warp
 from psp_lightning.losses.adversarial import discriminator_loss, generator_loss, path_lengths, r1_penalty
 from psp_lightning.models.discriminator import Discriminator, EqualisedConv, minibatch_std
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modulated_conv2d, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, modulated_convolution, upfirdn2d
 
 
 def double(*shape: int) -> Tensor:
@@ -92,8 +92,8 @@ def test_path_length_is_the_root_mean_square_over_styles() -> None:
     [(1, 1, (0, 0)), (1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)), (2, 2, (1, 2)), (1, 1, (-1, 2))],
 )
 def test_upfirdn2d(up: int, down: int, pad: tuple[int, int]) -> None:
-    kernel = fir_kernel(gain=up**2).double()
-    assert gradgradcheck(lambda x: upfirdn2d(x, kernel, up, down, pad).square(), double(1, 2, 5, 5))
+    fir = fir_filter(gain=up**2).double()
+    assert gradgradcheck(lambda x: upfirdn2d(x, fir, up, down, pad).square(), double(1, 2, 5, 5))
 
 
 def test_fused_leaky_relu() -> None:
@@ -103,9 +103,14 @@ def test_fused_leaky_relu() -> None:
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize(("size", "up"), [(3, False), (3, True), (1, False)])
 def test_modulated_conv2d(size: int, up: bool, demodulate: bool) -> None:
-    blur = fir_kernel(gain=4).double() if up else None
+    fir = fir_filter(gain=4).double() if up else None
     inputs = double(2, 2, 4, 4), double(3, 2, size, size), double(2, 2)
-    assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, demodulate, up, blur), inputs)
+
+    def call(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        x, factor = modulated_convolution(x, w, s, demodulate, up)
+        return modconv_epilogue(x, fir, (1, 1), factor, negative_slope=1, gain=1)
+
+    assert gradgradcheck(call, inputs)
 
 
 def test_minibatch_std() -> None:

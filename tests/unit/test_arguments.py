@@ -79,9 +79,11 @@ STORE = "psp_lightning.data.stores.ToyFacesStore"
     ("node", "said"),
     [
         ({"_target_": STORE, "limit": 0}, r"^data\.limit=0 must be a whole number, at least 1\.$"),
-        ({"_target_": STORE, "sise": 3}, r"data\.train: .*ToyFacesStore"),
+        ({"_target_": STORE, "size": 8, "sise": 3}, r"there is no setting data\.train\.sise\. Did you mean 'size'\?"),
         ({"_target_": "psp_lightning.data.stores.NoStore"}, r"data\.train: .*NoStore"),
         ({"_target_": "builtins.int", "_args_": ["x"]}, r"data\.train: invalid literal"),
+        ({"_target_": "builtins.int", "_args_": [[]]}, r"data\.train: .* not 'list'"),
+        ({"_target_": "pytorch_lightning.callbacks.ModelCheckpoint", "mode": "up"}, r"data\.train: .*mode.* got up"),
         ({"n": 3}, r"data\.train has no _target_: .* data=NAME"),
     ],
 )

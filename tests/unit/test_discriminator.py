@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from psp_lightning.models.discriminator import Discriminator, EqualisedConv, minibatch_std
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.ops import fir_kernel, upfirdn2d
+from psp_lightning.ops import fir_filter, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_ranks_make_the_groups_of_one_process() -> None:
 def test_downsampling_shortcut_is_filter_and_strided_convolution() -> None:
     layer = EqualisedConv(3, 5, 1, down=True, activation=False)
     x = torch.randn(2, 3, 8, 8)
-    blurred = upfirdn2d(x, fir_kernel(), padding=(1, 1))
+    blurred = upfirdn2d(x, fir_filter(), padding=(1, 1))
     expected = F.conv2d(blurred, layer.weight / 3**0.5, stride=2)
     torch.testing.assert_close(layer(x), expected)
 

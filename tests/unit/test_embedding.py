@@ -11,7 +11,6 @@ from psp_lightning.checkpoints.weight_files import save_embedding
 from psp_lightning.loading import load_embedding
 from psp_lightning.losses import IDLoss, LossInputs, PerceptualLoss
 from psp_lightning.models.embedding import ToyFaceEmbedding
-from psp_lightning.models.frozen import is_frozen
 from psp_lightning.utils.errors import UserError
 
 
@@ -50,7 +49,7 @@ def test_sizes_that_do_not_halve_are_refused(size: int) -> None:
         ToyFaceEmbedding(size, (8, 12, 16))
 
 
-def test_perceptual_distance(file: Path) -> None:
+def test_perceptual_distance(file: Path, is_frozen) -> None:
     loss = PerceptualLoss(str(file))
     x, y = images(3), images(3, seed=1)
     assert is_frozen(loss.network)

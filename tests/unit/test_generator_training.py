@@ -12,7 +12,6 @@ from torch import Tensor
 from psp_lightning.lit.callbacks.samples import sample_images, tile
 from psp_lightning.lit.generator import LitGenerator, Recipe
 from psp_lightning.models.discriminator import Discriminator
-from psp_lightning.models.frozen import is_frozen
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
@@ -43,7 +42,7 @@ def attached(module: LitGenerator, trainer: Any) -> LitGenerator:
 # --- averaged weights
 
 
-def test_average_starts_as_the_generator_and_stays_frozen() -> None:
+def test_average_starts_as_the_generator_and_stays_frozen(is_frozen) -> None:
     module = build()
     module.train()
     assert is_frozen(module.average) and module.generator.training

@@ -24,7 +24,6 @@ from psp_lightning.losses import CompositeLoss, LossTerm
 from psp_lightning.losses.identity import IDLoss
 from psp_lightning.losses.l2 import L2Loss
 from psp_lightning.models.encoders import GradualStyleEncoder
-from psp_lightning.models.frozen import is_frozen
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -59,7 +58,7 @@ def trainer(folder: Path, steps: int = 1, callbacks=(), **options) -> pl.Trainer
     )  # fmt: skip
 
 
-def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path) -> None:
+def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path, is_frozen) -> None:
     """Claim: no parameter of a frozen network has a gradient, its buffers are unchanged, it is in eval mode."""
     torch.manual_seed(1)
     torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")

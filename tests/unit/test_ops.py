@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, modconv_epilogue, modulated_conv2d, upfirdn2d
+from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.ops.upfirdn2d import adjoint_padding, upfirdn2d_ref
 
 
@@ -18,8 +18,8 @@ def rand(*shape, seed=0, grad=False):
     return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_(grad)
 
 
-def naive_upfirdn2d(x, kernel, up, down, padding):
-    """Zero insertion, padding, flipped kernel, one output pixel at a time."""
+def naive_upfirdn2d(x, fir, up, down, padding):
+    """Zero insertion, padding, flipped filter, one output pixel at a time."""
     b, c, h, w = x.shape
     wide = x.new_zeros(b, c, h * up, w * up)
     wide[:, :, ::up, ::up] = x
@@ -27,16 +27,22 @@ def naive_upfirdn2d(x, kernel, up, down, padding):
     wide = F.pad(wide, (max(before, 0), max(after, 0), max(before, 0), max(after, 0)))
     top, bottom = max(-before, 0), max(-after, 0)
     wide = wide[:, :, top : wide.shape[2] - bottom, top : wide.shape[3] - bottom]
-    kh, kw = kernel.shape
+    kh, kw = fir.shape
     rows = range(0, wide.shape[2] - kh + 1, down)
     columns = range(0, wide.shape[3] - kw + 1, down)
     out = x.new_zeros(b, c, len(rows), len(columns))
     for (i, r), (j, s) in itertools.product(enumerate(rows), enumerate(columns)):
-        out[:, :, i, j] = (wide[:, :, r : r + kh, s : s + kw] * kernel.flip(0, 1)).sum((2, 3))
+        out[:, :, i, j] = (wide[:, :, r : r + kh, s : s + kw] * fir.flip(0, 1)).sum((2, 3))
     return out
 
 
-def naive_modulated_conv2d(x, weight, style, demodulate, up, blur):
+def modulated_conv2d(x, weight, style, demodulate=True, up=False, fir=None):
+    """The two steps of a modulated convolution together, without noise, bias and activation."""
+    x, factor = modulated_convolution(x, weight, style, demodulate, up)
+    return modconv_epilogue(x, fir, (1, 1), factor, negative_slope=1, gain=1)
+
+
+def naive_modulated_conv2d(x, weight, style, demodulate, up, fir):
     """The weight-side form of the paper: one set of weights for each sample."""
     samples = []
     for one, s in zip(x, style, strict=True):
@@ -45,7 +51,7 @@ def naive_modulated_conv2d(x, weight, style, demodulate, up, blur):
             w = w * (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
         if up:
             y = F.conv_transpose2d(one[None], w.transpose(0, 1), stride=2)
-            y = naive_upfirdn2d(y, blur, 1, 1, (1, 1))
+            y = naive_upfirdn2d(y, fir, 1, 1, (1, 1))
         else:
             y = F.conv2d(one[None], w, padding=w.shape[-1] // 2)
         samples.append(y)
@@ -56,50 +62,50 @@ def naive_modulated_conv2d(x, weight, style, demodulate, up, blur):
 @pytest.mark.parametrize("padding", [(0, 0), (2, 1), (1, 1), (3, 0), (-1, 2)])
 @pytest.mark.parametrize("size", [(7, 9), (8, 8)])
 def test_upfirdn2d_equals_naive(up, down, padding, size):
-    x, kernel = rand(2, 3, *size), rand(4, 4)  # not symmetric, so a wrong flip shows
-    actual = upfirdn2d(x, kernel, up, down, padding)
-    torch.testing.assert_close(actual, naive_upfirdn2d(x, kernel, up, down, padding))
+    x, fir = rand(2, 3, *size), rand(4, 4)  # not symmetric, so a wrong flip shows
+    actual = upfirdn2d(x, fir, up, down, padding)
+    torch.testing.assert_close(actual, naive_upfirdn2d(x, fir, up, down, padding))
 
 
 def test_upfirdn2d_non_contiguous_and_rectangular_kernel():
     x = rand(2, 9, 7, 3).permute(0, 3, 1, 2)
     assert not x.is_contiguous()
     for up in (1, 2):
-        kernel = rand(3, 5)
-        torch.testing.assert_close(upfirdn2d(x, kernel, up, 1, (2, 2)), naive_upfirdn2d(x, kernel, up, 1, (2, 2)))
+        fir = rand(3, 5)
+        torch.testing.assert_close(upfirdn2d(x, fir, up, 1, (2, 2)), naive_upfirdn2d(x, fir, up, 1, (2, 2)))
 
 
 @pytest.mark.parametrize("up, down, padding", [(1, 1, (1, 1)), (2, 1, (2, 1)), (1, 2, (1, 1))])
 def test_upfirdn2d_gradients(up, down, padding):
-    x, kernel = rand(1, 2, 5, 4, grad=True), rand(4, 4)
-    assert gradcheck(lambda x: upfirdn2d(x, kernel, up, down, padding), [x])
-    assert gradgradcheck(lambda x: upfirdn2d(x, kernel, up, down, padding), [x])
+    x, fir = rand(1, 2, 5, 4, grad=True), rand(4, 4)
+    assert gradcheck(lambda x: upfirdn2d(x, fir, up, down, padding), [x])
+    assert gradgradcheck(lambda x: upfirdn2d(x, fir, up, down, padding), [x])
 
 
 @pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2)])
 def test_upfirdn2d_flip_and_gain(up, down):
-    x, kernel = rand(2, 3, 7, 9), rand(4, 4)
-    actual = upfirdn2d(x, kernel, up, down, (2, 1), flip=True, gain=1.5)
-    torch.testing.assert_close(actual, 1.5 * naive_upfirdn2d(x, kernel.flip(0, 1), up, down, (2, 1)))
+    x, fir = rand(2, 3, 7, 9), rand(4, 4)
+    actual = upfirdn2d(x, fir, up, down, (2, 1), flip=True, gain=1.5)
+    torch.testing.assert_close(actual, 1.5 * naive_upfirdn2d(x, fir.flip(0, 1), up, down, (2, 1)))
 
 
 @pytest.mark.parametrize("up, down", [((1, 1), (1, 1)), ((2, 1), (1, 3)), ((3, 2), (2, 1)), ((1, 2), (2, 2))])
 @pytest.mark.parametrize("padding", [(2, 1, 0, 3), (-1, 2, 3, -1)])
 def test_adjoint_padding(up, down, padding):
     """`<upfirdn2d(x), y> = <x, upfirdn2d(y)>` with factors exchanged, the filter turned, and this padding."""
-    x, kernel = rand(1, 2, 8, 7), rand(3, 4)
-    out = upfirdn2d_ref(x, kernel, up, down, padding)
+    x, fir = rand(1, 2, 8, 7), rand(3, 4)
+    out = upfirdn2d_ref(x, fir, up, down, padding)
     y = rand(*out.shape, seed=1)
-    back = adjoint_padding(x.shape[2:], out.shape[2:], up, down, padding, kernel.shape)
-    adjoint = upfirdn2d_ref(y, kernel, down, up, back, flip=True)
+    back = adjoint_padding(x.shape[2:], out.shape[2:], up, down, padding, fir.shape)
+    adjoint = upfirdn2d_ref(y, fir, down, up, back, flip=True)
     assert adjoint.shape == x.shape
     torch.testing.assert_close((out * y).sum(), (x * adjoint).sum())
 
 
 def test_fir_kernel():
-    kernel = fir_kernel(gain=4)
-    assert kernel.shape == (4, 4) and kernel.sum().item() == pytest.approx(4)
-    assert kernel[1, 1].item() == pytest.approx(4 * 9 / 64)
+    fir = fir_filter(gain=4)
+    assert fir.shape == (4, 4) and fir.sum().item() == pytest.approx(4)
+    assert fir[1, 1].item() == pytest.approx(4 * 9 / 64)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 6, 5, 3)])
@@ -120,13 +126,13 @@ def test_fused_leaky_relu_clamp():
 
 @pytest.mark.parametrize("up", [True, False])
 def test_modconv_epilogue_equals_its_steps(up):
-    x, blur = rand(2, 3, 6, 5), rand(4, 4)
+    x, fir = rand(2, 3, 6, 5), rand(4, 4)
     side = (7, 6) if up else (6, 5)
     demod, noise, strength, bias = rand(2, 3), rand(2, 1, *side), rand(1), rand(3)
-    t = naive_upfirdn2d(x, blur, 1, 1, (2, 2)) if up else x
+    t = naive_upfirdn2d(x, fir, 1, 1, (2, 2)) if up else x
     u = t * demod[:, :, None, None] + strength * noise + bias[None, :, None, None]
     expected = (torch.where(u > 0, u, 0.1 * u) * 3).clamp(-2, 2)
-    arguments = (blur, (2, 2)) if up else (None, (0, 0))
+    arguments = (fir, (2, 2)) if up else (None, (0, 0))
     torch.testing.assert_close(modconv_epilogue(x, *arguments, demod, noise, strength, bias, 0.1, 3, 2), expected)
 
 
@@ -139,18 +145,18 @@ def test_modconv_epilogue_needs_the_strength_of_its_noise():
 @pytest.mark.parametrize("up, k", [(True, 3), (False, 3), (False, 1)])
 def test_modulated_conv2d_equals_weight_side_form(demodulate, up, k):
     x, weight, style = rand(3, 4, 5, 7), rand(6, 4, k, k), rand(3, 4)
-    blur = fir_kernel(gain=4).double() if up else None
-    actual = modulated_conv2d(x, weight, style, demodulate, up, blur)
+    fir = fir_filter(gain=4).double() if up else None
+    actual = modulated_conv2d(x, weight, style, demodulate, up, fir)
     assert actual.shape == ((3, 6, 10, 14) if up else (3, 6, 5, 7))
-    torch.testing.assert_close(actual, naive_modulated_conv2d(x, weight, style, demodulate, up, blur))
+    torch.testing.assert_close(actual, naive_modulated_conv2d(x, weight, style, demodulate, up, fir))
 
 
 @pytest.mark.parametrize("up", [True, False])
 def test_modulated_conv2d_gradients(up):
     inputs = [rand(2, 3, 4, 3, grad=True), rand(2, 3, 3, 3, grad=True), rand(2, 3, grad=True)]
-    blur = fir_kernel(gain=4).double() if up else None
-    assert gradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, blur), inputs)
-    assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, blur), inputs)
+    fir = fir_filter(gain=4).double() if up else None
+    assert gradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, fir), inputs)
+    assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, fir), inputs)
 
 
 def test_modulated_conv2d_keeps_a_batch_independent():
@@ -162,11 +168,6 @@ def test_modulated_conv2d_keeps_a_batch_independent():
 
 def test_channels_last_gives_the_same():
     x, weight, style = rand(2, 4, 6, 6), rand(6, 4, 3, 3), rand(2, 4)
-    blur = fir_kernel(gain=4).double()
-    last = modulated_conv2d(x.contiguous(memory_format=torch.channels_last), weight, style, True, True, blur)
-    torch.testing.assert_close(last, modulated_conv2d(x, weight, style, True, True, blur))
-
-
-def test_modulated_conv2d_needs_its_blur():
-    with pytest.raises(ValueError, match="blur"):
-        modulated_conv2d(rand(1, 2, 4, 4), rand(2, 2, 3, 3), rand(1, 2), up=True)
+    fir = fir_filter(gain=4).double()
+    last = modulated_conv2d(x.contiguous(memory_format=torch.channels_last), weight, style, True, True, fir)
+    torch.testing.assert_close(last, modulated_conv2d(x, weight, style, True, True, fir))

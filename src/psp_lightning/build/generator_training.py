@@ -51,14 +51,14 @@ def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Tra
     with naming(cfg, "data"):
         data = ImageDataModule(images, batch, cfg.data.num_workers, cfg.seed)
     model: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)  # type: ignore[assignment]
-    half, half_blocks = model.pop("half"), model.pop("half_blocks")
-    generator, discriminator = build_networks(cfg, size)
-    if (dtype := HALF[choice("model.half", half, HALF)]) is not None:
-        lowest = max(8, size >> (whole("model.half_blocks", half_blocks, 1, 16) - 1))
-        generator.use_half(lowest, dtype)
-        discriminator.use_half(lowest, dtype)
+    dtype = HALF[choice("model.half", model.pop("half"), HALF)]
+    half_blocks = whole("model.half_blocks", model.pop("half_blocks"), 1, 16)
     with naming(cfg, "model"):
         recipe = Recipe(**model)
+    generator, discriminator = build_networks(cfg, size)
+    if dtype is not None:
+        for network in (generator, discriminator):
+            network.use_half(max(8, size >> (half_blocks - 1)), dtype)
     with naming(cfg, "optimizer"):
         module = LitGenerator(
             generator,

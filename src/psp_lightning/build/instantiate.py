@@ -43,12 +43,14 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
         try:
             return hydra.utils.instantiate(plain, _convert_="all", **kwargs)
         except hydra.errors.InstantiationException as error:
+            from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
             cause = error.__cause__
-            if isinstance(cause, UserError | ValueError):
-                raise cause from None
-            if isinstance(cause, TypeError | ImportError | AttributeError | None):
+            if cause is None or isinstance(cause, ImportError | AttributeError):  # the target cannot be found
                 raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-            raise
+            if isinstance(cause, MisconfigurationException):  # Lightning's word for a ValueError
+                raise ValueError(str(cause)) from cause
+            raise cause from None
 
 
 def not_selected(group: str, name: str) -> str:
@@ -68,7 +70,7 @@ def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
         *sections: keys of the mappings that the arguments come from; the first that has the argument gives the name.
 
     Raises:
-        UserError: from an `ArgumentError`, a `ValueError`, or a `TypeError` about an argument that does not exist.
+        UserError: from an `ArgumentError`, a `ValueError` or a `TypeError`.
     """
     try:
         yield
@@ -79,10 +81,9 @@ def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"{sections[-1]}: {error}") from error
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        known = [str(key) for key in OmegaConf.select(cfg, sections[-1]) if key != unknown[1]]
+        if not (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
+            raise UserError(f"{sections[-1]}: {error}") from error
+        known = [str(key) for key in OmegaConf.select(cfg, sections[-1]) if key not in (unknown[1], "_target_")]
         raise UserError(
             f"there is no setting {sections[-1]}.{unknown[1]}.{suggest(unknown[1], known)} All: {', '.join(known)}"
         ) from error

@@ -24,10 +24,10 @@ from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.transforms import load_source
+from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
-from psp_lightning.lit.psp import gather
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, number, whole
@@ -65,20 +65,6 @@ class PredictionPlan:
         path = self.outputs.folder / "latents.safetensors"
         gather_latents(path, [self.outputs.code(index) for index in good])
         return path
-
-
-@dataclass
-class Prediction:
-    """Everything that a rank of a prediction needs."""
-
-    trainer: pl.Trainer
-    module: LitPredictor
-    loader: DataLoader[Any]
-    writer: PredictionWriter
-
-    def gather_records(self) -> list[dict[str, Any]]:
-        """Return the manifest's records of all ranks."""
-        return [record for share in gather(self.writer.records) for record in share]
 
 
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
@@ -180,8 +166,10 @@ def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
             taken.add(path)
 
 
-def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
-    """Build network, inputs of this rank, writer and Trainer.
+def build_prediction(
+    cfg: DictConfig, plan: PredictionPlan
+) -> tuple[pl.Trainer, LitPredictor, DataLoader[Any], PredictionWriter]:
+    """Build Trainer, network, inputs of this rank and writer.
 
     Raises:
         UserError: anything in the checkpoint, the inputs or the settings that a person can mend.
@@ -227,20 +215,21 @@ def build_prediction(cfg: DictConfig, plan: PredictionPlan) -> Prediction:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         Subset(dataset, plan.todo[trainer.global_rank :: world]),
         batch_size=cfg.batch_size,
         num_workers=cfg.num_workers if plan.latents is None else 0,
         collate_fn=collate_inputs,
         pin_memory=torch.cuda.is_available(),
     )
-    return Prediction(trainer, module, loader, writer)
+    return trainer, module, loader, writer
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     """Return the network as the settings of speed want it; autocast takes the plain one."""
     if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
-        return net.to(memory_format=torch.channels_last)
+        net = net.to(memory_format=torch.channels_last)
+        return net if cfg.compile else freeze_psp_generator(net, AUTOCAST.get(cfg.precision))
     return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
 
 

@@ -138,7 +138,7 @@ def build_trainer(
 def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
     """Build the selected callbacks; the last checkpoint comes last, so that it holds the state of the others."""
     callbacks = [EpochStart(), *own]
-    callbacks += [instantiate(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node is not None]
+    callbacks += [instantiate(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar(refresh_rate=1))
     if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):  # what an interrupted run leaves

@@ -15,6 +15,7 @@ from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.build.trainer import Training, build_trainer, prepare, read_resumed
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
+from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
 from psp_lightning.lit.callbacks.fit import AverageBatchNorm
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
@@ -95,7 +96,7 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         checkpoint_units(net.encoder)
     if cfg.model.compile:
         net.encoder.compile()  # in place: the keys of the state dict stay clean
-    return net
+    return freeze_psp_generator(net, AUTOCAST.get(cfg.trainer.precision))
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
@@ -147,6 +148,8 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
     losses = build_losses(cfg)
     net = build_net(cfg, source, data.spec.channels)
     optimizer = instantiate(cfg, "optimizer")
+    with naming(cfg, "optimizer"):
+        optimizer([torch.nn.Parameter(torch.zeros(1))])  # what it refuses is reported before the training starts
     with naming(cfg, "model"):
         module = LitPSP(
             net,

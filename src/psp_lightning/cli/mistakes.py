@@ -97,8 +97,8 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not override '(loss|metric)\.(\w+)(?:\.[\w.]+)?'", text):
         return _unselected(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1]
-        return f"there is no configuration key '{key}'.{_closest_key(key)} All keys: --cfg job; new ones: +{key}=..."
+        key, close = match[1], _closest_key(match[1], error.__cause__)
+        return f"there is no configuration key '{key}'.{close} All keys: --cfg job; new ones: +{key}=..."
     if match := re.search(r"missing EQUAL at|mismatched input|LexerNoViableAlt|token recognition", text):
         return (
             f"{text.splitlines()[0]}\nSettings are written KEY=VALUE; a value with special characters: \"KEY='VALUE'\""
@@ -131,46 +131,30 @@ def _wrong_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _main_config() -> tuple[str, str]:
-    """Return folder and name of the configuration of the command that runs."""
-    from psp_lightning._conf import config_root
-
-    command = os.path.basename(sys.argv[0]).replace("-", "_")
-    if "train_generator" in command:
-        return os.path.join(config_root(), "generator_training"), "train_generator"
-    return config_root(), "predict" if "predict" in command else "train"
-
-
 def _shipped(group: str) -> list[str]:
     """Return the options of a group."""
     from psp_lightning._conf import config_root
 
-    folders = [os.path.join(folder, group) for folder in {config_root(), _main_config()[0]}]
+    folders = [os.path.join(config_root(), group)]
+    if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
+        folders.append(os.path.join(config_root(), "generator_training", group))
     names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
     return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 
 
-def _closest_key(key: str) -> str:
-    """Return the closest existing key, looked up in the configuration that the other arguments give."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+def _closest_key(key: str, error: BaseException | None) -> str:
+    """Return the closest key of the composed configuration, which OmegaConf's error refers to."""
     from omegaconf import OmegaConf
 
-    GlobalHydra.instance().clear()
-    folder, name = _main_config()
-    try:
-        with initialize_config_dir(folder, version_base="1.3"):
-            groups = [item for item in sys.argv[1:] if "=" in item and _shipped(item.partition("=")[0])]
-            cfg = OmegaConf.to_container(compose(name, overrides=groups), resolve=False)
-    except Exception:  # the suggestion is a courtesy: without it the message still names the key
+    node = getattr(error, "parent_node", None)
+    if node is None:
         return ""
-    keys: list[str] = []
+    leaves = flat(OmegaConf.to_container(node._get_root(), resolve=False))
+    return suggest(key, {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)})
 
-    def walk(node: object, prefix: str) -> None:
-        if isinstance(node, dict):
-            for child, value in node.items():
-                keys.append(f"{prefix}{child}")
-                walk(value, f"{prefix}{child}.")
 
-    walk(cfg, "")
-    return suggest(key, keys)
+def flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their dotted keys."""
+    if not isinstance(node, dict):
+        return {key: node}
+    return {k: v for name, value in node.items() for k, v in flat(value, f"{key}.{name}".lstrip(".")).items()}

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
     """Predict the share of this rank; return the manifest's records of all ranks."""
     from psp_lightning.build.prediction import build_prediction
+    from psp_lightning.lit.psp import gather
 
-    prediction = build_prediction(cfg, plan)
-    prediction.trainer.predict(prediction.module, prediction.loader, return_predictions=False)
-    return prediction.gather_records()
+    trainer, module, loader, writer = build_prediction(cfg, plan)
+    trainer.predict(module, loader, return_predictions=False)
+    return [record for share in gather(writer.records) for record in share]
 
 
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="predict")

@@ -10,6 +10,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from psp_lightning.cli.mistakes import flat
 from psp_lightning.cli.settings import flags, is_sweep, quote, quote_paths, split
 from psp_lightning.utils.errors import UserError
 
@@ -100,7 +101,7 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     recorded = run / "config.yaml"
     if not recorded.is_file():
         return []
-    before, now = _flat(yaml.safe_load(recorded.read_text())), _flat(OmegaConf.to_container(cfg, resolve=True))
+    before, now = _settings(yaml.safe_load(recorded.read_text())), _settings(OmegaConf.to_container(cfg, resolve=True))
     keys = sorted({*before, *now} - {"resume", "init_from", "run"})
     if "callbacks.last._target_" not in before:  # recorded by version 0.1.0
         keys = [key for key in keys if (key in before and key in now) or not key.startswith(NEW_KEYS)]
@@ -120,10 +121,9 @@ def record(run: Path, cfg: DictConfig) -> None:
     (run / "overrides.yaml").write_text(yaml.safe_dump(given, allow_unicode=True))
 
 
-def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Return the values of nested mappings by their dotted keys; classes of ours by name, as their modules may move."""
-    if isinstance(node, dict):
-        return {k: v for name, value in node.items() for k, v in _flat(value, f"{key}.{name}".lstrip(".")).items()}
-    if key.endswith("_target_") and str(node).startswith("psp_lightning."):
-        node = node.rpartition(".")[2]
-    return {key: node}
+def _settings(container: Any) -> dict[str, Any]:
+    """Return the values of a configuration by their dotted keys; classes of ours by name, as their modules may move."""
+    return {
+        key: value.rpartition(".")[2] if key.endswith("._target_") and "psp_lightning." in str(value) else value
+        for key, value in flat(container).items()
+    }

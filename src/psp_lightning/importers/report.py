@@ -91,7 +91,7 @@ class Imported:
 
 def channel_table(generator: Generator) -> dict[int, int]:
     """Return the channels by resolution."""
-    widths = {4: generator.input.input.shape[1]}
+    widths = {4: generator.input["input"].shape[1]}
     for i, to_rgb in enumerate(generator.to_rgbs):
         widths[8 << i] = to_rgb.conv.weight.shape[1]  # type: ignore[union-attr,index,assignment]
     return widths

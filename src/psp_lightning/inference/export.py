@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
+from psp_lightning.inference.frozen import plain_generator
 from psp_lightning.inference.model_card import OPSET, PORTS, model_card
 from psp_lightning.loading import load_generator, load_psp
-from psp_lightning.models.half import HalfPrecision
+from psp_lightning.models.layers import HalfPrecision
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
@@ -177,6 +178,7 @@ def export(
         raise UserError("what=encoder has no safetensors file of its own: take what=both, or another format.")
     path, facts = Path(path), dict(facts or {})
     net = copy.deepcopy(net).float().cpu()
+    net.generator = plain_generator(net.generator)
     for module in net.modules():
         if isinstance(module, HalfPrecision):
             module.half_from = None

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psp_lightning.inference.frozen import freeze_generator, plain_generator
 from psp_lightning.models.encoders import StridedConv
-from psp_lightning.models.half import HalfPrecision
 from psp_lightning.models.irse import PReLU
-from psp_lightning.models.layers import EqualisedLinear
+from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 
@@ -27,9 +27,10 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
     encoder: nn.Module = net.encoder
     if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: of a generator alone
         encoder = FusedEncoder(encoder, dtype, pack)
-    generator = copy.deepcopy(net.generator).to(memory_format=torch.channels_last)
+    generator = copy.deepcopy(plain_generator(net.generator)).to(memory_format=torch.channels_last)
     if dtype != torch.float32 and isinstance(generator, HalfPrecision):
         generator.use_half(16, dtype)
+    generator = freeze_generator(generator) if pack else generator
     return PSP(encoder, generator, net.latent_avg, net.start_from_latent_avg, net.source).eval()
 
 

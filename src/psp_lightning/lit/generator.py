@@ -16,7 +16,7 @@ from psp_lightning.data.augment import augment
 from psp_lightning.lit.draws import Draws
 from psp_lightning.losses import adversarial
 from psp_lightning.models.discriminator import Discriminator
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.errors import UserError

@@ -26,6 +26,7 @@ from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.lit.callbacks.grids import source_to_rgb
 from psp_lightning.models.psp import PSP
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil
 
@@ -228,10 +229,9 @@ class PredictionWriter(Callback):
 
 def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON line a record, in the order of the inputs."""
-    part = path.with_suffix(".part")
     lines = ({k: v for k, v in r.items() if k != "index"} for r in sorted(records, key=lambda r: r["index"]))
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def make_inject(

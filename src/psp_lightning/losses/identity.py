@@ -13,8 +13,8 @@ from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.loading import load_embedding
 from psp_lightning.losses.base import face_crop, register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
-from psp_lightning.models.frozen import freeze
 from psp_lightning.models.irse import ArcFaceIRSE
+from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.zoo.locate import find
 

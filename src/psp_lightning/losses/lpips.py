@@ -14,7 +14,7 @@ from torch import Tensor
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.zoo.locate import find
 

@@ -13,7 +13,7 @@ from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.losses.base import register_loss
 from psp_lightning.losses.similarity import SimilarityLoss
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.zoo.locate import find
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from psp_lightning.loading import load_embedding
 from psp_lightning.losses.base import LossInputs, LossTerm, full_precision, register_loss
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 
 
 @register_loss("perceptual")

@@ -31,6 +31,7 @@ class FrechetDistance(Metric):
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
+    features: Callable[[Tensor], Tensor]
 
     def __init__(self, features: Callable[[Tensor], Tensor], size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -13,25 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.models.half import HalfPrecision
-from psp_lightning.models.layers import EqualisedLinear
-from psp_lightning.ops import fir_kernel, fused_leaky_relu, upfirdn2d
+from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.ops import fir_filter, fused_leaky_relu, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 
 class EqualisedConv(nn.Module):
-    """Convolution with an equalised learning rate, "same" padding, optionally with two-fold down-sampling.
+    """Convolution with an equalised learning rate and "same" padding."""
 
-    Args:
-        size: of the kernel, odd.
-        down: low-pass filter and halve the resolution.
-        activation: add a bias and follow with a leaky ReLU.
-    """
-
-    kernel: Tensor
+    fir: Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, size: int, down: bool = False, activation: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,  # side of the kernel, odd
+        down: bool = False,  # low-pass filter and halve the resolution
+        activation: bool = True,  # add a bias and follow with a leaky ReLU
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
@@ -39,15 +37,15 @@ class EqualisedConv(nn.Module):
         self.scale = 1 / math.sqrt(in_channels * size * size)
         self.down = down
         if down:
-            self.register_buffer("kernel", fir_kernel(), persistent=False)
+            self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H, W), or half of H and W; the result is multiplied by `gain`."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W), or to half of H and W, and multiply by `gain`."""
         weight, size = self.weight * self.scale, self.weight.shape[-1]
         if self.down and size == 1:  # the filter commutes with a 1x1 convolution, which then has a quarter of the work
-            x = F.conv2d(upfirdn2d(x, self.kernel, down=2, padding=(1, 1)), weight)
+            x = F.conv2d(upfirdn2d(x, self.fir, down=2, padding=(1, 1)), weight)
         elif self.down:
-            x = upfirdn2d(x, self.kernel, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
+            x = upfirdn2d(x, self.fir, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
             x = F.conv2d(x, weight, stride=2)
         else:
             x = F.conv2d(x, weight, padding=size // 2)
@@ -57,7 +55,7 @@ class EqualisedConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a filtered shortcut, from one resolution to the half of it."""
+    """Two convolutions and a filtered shortcut, from one resolution to half of it."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -71,7 +69,7 @@ class ResidualBlock(nn.Module):
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
-    """Appends one channel: the features' standard deviation over a group of images, averaged to one number a group.
+    """Append one channel: the standard deviation of the features over a group of images, one number for each group.
 
     Args:
         x: (B, C, H, W).
@@ -93,11 +91,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 class Discriminator(HalfPrecision):
     """StyleGAN2's residual discriminator: image to one score, higher is more real.
 
-    Args:
-        input_size: side of the image, a power of two from 8.
-        channel_base, max_channels: a layer at resolution r has `min(max_channels, channel_base // r)` channels.
-        image_channels: 3 for RGB.
-        group: images over which the minibatch standard deviation is taken.
+    A layer at resolution r has `min(max_channels, channel_base // r)` channels.
 
     Raises:
         UserError: for a size that is no power of two, or a count below one.
@@ -105,11 +99,11 @@ class Discriminator(HalfPrecision):
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int,  # side of the image, a power of two from 8
         channel_base: int = 32768,
         max_channels: int = 512,
         image_channels: int = 3,
-        group: int = 4,
+        group: int = 4,  # images over which the minibatch standard deviation is taken
     ) -> None:
         super().__init__()
         if input_size < 8 or input_size & (input_size - 1):
@@ -138,7 +132,7 @@ class Discriminator(HalfPrecision):
         self.score = EqualisedLinear(deep, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, image_channels, input_size, input_size) in [-1, 1] to scores (B,).
+        """Map images (B, image_channels, input_size, input_size) in [-1, 1] to scores (B,).
 
         Raises:
             UserError: when the image has another shape.

@@ -1,8 +1,10 @@
-"""Linear layer with an equalised learning rate."""
+"""What the networks share: the linear layer with an equalised learning rate, half precision, freezing."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +12,13 @@ from torch import Tensor, nn
 
 from psp_lightning.ops import fused_leaky_relu
 
+FLOAT16_LIMIT = 256.0  # published bound of the activations, far inside the range of float16
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 
 class EqualisedLinear(nn.Module):
     """Linear layer whose stored weights have unit variance and are scaled when used.
-
-    Args:
-        in_features, out_features: sizes.
-        bias_init: first value of the (used) bias.
-        lr_multiplier: factor of the effective learning rate of weight and bias.
-        activation: follow with `fused_leaky_relu`.
 
     Source: Karras et al., Progressive GAN (arXiv:1710.10196), section 4.1.
     """
@@ -27,9 +27,9 @@ class EqualisedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias_init: float = 0.0,
-        lr_multiplier: float = 1.0,
-        activation: bool = False,
+        bias_init: float = 0.0,  # first value of the (used) bias
+        lr_multiplier: float = 1.0,  # factor of the effective learning rate of weight and bias
+        activation: bool = False,  # follow with `fused_leaky_relu`
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
@@ -39,8 +39,74 @@ class EqualisedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_features) to (B, out_features)."""
+        """Map (B, in_features) to (B, out_features)."""
         bias = self.bias * self.lr_multiplier
         if self.activation:
             return fused_leaky_relu(F.linear(x, self.weight * self.scale), bias)
         return F.linear(x, self.weight * self.scale, bias)
+
+
+class HalfPrecision(nn.Module):
+    """Base of networks whose blocks from a resolution on may run in bfloat16 or float16.
+
+    Nearly all time and memory goes to these blocks.
+
+    Source: StyleGAN2-ADA (arXiv:2006.06676), appendix D: mixed precision in the four highest resolutions, activations
+    clamped to 256.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half_from: int | None = None
+        self.half_dtype = torch.bfloat16
+
+    def use_half(self, resolution: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Run blocks at `resolution` and above in `dtype`; None: everything in the precision of the weights."""
+        self.half_from, self.half_dtype = resolution, dtype
+
+    def is_half(self, resolution: int) -> bool:
+        """Return whether the block at `resolution` runs in half precision."""
+        return self.half_from is not None and resolution >= self.half_from
+
+    def precision(self, resolution: int, device: torch.device) -> AbstractContextManager[None]:
+        """Return the context in which the block at `resolution` runs."""
+        if not self.is_half(resolution):
+            return torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type))
+        return torch.autocast(device.type, dtype=self.half_dtype)
+
+    def cast(self, x: Tensor, resolution: int) -> Tensor:
+        """Return `x` in the precision of the block."""
+        return x.to(self.half_dtype) if self.is_half(resolution) else x.float() if self.half_from is not None else x
+
+    def bound(self, resolution: int) -> float | None:
+        """Return the bound of the absolute activations, which only float16 blocks have."""
+        return FLOAT16_LIMIT if self.is_half(resolution) and self.half_dtype == torch.float16 else None
+
+    def clamp(self, x: Tensor, resolution: int) -> Tensor:
+        """Return `x` within the bound."""
+        bound = self.bound(resolution)
+        return x if bound is None else x.clamp(-bound, bound)
+
+
+class _StayInEval:
+    """Stands in for `train` of one frozen module. A class and not a closure, so that it can be pickled and copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self.module
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Freeze `module` in place and return it.
+
+    It stays in eval mode: `.train()`, called on it or on a parent, changes neither it nor its submodules, so that
+    BatchNorm statistics stay as they are and dropout stays off. No parameter requires a gradient, so that backward
+    computes none for the weights; gradients still flow through to the input.
+    """
+    module.eval()
+    module.requires_grad_(False)
+    for part in module.modules():
+        part.__dict__["train"] = _StayInEval(part)
+    return module

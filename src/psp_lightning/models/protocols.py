@@ -35,20 +35,16 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
-class RefiningEncoder(Protocol):
+class RefiningEncoder(Encoder, Protocol):
     """An encoder that refines its codes in several passes, see `PSP.encode_delta`.
 
     Attributes:
-        config, in_channels, input_size: see `Encoder`.
         iterations: number of passes.
     """
 
-    config: dict[str, Any]
-    in_channels: int
-    input_size: int
     iterations: int
 
-    def __call__(self, x: Tensor, image: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
         """Map a source and the image (B or 1, 3, output_size, output_size) of the codes so far to what is added to
         these codes, (B, n_styles, style_dim)."""
 

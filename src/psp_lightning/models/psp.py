@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import psp_lightning.models.encoders  # noqa: F401  fills the registry that from_description reads
-from psp_lightning.models.frozen import freeze
+from psp_lightning.models.layers import freeze
 from psp_lightning.models.protocols import EncoderModule, GeneratorModule
 from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Noise
@@ -220,9 +220,10 @@ class PSP(nn.Module):
         Raises:
             UserError: `path` holds no such network; the message says what it holds.
         """
+        from psp_lightning.inference.frozen import freeze_psp_generator
         from psp_lightning.loading import load_psp
 
-        return load_psp(path, device)
+        return freeze_psp_generator(load_psp(path, device))
 
     @classmethod
     def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> PSP:
@@ -237,6 +238,7 @@ class PSP(nn.Module):
         Raises:
             UserError: no network has the name (the message lists them), or its file was changed.
         """
+        from psp_lightning.inference.frozen import freeze_psp_generator
         from psp_lightning.loading import load_pretrained
 
-        return load_pretrained(name, device)
+        return freeze_psp_generator(load_pretrained(name, device))

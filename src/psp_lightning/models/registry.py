@@ -25,29 +25,17 @@ LARGEST = 1 << 20  # number in a description of one of the library's own network
 
 
 def register_encoder(cls: ClassT) -> ClassT:
-    """Class decorator: make an encoder loadable by its class name. `models.protocols.Encoder` is its interface.
-
-    Raises:
-        UserError: another encoder has the name.
-    """
+    """Class decorator: make an encoder loadable by its class name, see `protocols.Encoder`."""
     return register(ENCODERS, cls.__name__, cls)
 
 
 def register_generator(cls: ClassT) -> ClassT:
-    """Class decorator: make a generator loadable by its class name. `models.protocols.Generator` is its interface.
-
-    Raises:
-        UserError: another generator has the name.
-    """
+    """Class decorator: make a generator loadable by its class name, see `protocols.Generator`."""
     return register(GENERATORS, cls.__name__, cls)
 
 
 def register_embedding(cls: ClassT) -> ClassT:
-    """Class decorator: make an embedding loadable by its class name. `models.protocols.Embedding` is its interface.
-
-    Raises:
-        UserError: another embedding has the name.
-    """
+    """Class decorator: make an embedding loadable by its class name, see `protocols.Embedding`."""
     return register(EMBEDDINGS, cls.__name__, cls)
 
 

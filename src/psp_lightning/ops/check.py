@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psp_lightning.ops.bias_act import bias_act_ref, fused_leaky_relu
 from psp_lightning.ops.epilogue import epilogue_ref, modconv_epilogue
-from psp_lightning.ops.upfirdn2d import fir_kernel, upfirdn2d, upfirdn2d_ref
+from psp_lightning.ops.upfirdn2d import fir_filter, upfirdn2d, upfirdn2d_ref
 
 # Largest error in units of the largest absolute value: rounding of products, sums and results. Twice as much
 # is allowed for gradients, which have a second rounding on the way.
@@ -74,7 +74,7 @@ def _cases(
         return torch.randn(*shape, generator=source, dtype=torch.float64)
 
     wide = torch.promote_types(dtype, torch.float32)
-    blur, full = fir_kernel((1, 3, 2, 1), gain=4), draw(4, 4).float() / 4
+    fir, full = fir_filter((1, 3, 2, 1), gain=4), draw(4, 4).float() / 4
     for size in sizes:
         n, c, h, w = size
         shape = "x".join(map(str, size))
@@ -85,7 +85,7 @@ def _cases(
             lambda x, b: bias_act_ref(x, b, 0.2, 2**0.5, BOUND),
         )
         for up, down, padding in ((1, 1, (2, 1)), (2, 1, (2, 1)), (1, 2, (1, 1)), (3, 2, (-1, 4))):
-            for kind, filter in (("separable", blur), ("full", full)):
+            for kind, filter in (("separable", fir), ("full", full)):
                 arguments = ((up, up), (down, down), (*padding, *padding))
                 yield (
                     f"upfirdn2d {kind} up={up} down={down} {shape}",
@@ -95,7 +95,7 @@ def _cases(
                 )
         behind: tuple[tuple[str, Tensor | None, int], ...] = (
             ("", None, 0),
-            ("separable ", blur, 1),
+            ("separable ", fir, 1),
             ("full ", full, 1),
         )
         for kind, chosen, more in behind:

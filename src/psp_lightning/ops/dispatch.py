@@ -1,9 +1,15 @@
-"""Which path a call takes: the registered operator with its CUDA kernel, or plain PyTorch."""
+"""The path of a call, plain PyTorch or a registered operator with its CUDA kernel, and how operators are registered.
+
+An operator is declared to torch.library, so that torch.compile, torch.export and autocast treat it as one step. It has
+an implementation for CPU (plain PyTorch) and CUDA (the kernel, or plain PyTorch where it cannot be built), a fake one
+(only shapes and strides) and a derivative, which is again made of these operators, so that every order exists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +23,7 @@ _forced = False
 
 
 def use_op(x: Tensor) -> bool:
-    """Whether a call with `x` goes to the registered operator. On the CPU never: plain PyTorch, as fast as before.
+    """Return whether a call with `x` goes to the registered operator; on the CPU it never does.
 
     While torch.compile or torch.export trace CUDA tensors the answer does not depend on a build, which would have no
     place in a graph: the operator itself takes the kernel or plain PyTorch when it runs.
@@ -35,32 +41,61 @@ def use_op(x: Tensor) -> bool:
         return False
     if choice() == "ref" or x.dtype not in DTYPES:
         return False
-    if torch.compiler.is_compiling():
-        return True
-    from psp_lightning.ops.cuda.build import kernels  # only where there is a GPU
+    return torch.compiler.is_compiling() or kernels_for(x) is not None
 
-    return kernels() is not None
+
+def kernels_for(x: Tensor) -> Any:
+    """Return the loaded kernels for a CUDA tensor, else None."""
+    if not x.is_cuda or choice() == "ref":
+        return None
+    from psp_lightning.ops.cuda.build import kernels  # only where a GPU exists
+
+    return kernels()
 
 
 def is_captured() -> bool:
-    """Whether a graph is being captured, or torch.func or forward mode differentiates: no place for what is kept
-    between calls, nor for operators without derivatives."""
+    """Return whether a graph is being captured, or torch.func or forward mode differentiates.
+
+    Operators without such derivatives are not used then.
+    """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return True
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x stands for many tensors (vmap, `is_grads_batched`), for which nothing may be written in place."""
+    """Return whether x stands for many tensors (vmap, `is_grads_batched`), which cannot be written to in place."""
     return is_captured() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Within it every call goes to the registered operators, on the CPU too: to test them and to trace them there."""
+    """Send every call within it to the registered operators, on the CPU too: to test them and to trace them there."""
     global _forced
     before, _forced = _forced, True
     try:
         yield
     finally:
         _forced = before
+
+
+def register_op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare `psp_lightning::SCHEMA`, with the decorated function as its implementation on CPU and CUDA."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = "psp_lightning::" + schema.partition("(")[0]
+        torch.library.define(name, "(" + schema.partition("(")[2], tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, ("CPU", "CUDA"), function)
+        return function
+
+    return declare
+
+
+def register_derivative(name: str, setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """Declare the decorated function as the backward of `psp_lightning::name`."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_autograd(f"psp_lightning::{name}", function, setup_context=setup_context)
+        return function
+
+    return declare

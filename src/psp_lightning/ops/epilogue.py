@@ -1,20 +1,23 @@
-"""All that follows the convolution of a styled layer: filter, demodulation, noise, bias, activation, bound."""
+"""What follows the convolution of a styled layer: filter, demodulation, noise, bias, activation, bound."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from psp_lightning.ops.bias_act import bias_act_ref
-from psp_lightning.ops.dispatch import use_op
-from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
+from psp_lightning.ops.cuda import launch
+from psp_lightning.ops.dispatch import kernels_for, register_derivative, register_op, use_op
+from psp_lightning.ops.upfirdn2d import adjoint_padding, filtered_shape, upfirdn2d_ref
 
 
 def modconv_epilogue(
     x: Tensor,
-    blur: Tensor | None = None,
+    fir: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
     demod: Tensor | None = None,
     noise: Tensor | None = None,
@@ -24,19 +27,19 @@ def modconv_epilogue(
     gain: float = math.sqrt(2),
     clamp: float | None = None,
 ) -> Tensor:
-    """`clamp(gain * lrelu(demod * filter(x) + strength * noise + bias))`; on CUDA in one pass over memory.
+    """Compute `clamp(gain * lrelu(demod * filter(x) + strength * noise + bias))`, on CUDA in one pass over memory.
 
     Args:
-        x: (B, C, H, W) float, result of the convolution.
-        blur: (kh, kw) low-pass filter that follows a transposed convolution, applied as by `upfirdn2d`; None: none.
-        padding: of the filter.
-        demod: (B, C), factor of each sample and channel; None: 1.
-        noise: (1 or B, 1, H', W'); None: none.
-        strength: (1,), factor of the noise; required with it.
+        x: (B, C, H, W) float, the result of the convolution.
+        fir: (kh, kw) low-pass filter that follows a transposed convolution, applied as by `upfirdn2d`; None: no filter.
+        padding: padding of the filter.
+        demod: (B, C) factor of each sample and channel; None: 1.
+        noise: (1 or B, 1, H', W'); None: no noise.
+        strength: (1,) factor of the noise; required with it.
         bias: (C,); None: 0.
-        negative_slope: of the leaky ReLU; 1 with `gain=1`: no activation.
-        gain: factor behind the activation.
-        clamp: bound of the result's absolute value; None: none.
+        negative_slope: slope of the leaky ReLU below zero; 1 with `gain=1` is no activation.
+        gain: factor after the activation.
+        clamp: bound of the absolute value of the result; None: no bound.
 
     Returns:
         (B, C, H', W') in x's dtype, where H' = H without a filter. In half precision the CUDA kernel rounds once, at
@@ -46,15 +49,13 @@ def modconv_epilogue(
     """
     if noise is not None and strength is None:
         raise ValueError("modconv_epilogue: noise needs its strength.")
-    learned = blur is not None and blur.requires_grad
+    learned = fir is not None and fir.requires_grad
     if not learned and gain > 0 and negative_slope >= 0 and use_op(x):
-        both = [] if blur is None else [*padding, *padding]
+        both = [] if fir is None else [*padding, *padding]
         bound = -1.0 if clamp is None else clamp
-        return torch.ops.psp_lightning.epilogue(
-            x, blur, both, demod, noise, strength, bias, negative_slope, gain, bound
-        )
-    if blur is not None:
-        x = upfirdn2d_ref(x, blur, padding=(*padding, *padding))
+        return torch.ops.psp_lightning.epilogue(x, fir, both, demod, noise, strength, bias, negative_slope, gain, bound)
+    if fir is not None:
+        x = upfirdn2d_ref(x, fir, padding=(*padding, *padding))
     return epilogue_ref(x, demod, noise, strength, bias, negative_slope, gain, clamp)
 
 
@@ -68,7 +69,7 @@ def epilogue_ref(
     gain: float,
     clamp: float | None,
 ) -> Tensor:
-    """`modconv_epilogue` behind its filter, in plain PyTorch."""
+    """Compute `modconv_epilogue` after its filter, in plain PyTorch."""
     if demod is not None:
         x = x * demod[:, :, None, None].to(x.dtype)
     if noise is not None and strength is not None:
@@ -77,7 +78,7 @@ def epilogue_ref(
 
 
 def act_backward_ref(dy: Tensor, y: Tensor, negative_slope: float, gain: float, clamp: float) -> Tensor:
-    """Gradient of gain, leaky ReLU and clamp (< 0: none), told from their result `y`; linear in `dy`."""
+    """Return the gradient of gain, leaky ReLU and clamp (< 0: no clamp) from their result `y`; it is linear in `dy`."""
     du = torch.where(y > 0, dy * gain, dy * (gain * negative_slope))
     # the bound as y can hold it, since that is what y was clamped to
     return du if clamp < 0 else torch.where(y.abs() < torch.tensor(clamp, dtype=y.dtype), du, torch.zeros_like(du))
@@ -93,11 +94,11 @@ def epilogue_backward_ref(
     gain: float,
     clamp: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the gradient of an epilogue without filter needs in one pass.
+    """Compute in one pass what the gradient of an epilogue without filter needs.
 
     Returns:
-        `demod * du` (B, C, ...) in dy's dtype, `du` being the gradient in front of the activation; and (B, C, 3): its
-        sums over pixels of `du * x`, `du` and `du * noise`, in float32 or wider.
+        `demod * du` (B, C, ...) in dy's dtype, where `du` is the gradient before the activation; and (B, C, 3), sums
+        over pixels of `du * x`, `du` and `du * noise`, in float32 or wider.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     du = (dy if y is None else act_backward_ref(dy, y, negative_slope, gain, clamp)).to(wide)
@@ -108,3 +109,144 @@ def epilogue_backward_ref(
     sums = torch.stack([with_x, flat.sum(2), with_noise], 2)
     g = du if demod is None else du * demod[:, :, None, None].to(wide)
     return g.to(dy.dtype), sums
+
+
+# --- the registered operators
+# act_backward: du = dy * derivative of the activation, computed from its result; linear in dy and its own adjoint
+
+
+@register_op("act_backward(Tensor dy, Tensor y, float slope, float gain, float clamp) -> Tensor")
+def _act_backward(dy: Tensor, y: Tensor, slope: float, gain: float, clamp: float) -> Tensor:
+    if kernels := kernels_for(y):
+        return launch.epilogue_backward(kernels, dy, y, None, None, None, slope, gain, clamp, False)[0]
+    return launch.ordered(act_backward_ref(dy, y, slope, gain, clamp), y)
+
+
+@torch.library.register_fake("psp_lightning::act_backward")
+def _(dy: Tensor, y: Tensor, slope: float, gain: float, clamp: float) -> Tensor:
+    return launch.empty(y, y.shape)
+
+
+def _save_act_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.arguments = inputs[2:]
+
+
+@register_derivative("act_backward", _save_act_backward)
+def _act_backward_backward(ctx: Any, ddu: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    return torch.ops.psp_lightning.act_backward(ddu, y, *ctx.arguments), None, None, None, None
+
+
+# epilogue: clamp(gain * lrelu(demod * filter(x) + strength * noise + bias))
+
+
+@register_op(
+    "epilogue(Tensor x, Tensor? fir, SymInt[] padding, Tensor? demod, Tensor? noise, Tensor? strength, Tensor? bias, "
+    "float slope, float gain, float clamp) -> Tensor"
+)
+def _epilogue(
+    x: Tensor, fir: Tensor | None, padding: Sequence[int], demod: Tensor | None, noise: Tensor | None,
+    strength: Tensor | None, bias: Tensor | None, slope: float, gain: float, clamp: float,
+) -> Tensor:  # fmt: skip
+    if kernels := kernels_for(x):
+        shape = x.shape if fir is None else filtered_shape(x, fir, padding)
+        return launch.epilogue(kernels, x, fir, padding, demod, noise, strength, bias, slope, gain, clamp, shape)
+    y = x if fir is None else upfirdn2d_ref(x, fir, padding=padding)
+    y = epilogue_ref(y, demod, noise, strength, bias, slope, gain, None if clamp < 0 else clamp)
+    y = launch.ordered(y, x)
+    return y.clone() if y is x else y  # an operator must not return its argument
+
+
+@torch.library.register_fake("psp_lightning::epilogue")
+def _(
+    x: Tensor, fir: Tensor | None, padding: Sequence[int], demod: Tensor | None, noise: Tensor | None,
+    strength: Tensor | None, bias: Tensor | None, slope: float, gain: float, clamp: float,
+) -> Tensor:  # fmt: skip
+    return launch.empty(x, x.shape if fir is None else filtered_shape(x, fir, padding))
+
+
+@register_op(
+    "epilogue_backward(Tensor dy, Tensor? y, Tensor? x, Tensor? demod, Tensor? noise, float slope, float gain, "
+    "float clamp, bool sums) -> (Tensor, Tensor)"
+)
+def _epilogue_backward(
+    dy: Tensor, y: Tensor | None, x: Tensor | None, demod: Tensor | None, noise: Tensor | None,
+    slope: float, gain: float, clamp: float, sums: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if kernels := kernels_for(dy):
+        return launch.epilogue_backward(kernels, dy, y, x, demod, noise, slope, gain, clamp, sums)
+    g, total = epilogue_backward_ref(dy, y, x, demod, noise, slope, gain, clamp)
+    g = launch.ordered(g, dy if y is None else y)
+    return g.clone() if g is dy else g, total if sums else total.new_empty(0)
+
+
+@torch.library.register_fake("psp_lightning::epilogue_backward")
+def _(
+    dy: Tensor, y: Tensor | None, x: Tensor | None, demod: Tensor | None, noise: Tensor | None,
+    slope: float, gain: float, clamp: float, sums: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    total = dy.new_empty((dy.shape[0], dy.shape[1], 3) if sums else (0,), dtype=wide)
+    return launch.empty(dy if y is None else y, dy.shape), total
+
+
+def _save_epilogue(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, fir, padding, demod, noise, strength, bias, slope, gain, clamp = inputs
+    active = slope != 1 or gain != 1 or clamp >= 0
+    needed = demod is not None and demod.requires_grad  # x is kept for this alone
+    ctx.save_for_backward(x if needed else None, fir, demod, noise, strength, bias, output if active else None)
+    ctx.padding, ctx.activation, ctx.has_bias = padding, (slope, gain, clamp), bias is not None
+    if fir is not None:
+        one = (1, 1)
+        ctx.adjoint = adjoint_padding(x.shape[2:], output.shape[2:], one, one, padding, fir.shape)
+
+
+@register_derivative("epilogue", _save_epilogue)
+def _epilogue_derivative(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad  # x, fir, padding, demod, noise, strength, bias, ...
+    # A gradient that is differentiated again is composed of operators that are; a gradient of the noise maps is rare.
+    once = not torch.is_grad_enabled() and not need[4]
+    dx, d_demod, d_noise, d_strength, d_bias = (_fused if once else _composed)(ctx, dy, need)
+    return dx, None, None, d_demod, d_noise, d_strength, d_bias, None, None, None
+
+
+def _fused(ctx: Any, dy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    x, fir, demod, noise, strength, bias, y = ctx.saved_tensors
+    step = torch.ops.psp_lightning.epilogue_backward
+    noise = noise if need[5] else None
+    if fir is None:
+        dx, sums = step(dy, y, x, demod, noise, *ctx.activation, need[3] or need[5] or need[6])
+        d_demod = sums[..., 0] if need[3] else None
+    else:
+        du, sums = step(dy, y, None, None, noise, *ctx.activation, need[5] or need[6])
+        dx = torch.ops.psp_lightning.upfirdn2d(du, fir, [1, 1], [1, 1], ctx.adjoint, True, 1.0)
+        d_demod = None
+        if demod is not None:  # sum of du * filter(x) = sum of adjoint filter(du) * x
+            dx, more = step(dx, None, x, demod, None, 1.0, 1.0, -1.0, need[3])
+            d_demod = more[..., 0] if need[3] else None
+    d_strength = sums[..., 2].sum().to(strength.dtype).reshape(strength.shape) if need[5] else None
+    d_bias = sums[..., 1].sum(0).to(bias.dtype) if need[6] else None
+    return dx, None if d_demod is None else d_demod.to(demod.dtype), None, d_strength, d_bias
+
+
+def _composed(ctx: Any, dy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    x, fir, demod, noise, strength, bias, y = ctx.saved_tensors
+    du = dy if y is None else torch.ops.psp_lightning.act_backward(dy, y, *ctx.activation)
+    dx = du if demod is None else du * demod[:, :, None, None].to(du.dtype)
+    if fir is not None:
+        dx = torch.ops.psp_lightning.upfirdn2d(dx, fir, [1, 1], [1, 1], ctx.adjoint, True, 1.0)
+    du = du.to(torch.promote_types(du.dtype, torch.float32))  # sums over a whole map
+    d_demod = d_noise = d_strength = d_bias = None
+    if need[3]:
+        t = x
+        if fir is not None:
+            t = torch.ops.psp_lightning.upfirdn2d(x, fir, [1, 1], [1, 1], ctx.padding, False, 1.0)
+        d_demod = (du * t.to(du.dtype)).sum((2, 3)).to(demod.dtype)
+    if need[4]:
+        d_noise = (du.sum(1, keepdim=True) * strength).sum_to_size(noise.shape).to(noise.dtype)
+    if need[5]:
+        d_strength = (du * noise).sum().to(strength.dtype).reshape(strength.shape)
+    if need[6]:
+        d_bias = du.sum([0, *range(2, du.ndim)]).to(bias.dtype)
+    return dx, d_demod, d_noise, d_strength, d_bias

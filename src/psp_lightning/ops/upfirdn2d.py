@@ -3,94 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psp_lightning.ops.dispatch import use_op
+from psp_lightning.ops.cuda import launch
+from psp_lightning.ops.dispatch import kernels_for, register_derivative, register_op, use_op
 
 
-def fir_kernel(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
-    """Separable low-pass filter: the (n, n) float32 outer product of `taps`, with sum `gain`."""
+def fir_filter(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
+    """Return a separable low-pass filter: the (n, n) float32 outer product of `taps`, with sum `gain`."""
     row = torch.tensor(taps, dtype=torch.float32)
-    kernel = torch.outer(row, row)
-    return kernel / kernel.sum() * gain
+    fir = torch.outer(row, row)
+    return fir / fir.sum() * gain
 
 
 def upfirdn2d(
     x: Tensor,
-    kernel: Tensor,
+    fir: Tensor,
     up: int = 1,
     down: int = 1,
     padding: tuple[int, int] = (0, 0),
     flip: bool = False,
     gain: float = 1.0,
 ) -> Tensor:
-    """Inserts zeros, pads, convolves every channel with `kernel`, keeps every `down`-th pixel.
+    """Insert zeros, pad, convolve every channel with `fir`, and keep every `down`-th pixel.
 
     Args:
         x: (B, C, H, W) float.
-        kernel: (kh, kw), applied as a true convolution (turned by 180 degrees).
+        fir: (kh, kw) filter, applied as a true convolution (turned by 180 degrees).
         up: factor of up-sampling; each pixel is followed by `up - 1` zeros, also the last.
         down: factor of down-sampling.
         padding: zeros before and after, the same for both axes; negative numbers crop.
-        flip: apply the kernel as it is, as a correlation.
+        flip: apply the filter as it is, as a correlation.
         gain: factor of the result.
 
     Returns:
         (B, C, H', W') with `H' = (H * up + sum(padding) - kh) // down + 1`.
 
-    Source: Karras et al., StyleGAN2 (arXiv:1912.04958), released code's operator of this name; values checked
-    against a naive implementation in the tests and, inside the generator, the pSp reference (commit 5cfff38).
+    Source: Karras et al., StyleGAN2 (arXiv:1912.04958), the operator of this name in the released code; values are
+    checked against a naive implementation in the tests and, inside the generator, the pSp reference (commit 5cfff38).
     """
     both = (*padding, *padding)
-    if not kernel.requires_grad and use_op(x):
-        return torch.ops.psp_lightning.upfirdn2d(x, kernel, [up, up], [down, down], both, flip, gain)
-    return upfirdn2d_ref(x, kernel, (up, up), (down, down), both, flip, gain)
+    if not fir.requires_grad and use_op(x):
+        return torch.ops.psp_lightning.upfirdn2d(x, fir, [up, up], [down, down], both, flip, gain)
+    return upfirdn2d_ref(x, fir, (up, up), (down, down), both, flip, gain)
 
 
 def upfirdn2d_ref(
     x: Tensor,
-    kernel: Tensor,
+    fir: Tensor,
     up: Sequence[int] = (1, 1),
     down: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0),
     flip: bool = False,
     gain: float = 1.0,
 ) -> Tensor:
-    """`upfirdn2d` in plain PyTorch, with factors (y, x) and padding (top, bottom, left, right)."""
+    """Compute `upfirdn2d` in plain PyTorch, with factors (y, x) and padding (top, bottom, left, right)."""
     channels = x.shape[1]
-    kernel = kernel.to(x.dtype)
+    fir = fir.to(x.dtype)
     if gain != 1:
-        kernel = kernel * gain
-    kh, kw = kernel.shape
+        fir = fir * gain
+    kh, kw = fir.shape
     top, bottom, left, right = padding
     if up[0] == 1 and up[1] == 1:
-        weight = (kernel if flip else kernel.flip(0, 1)).expand(channels, 1, kh, kw)
+        weight = (fir if flip else fir.flip(0, 1)).expand(channels, 1, kh, kw)
         stride = (down[0], down[1])
         if top == bottom and left == right and top >= 0 and left >= 0:
             return F.conv2d(x, weight, stride=stride, padding=(top, left), groups=channels)
         return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=stride, groups=channels)
-    # A transposed convolution scatters the kernel without computing with the zeros in between. Its result is the full
+    # A transposed convolution scatters the filter without computing with the zeros in between. Its result is the full
     # convolution, from which the padded one is cut out.
-    weight = (kernel.flip(0, 1) if flip else kernel).expand(channels, 1, kh, kw)
+    weight = (fir.flip(0, 1) if flip else fir).expand(channels, 1, kh, kw)
     full = F.conv_transpose2d(x, weight, stride=(up[0], up[1]), groups=channels)  # (B, C, (H-1)*up+kh, (W-1)*up+kw)
     cut = (left - kw + 1, up[1] + right - kw, top - kh + 1, up[0] + bottom - kh)
     out = F.pad(full, cut)
     return out if down[0] == down[1] == 1 else out[:, :, :: down[0], :: down[1]]
 
 
-def output_size(size: int, up: int, down: int, before: int, after: int, taps: int) -> int:
-    """Length of one axis after `upfirdn2d`."""
-    return (size * up + before + after - taps) // down + 1
+def filtered_shape(
+    x: Tensor, fir: Tensor, padding: Sequence[int], up: Sequence[int] = (1, 1), down: Sequence[int] = (1, 1)
+) -> list[int]:
+    """Return the shape of `upfirdn2d`'s result."""
+    sides = [
+        (x.shape[2 + axis] * up[axis] + sum(padding[2 * axis : 2 * axis + 2]) - fir.shape[axis]) // down[axis] + 1
+        for axis in (0, 1)
+    ]
+    return [*x.shape[:2], *sides]
 
 
 def adjoint_padding(
     size: Sequence[int], out: Sequence[int], up: Sequence[int], down: Sequence[int], padding: Sequence[int],
     taps: Sequence[int],
 ) -> list[int]:  # fmt: skip
-    """Padding (top, bottom, left, right) with which `upfirdn2d` is its own adjoint, factors exchanged, filter flipped.
+    """Return the padding (top, bottom, left, right) with which `upfirdn2d` is its own adjoint, with its factors
+    exchanged and its filter flipped.
 
     With `out[o] = sum_i f[i] z[o * down + i - p]` the adjoint sends `o` to the `r` with `r * up = o * down + i - p`,
     for each tap i. As a filter over the zero-inserted output, at `v = o * down = r * up + j - q`, it has
@@ -102,3 +111,40 @@ def adjoint_padding(
         after = (size[axis] - 1) * up[axis] - out[axis] * down[axis] + 1 + padding[2 * axis]
         result += [before, after]
     return result
+
+
+# --- the registered operator: a linear map, whose adjoint is one of the same kind
+
+
+@register_op(
+    "upfirdn2d(Tensor x, Tensor fir, SymInt[] up, SymInt[] down, SymInt[] padding, bool flip, float gain) -> Tensor"
+)
+def _op(
+    x: Tensor, fir: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip: bool, gain: float
+) -> Tensor:
+    if kernels := kernels_for(x):
+        shape = filtered_shape(x, fir, padding, up, down)
+        return launch.upfirdn2d(kernels, x, fir, up, down, padding, flip, gain, shape)
+    return launch.ordered(upfirdn2d_ref(x, fir, up, down, padding, flip, gain), x)
+
+
+@torch.library.register_fake("psp_lightning::upfirdn2d")
+def _(
+    x: Tensor, fir: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip: bool, gain: float
+) -> Tensor:
+    return launch.empty(x, filtered_shape(x, fir, padding, up, down))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, fir, up, down, padding, flip, gain = inputs
+    ctx.save_for_backward(fir)
+    ctx.arguments = (up, down, flip, gain)
+    ctx.padding = adjoint_padding(x.shape[2:], output.shape[2:], up, down, padding, fir.shape)
+
+
+@register_derivative("upfirdn2d", _save)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (fir,) = ctx.saved_tensors
+    up, down, flip, gain = ctx.arguments
+    dx = torch.ops.psp_lightning.upfirdn2d(dy, fir, down, up, ctx.padding, not flip, gain)
+    return dx, None, None, None, None, None, None

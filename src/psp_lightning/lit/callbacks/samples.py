@@ -27,7 +27,7 @@ def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0,
         psi: truncation towards the mean w of 10,000 draws.
     """
     source = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, generator.z_dim, generator=source).to(generator.input.input)
+    z = torch.randn(n, generator.z_dim, generator=source).to(generator.input["input"])
     centre = generator.latent_average(10_000) if psi != 1 else None
     return torch.cat([generator(part, psi, centre).cpu() for part in z.split(batch)])
 

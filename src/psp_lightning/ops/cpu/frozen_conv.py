@@ -1,9 +1,9 @@
-"""Styled layers whose weights are constant, on the CPU: few passes over memory, one tensor kept for the backward pass.
+"""Styled layers with constant weights on the CPU: few passes over memory, and one tensor kept for the backward pass.
 
 A layer gives `y = gain * lrelu(demod * filter(conv(x * style)) + noise + bias)`. Composed of separate operators it
-keeps five tensors of the size of y for its derivative. With constant weights y and x are enough: the sign of the
-activation is y's, and what the derivative of `demod` sums up, `demod * filter(conv(...))`, is y without activation,
-noise and bias. x is the y of the layer before.
+keeps five tensors of the size of y for its derivative. With constant weights y and x are enough: y has the sign of the
+activation, and `demod * filter(conv(...))`, which the derivative of `demod` sums up, is y without activation, noise and
+bias. x is the y of the layer before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from psp_lightning.ops.cpu.slices import slices
 from psp_lightning.ops.cpu.winograd import winograd_conv
 from psp_lightning.ops.dispatch import is_batched
-from psp_lightning.ops.modulated_conv import demodulation_from_energy
+from psp_lightning.ops.modulated_conv import demodulation
 from psp_lightning.ops.upfirdn2d import adjoint_padding, upfirdn2d_ref
 
 
@@ -25,37 +25,36 @@ def frozen_styled_conv(
     x: Tensor,
     style: Tensor,
     weight: Tensor,
-    energy: Tensor,
+    weight_sq_sum: Tensor,
     noise: Tensor,
     bias: Tensor,
-    blur: Tensor | None = None,
+    fir: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
     negative_slope: float = 0.2,
     gain: float = 2**0.5,
-    fast: Tensor | None = None,
+    winograd_weight: Tensor | None = None,
 ) -> Tensor:
-    """A whole styled layer; differentiable, to any order, by x and style alone.
+    """Compute a whole styled layer; only x and style have derivatives, of any order.
 
     Args:
         x: (B, I, H, W) float.
-        style: (B, I) float32 or wider, scale of each input channel, the equalised learning rate included.
-        weight: in x's dtype, (O, I, k, k), or with `blur` that of a transposed convolution, (I, O, k, k).
-        energy: (O, I) in style's dtype, sums over the taps of the squared weights.
+        style: (B, I) float32 or wider, scale of each input channel, including the equalised learning rate.
+        weight: (O, I, k, k) in x's dtype; with `fir` the weight of a transposed convolution, (I, O, k, k).
+        weight_sq_sum: (O, I) in style's dtype, squared weights summed over the taps.
         noise: (1 or B, 1, H', W'), multiplied by its strength.
         bias: (O,).
-        blur: low-pass filter behind a transposed convolution of stride two; None: an ordinary convolution.
-        padding: of the filter.
-        negative_slope: of the leaky ReLU, above zero.
-        gain: factor behind the activation, above zero.
-        fast: `winograd_weight(weight)`, with which an ordinary convolution is `winograd_conv`; not used with `blur`.
+        fir: low-pass filter after a transposed convolution of stride two; None: an ordinary convolution.
+        padding: padding of the filter.
+        negative_slope: slope of the leaky ReLU below zero, positive.
+        gain: factor after the activation, positive.
+        winograd_weight: `winograd_weight(weight)`, with which an ordinary convolution is computed by `winograd_conv`.
 
     Returns:
-        (B, O, H, W), or (B, O, 2H, 2W) with `blur` and its padding; in x's dtype.
+        (B, O, H, W), or (B, O, 2H, 2W) with `fir` and its padding; in x's dtype.
 
     Source: StyleGAN2 (arXiv:1912.04958), figure 2, section 2.2, equations 1 and 3, appendix B.
     """
-    fast = fast if blur is None else None
-    arguments = (x, style, weight, energy, noise, bias, blur, fast, padding, negative_slope, gain)
+    arguments = (x, style, weight, weight_sq_sum, noise, bias, fir, winograd_weight, padding, negative_slope, gain)
     if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
         return _FrozenStyledConv.apply(*arguments)  # type: ignore[no-any-return]
     return _forward(*arguments)
@@ -65,28 +64,28 @@ def _convolve(
     x: Tensor,
     style: Tensor,
     weight: Tensor,
-    energy: Tensor,
-    blur: Tensor | None,
+    weight_sq_sum: Tensor,
+    fir: Tensor | None,
     padding: tuple[int, int],
-    fast: Tensor | None = None,
+    winograd_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The filtered convolution, and the factors that demodulate it."""
+    """Return the filtered convolution, and the factors that demodulate it."""
     x = x * style[:, :, None, None].to(x.dtype)
-    if fast is not None:
-        x = winograd_conv(x, fast)
-    elif blur is None:
+    if winograd_weight is not None:
+        x = winograd_conv(x, winograd_weight)
+    elif fir is None:
         x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     else:
-        x = upfirdn2d_ref(F.conv_transpose2d(x, weight, stride=2), blur, padding=(*padding, *padding))
-    return x, demodulation_from_energy(energy, style)
+        x = upfirdn2d_ref(F.conv_transpose2d(x, weight, stride=2), fir, padding=(*padding, *padding))
+    return x, demodulation(weight_sq_sum, style)
 
 
 def _forward(
-    x: Tensor, style: Tensor, weight: Tensor, energy: Tensor, noise: Tensor, bias: Tensor, blur: Tensor | None,
-    fast: Tensor | None, padding: tuple[int, int], negative_slope: float, gain: float,
+    x: Tensor, style: Tensor, weight: Tensor, weight_sq_sum: Tensor, noise: Tensor, bias: Tensor, fir: Tensor | None,
+    winograd_weight: Tensor | None, padding: tuple[int, int], negative_slope: float, gain: float,
 ) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        y, demod = _convolve(x, style, weight, energy, blur, padding, fast)
+        y, demod = _convolve(x, style, weight, weight_sq_sum, fir, padding, winograd_weight)
         # The gain commutes with the leaky ReLU: on the factors it costs nothing. In place, because fresh memory costs
         # more than the arithmetic.
         factor, noise, bias = (demod * gain)[:, :, None, None], noise * gain, (bias * gain)[:, None, None]
@@ -113,21 +112,21 @@ class _FrozenStyledConv(torch.autograd.Function):
 
 
 def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
-    x, style, weight, energy, noise, bias, blur, fast, y = saved
+    x, style, weight, weight_sq_sum, noise, bias, fir, winograd_weight, y = saved
     padding, slope, gain = settings
-    demod = demodulation_from_energy(energy, style)
+    demod = demodulation(weight_sq_sum, style)
     du, sums = _before_activation(dy, y, noise * gain, bias * gain, demod * gain, slope, need[1])
-    if fast is not None and not is_batched(dy):
-        dx = winograd_conv(du, fast, adjoint=True)
-    elif blur is None:
+    if winograd_weight is not None and not is_batched(dy):
+        dx = winograd_conv(du, winograd_weight, adjoint=True)
+    elif fir is None:
         dx = F.conv_transpose2d(du, weight, padding=weight.shape[-1] // 2)
     else:
         size = [2 * (side - 1) + weight.shape[-1] for side in x.shape[2:]]
-        adjoint = adjoint_padding(size, dy.shape[2:], (1, 1), (1, 1), (*padding, *padding), blur.shape)
-        du = upfirdn2d_ref(du, blur, padding=adjoint, flip=True)
+        adjoint = adjoint_padding(size, dy.shape[2:], (1, 1), (1, 1), (*padding, *padding), fir.shape)
+        du = upfirdn2d_ref(du, fir, padding=adjoint, flip=True)
         dx = F.conv2d(du, weight, stride=2)
     del du
-    d_style = None if sums is None else -(sums * demod.square()) @ energy * style
+    d_style = None if sums is None else -(sums * demod.square()) @ weight_sq_sum * style
     factor = style[:, :, None, None].to(dx.dtype)
     if is_batched(dy):
         if d_style is not None:
@@ -143,11 +142,11 @@ def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor
 def _before_activation(
     dy: Tensor, y: Tensor, noise: Tensor, bias: Tensor, factor: Tensor, slope: float, with_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient in front of the demodulation, and (B, C) sums over pixels for the demodulation's own.
+    """Return the gradient before the demodulation, and (B, C) sums over pixels for the gradient of the demodulation.
 
-    These are sums of du * gain * demod * conv, where du is the gradient in front of gain and activation: of du times
-    the activation's argument, which is dy * y, less noise and bias. Slice by slice: what lies between two passes stays
-    in the processor's cache, and half precision is widened there.
+    These are sums of du * gain * demod * conv, where du is the gradient before gain and activation: du times the
+    argument of the activation, which is dy * y, less noise and bias. It works slice by slice: what lies between two
+    passes stays in the cache of the processor, and half precision is widened there.
     """
     wide = factor.dtype
     factor = factor[:, :, None, None]
@@ -173,10 +172,10 @@ def _before_activation(
 
 
 def _composed(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The same of operators that have a derivative again."""
-    x, style, weight, energy, noise, bias, blur, *_ = saved
+    """Return the same, composed of operators that have a derivative again."""
+    x, style, weight, weight_sq_sum, noise, bias, fir, *_ = saved
     padding, slope, gain = settings
-    y, demod = _convolve(x, style, weight, energy, blur, padding)
+    y, demod = _convolve(x, style, weight, weight_sq_sum, fir, padding)
     y = y * demod[:, :, None, None].to(y.dtype) + noise.to(y.dtype) + bias[:, None, None].to(y.dtype)
     y = F.leaky_relu(y, slope) * gain
     wanted = [t for t, needed in zip((x, style), need[:2], strict=True) if needed]
@@ -185,7 +184,7 @@ def _composed(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor 
 
 
 def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
-    """1x1 convolution without demodulation, the style on its few weights and not on the many activations.
+    """Convolve 1x1 without demodulation, with the style on the few weights and not on the many activations.
 
     Args:
         x: (B, I, H, W) float.
@@ -193,7 +192,7 @@ def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
         weight: (O, I, 1, 1).
 
     Returns:
-        (B, O, H, W) in x's dtype and order in memory.
+        (B, O, H, W) in x's dtype and memory order.
     """
     weight = (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)  # (B, O, I)
     with torch.autocast(x.device.type, enabled=False):
@@ -206,7 +205,7 @@ def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
 
 
 class _RowProduct(torch.autograd.Function):
-    """`rows @ weight^T` of batches, whose gradient of the weight is the product that is fast for three long columns."""
+    """`rows @ weight^T` of batches; the gradient of the weight is the product that is fast for three long columns."""
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:

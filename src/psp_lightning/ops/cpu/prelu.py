@@ -13,14 +13,14 @@ from psp_lightning.ops.dispatch import is_batched, is_captured
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.prelu`, on the CPU with a derivative in slices of the input.
+    """Return `F.prelu(x, weight)`; in training on the CPU the derivative is computed in slices of the input.
 
     Args:
         x: (B, C, ...) float.
-        weight: (C,), slope below zero of each channel.
+        weight: (C,), the slope below zero of each channel.
 
     Returns:
-        As x.
+        Shape and dtype of x.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fits = x.ndim == 4 and len(weight) == x.shape[1] and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
@@ -42,7 +42,7 @@ class _PReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         slope = weight[:, None, None]
-        if torch.is_grad_enabled() or is_batched(dy):  # a derivative of this one is wanted, or many at once
+        if torch.is_grad_enabled() or is_batched(dy):  # to be differentiated again, or for many dy at once
             below = torch.where(x > 0, 0, dy)
             dx, dw = dy + below * (slope.to(x.dtype) - 1), (below * x).sum((0, 2, 3))
             return dx, dw.to(weight.dtype)

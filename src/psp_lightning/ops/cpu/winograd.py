@@ -28,18 +28,24 @@ CHANNELS, TILES = 256, 64  # from which it was measured to be faster than oneDNN
 NUMBERS = 1 << 22  # of transformed tiles at a time: less makes the products slow, more falls out of the cache
 
 
+def suits_winograd(weight: Tensor) -> bool:
+    """Return whether `winograd_conv` was made for a weight (O, I, k, k) of this kind and size."""
+    wide = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS
+    return wide and weight.dtype == torch.float32 and weight.device.type == "cpu" and has_onednn()
+
+
 def winograd_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (B, I, H, W) and weight (O, I, k, k) are of a kind and size for which `winograd_conv` was made."""
-    if x.ndim != 4 or not x.dtype == weight.dtype == torch.float32 or not x.device.type == weight.device.type == "cpu":
+    """Return whether `winograd_conv` was measured to be faster for x (B, I, H, W) and weight (O, I, k, k)."""
+    if x.ndim != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or not suits_winograd(weight):
         return False
     batch, _, height, width = x.shape
-    sizes = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS and height % 4 == width % 4 == 0
-    return sizes and batch * height * width >= 16 * TILES and has_onednn() and _is_exact() and not is_captured()
+    fits = height % 4 == width % 4 == 0 and batch * height * width >= 16 * TILES
+    return fits and _is_exact() and not is_captured()
 
 
 def _is_exact() -> bool:
-    """Whether products are in full precision. PyTorch's setting of a lower one does not touch convolutions, and its
-    errors would grow here."""
+    """Return whether products are in full precision. PyTorch's setting of a lower one does not concern convolutions,
+    and its errors would grow here."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set for each backend, which this function of PyTorch's does not answer
@@ -47,14 +53,14 @@ def _is_exact() -> bool:
 
 
 def winograd_weight(weight: Tensor) -> Tensor:
-    """(O, I, 3, 3) to what `winograd_conv` takes, (36, O, I): four times as many numbers."""
+    """Transform (O, I, 3, 3) to what `winograd_conv` takes, (36, O, I): four times as many numbers."""
     g = _matrices()[1]
     taps = weight.permute(2, 3, 0, 1).reshape(9, -1)
     return product(torch.kron(g, g).to(taps), taps).view(36, *weight.shape[:2])
 
 
 def winograd_conv(x: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
-    """`F.conv2d(x, w, padding=1)`, or its derivative by the source, `F.conv_transpose2d(x, w, padding=1)`.
+    """Compute `F.conv2d(x, w, padding=1)`, or its derivative by x, `F.conv_transpose2d(x, w, padding=1)`.
 
     Args:
         x: (B, I, H, W) float32, or with `adjoint` (B, O, H, W); H and W are multiples of four.
@@ -62,7 +68,7 @@ def winograd_conv(x: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
         adjoint: convolve with the weights turned round, from O channels to I.
 
     Returns:
-        (B, O, H, W), or (B, I, H, W), in channels_last order; no derivative.
+        (B, O, H, W), or (B, I, H, W), in channels_last order; it has no derivative.
     """
     into, back = _transforms(adjoint)
     matrices = weight if adjoint else weight.transpose(1, 2)  # (36, channels of x, channels of the result)
@@ -80,7 +86,7 @@ def winograd_conv(x: Tensor, weight: Tensor, adjoint: bool = False) -> Tensor:
 
 
 def _few(windows: Tensor, channels: int) -> list[tuple[slice, ...]]:
-    """Indices of some images, or of some rows of tiles of one."""
+    """Return indices of some images, or of some rows of tiles of one."""
     _, _, batch, rows, columns, _ = windows.shape
     step = max(1, NUMBERS // (36 * channels * columns))
     images, rest = max(1, step // rows), min(step, rows)
@@ -94,10 +100,12 @@ def _few(windows: Tensor, channels: int) -> list[tuple[slice, ...]]:
 
 @cache
 def _matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """A (6, 4), G (6, 3) and B (6, 6) in float64: `A^T ((G g) * (B d))` is `[sum(d[i : i + 3] * g) for i in range(4)]`.
+    """Return A (6, 4), G (6, 3) and B (6, 6) in float64.
+
+    `A^T ((G g) * (B d))` is `[sum(d[i : i + 3] * g) for i in range(4)]`.
 
     By the theorem of Toom and Cook, transposed: A and G evaluate polynomials at the points, B has the coefficients of
-    those that interpolate.
+    the polynomials that interpolate.
     """
     a = [[p**i for i in range(4)] for p in POINTS] + [[0.0, 0.0, 0.0, 1.0]]
     scale = [prod(p - q for q in POINTS if q != p) for p in POINTS]
@@ -109,7 +117,7 @@ def _matrices() -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def _transforms(adjoint: bool) -> tuple[Tensor, Tensor]:
-    """What takes the 36 pixels of a tile to its transform, and a transform to the 16 results.
+    """Return the matrices that take the 36 pixels of a tile to its transform, and a transform to the 16 results.
 
     A convolution with weights turned round is one with tiles turned round, source and result.
     """

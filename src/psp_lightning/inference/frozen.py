@@ -1,0 +1,199 @@
+"""The fast form of a generator whose weights stay as they are.
+
+What depends only on the weights is computed once and kept: the weights in the type and order that a convolution takes,
+the sums of their squares, and on the CPU in float32 their Winograd transforms. There a styled layer is one autograd
+function, which keeps one tensor for its derivative and not five (`ops/cpu/frozen_conv.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.models.layers import freeze
+from psp_lightning.models.protocols import GeneratorModule
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import FIR_PADDING, Generator, ModulatedConv, StyledConv, ToRGB
+from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
+from psp_lightning.ops.cpu.winograd import suits_winograd, winograd_pays, winograd_weight
+from psp_lightning.ops.dispatch import is_captured, use_op
+from psp_lightning.ops.modulated_conv import modulated_convolution
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # type of autocast by Lightning's precision
+
+
+def freeze_generator(generator: nn.Module, dtype: torch.dtype | None = None) -> GeneratorModule:
+    """Return a generator in a form that computes faster, with the same class, state-dict keys and methods.
+
+    The new module shares the parameters and buffers, which are frozen. What it derives from the weights is computed
+    again when it loads a state dict, is moved or cast. It is not when a weight changes in another way, so nobody may do
+    that; `plain_generator` gives the form for it.
+
+    Args:
+        generator: a `Generator`; another network is only frozen. A frozen form is prepared anew.
+        dtype: the type in which autocast will compute. None means that of the weights, and from the resolution of
+            `use_half` on that of `use_half`. Calls in another type, and captured graphs, use the plain layers.
+    """
+
+    def frozen(layer: nn.Module, resolution: int) -> nn.Module:
+        half = generator.is_half(resolution)  # type: ignore[operator]
+        return _frozen_layer(layer, generator.half_dtype if half else dtype)  # type: ignore[arg-type]
+
+    return _with_layers(plain_generator(generator), frozen)
+
+
+def plain_generator(generator: nn.Module) -> GeneratorModule:
+    """Return the plain form of what `freeze_generator` returned: the same parameters, still frozen.
+
+    Graphs that are compiled or exported, and weights that are trained again, need it.
+    """
+    return _with_layers(generator, lambda layer, _: getattr(layer, "plain", (layer,))[0])
+
+
+def freeze_psp_generator(net: PSP, dtype: torch.dtype | None = None) -> PSP:
+    """Put the frozen form of its generator into `net` and return `net`; see `freeze_generator`."""
+    net.generator = freeze_generator(net.generator, dtype)
+    return net
+
+
+def _with_layers(generator: nn.Module, change: Callable[[nn.Module, int], nn.Module]) -> GeneratorModule:
+    """Return a frozen copy, one level deep, in which `change(layer, resolution)` stands for each layer."""
+    if not isinstance(generator, Generator):
+        return cast(GeneratorModule, freeze(generator))
+    other = copy.copy(generator)
+    other._modules = dict(generator._modules)
+    other.__dict__.pop("train", None)  # of the one that was copied
+    other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
+    other.convs = nn.ModuleList(change(layer, 8 << i // 2) for i, layer in enumerate(generator.convs))
+    other.to_rgbs = nn.ModuleList(change(layer, 8 << i) for i, layer in enumerate(generator.to_rgbs))
+    return cast(GeneratorModule, freeze(other))
+
+
+def _frozen_layer(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return the frozen form of a layer; a class that a user derived may compute anything and stays as it is."""
+    if type(layer) not in (StyledConv, ToRGB):
+        return layer
+    frozen = FrozenStyledConv.__new__(FrozenStyledConv) if type(layer) is StyledConv else ToRGB.__new__(ToRGB)
+    _share(frozen, layer)
+    frozen._modules["conv"] = FrozenConv(layer.conv, dtype)  # type: ignore[arg-type]
+    frozen.__dict__["plain"] = (layer,)  # not a submodule
+    return frozen
+
+
+def _share(frozen: nn.Module, plain: nn.Module) -> None:
+    """Initialise `frozen` with what `plain` holds. Both have one dict of parameters, so that they stay equal also where
+    PyTorch replaces a parameter."""
+    nn.Module.__init__(frozen)
+    frozen.__dict__ = {**plain.__dict__, **frozen.__dict__, "_parameters": plain._parameters}
+    frozen._modules = dict(plain._modules)
+    frozen.__dict__.pop("train", None)
+
+
+class FrozenConv(ModulatedConv):
+    """A modulated convolution with constant weights.
+
+    Buffers, which are not saved:
+        prepared_weight: the weight in the type that was chosen, (O, I, k, k), or (I, O, k, k) to up-sample.
+        weight_sq_sum: (O, I), squared weights summed over the taps, float32 or wider.
+        winograd_weight: (36, O, I) float32, see `winograd_weight`; None where it has no use.
+    """
+
+    prepared_weight: Tensor
+    weight_sq_sum: Tensor
+    winograd_weight: Tensor | None
+
+    def __init__(self, plain: ModulatedConv, dtype: torch.dtype | None) -> None:
+        _share(self, plain)
+        self.dtype = dtype
+        self.prepare()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Compute the buffers from the weight."""
+        weight, up = self.weight, self.blur is not None
+        with torch.autocast(weight.device.type, enabled=False):
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            prepared = weight.detach().to(self.dtype or weight.dtype)
+            transform = not up and prepared.dtype == torch.float32 and suits_winograd(weight)
+            buffers = {
+                "prepared_weight": prepared.transpose(0, 1).contiguous() if up else prepared,
+                "weight_sq_sum": wide.square().sum((2, 3)),
+                "winograd_weight": winograd_weight(weight) if transform else None,
+            }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def serves(self, x: Tensor) -> bool:
+        """Return whether the buffers fit a call with x."""
+        return not is_captured() and active_dtype(x) == self.prepared_weight.dtype
+
+    def style(self, w: Tensor) -> Tensor:
+        """Return the scale of each input channel (B, in_channels) with the equalised learning rate in it, which is
+        cheaper than to scale the weights."""
+        with torch.autocast(w.device.type, enabled=False):
+            style = self.modulation(w.to(self.modulation.weight.dtype)) * self.scale
+        return style.to(torch.promote_types(style.dtype, torch.float32))
+
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.serves(x):
+            return super().forward(x, w)
+        if not self.demodulate and on_cpu(x):  # of ToRGB
+            return frozen_to_rgb(x.to(self.prepared_weight.dtype), self.style(w), self.weight), None
+        up = self.blur is not None
+        weight = self.prepared_weight.transpose(0, 1) if up else self.prepared_weight
+        return modulated_convolution(x, weight, self.style(w), self.demodulate, up, self.weight_sq_sum)
+
+    # When the buffers are computed again: the module was moved or cast, loaded, copied, or unpickled.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenConv:
+        self._buffers.clear()
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
+
+
+class FrozenStyledConv(StyledConv):
+    """A styled layer with constant weights."""
+
+    conv: FrozenConv
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, clamp: float | None = None) -> Tensor:
+        conv, learned = self.conv, noise is not None and noise.requires_grad
+        if clamp is not None or learned or not on_cpu(x) or not conv.serves(x):
+            return super().forward(x, w, noise, clamp)
+        x = x.to(conv.prepared_weight.dtype)
+        batch, _, height, width = x.shape
+        fir, up = (None, 1) if conv.blur is None else (conv.blur.kernel, 2)
+        if noise is None:
+            noise = x.new_empty(batch, 1, height * up, width * up).normal_()
+        noise = self.noise["weight"] * noise
+        transform = conv.winograd_weight if winograd_pays(x, conv.weight) else None
+        constants = (conv.prepared_weight, conv.weight_sq_sum, noise, self.activate["bias"], fir, FIR_PADDING)
+        return frozen_styled_conv(x, conv.style(w), *constants, winograd_weight=transform)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Return whether plain PyTorch on the CPU computes with x, and not an operator of ours or a mode of PyTorch."""
+    return x.device.type == "cpu" and type(x) is Tensor and not use_op(x)
+
+
+def active_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which a convolution of x computes: that of autocast, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
