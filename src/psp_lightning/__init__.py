@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from psp_lightning.utils import compat
+
 if TYPE_CHECKING:
     from psp_lightning.models.psp import PSP as PSP
 
 __version__ = "0.1.0"
 __all__ = ["PSP", "__version__"]
+
+compat.register_old_modules()
 
 
 def __getattr__(name: str) -> Any:

@@ -21,10 +21,10 @@ from psp_lightning.build.trainer import quiet
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source
+from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.latents.codes import Latents, generator_hash, load_decoder
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
+from psp_lightning.lit.distributed import gather
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_psp
 from psp_lightning.models.psp import PSP

@@ -19,8 +19,9 @@ from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, Resumabl
 from psp_lightning.data.masks import draw_mask
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.stores import Store, View
+from psp_lightning.data.stores import PairLayout, Store
 from psp_lightning.utils.arguments import number, whole
+from psp_lightning.utils.compat import warn_moved
 from psp_lightning.utils.errors import UserError
 
 StoreLike = Store | Callable[[], Store]
@@ -42,8 +43,14 @@ class TaskDataModule(pl.LightningDataModule):
         spec: what the source is (subclasses make it from their own arguments).
     """
 
-    view: ClassVar[View]
+    layout: ClassVar[PairLayout]
     default_flip: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "view" in vars(cls):  # its name in version 0.1.0
+            warn_moved(f"{cls.__qualname__}.view", f"{cls.__qualname__}.layout")
+            cls.layout = vars(cls)["view"]
 
     def __init__(
         self,
@@ -76,7 +83,7 @@ class TaskDataModule(pl.LightningDataModule):
     @property
     def source_is_target(self) -> bool:
         """Whether `source` and `target` of a batch are always equal."""
-        return self.view == View("inversion") and self.spec.size == self.target_size
+        return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, so that what is wrong with them is said before training starts."""
@@ -88,14 +95,14 @@ class TaskDataModule(pl.LightningDataModule):
         if split not in self._datasets:
             store = self._stores[split]
             store = store if isinstance(store, Store) else store()
-            store.prepare(self.view)
+            store.prepare(self.layout)
             self._datasets[split] = TaskDataset(
                 store,
                 self.spec,
                 self.target_size,
                 seed=self.seed,
                 flip=self.flip,
-                independent_flip=self.view.target == "frontal" and not store.paired,
+                independent_flip=self.layout.target == "frontal" and not store.paired,
                 train=split == "train",
                 masks=self._masks(store),
             )
@@ -139,14 +146,14 @@ class TaskDataModule(pl.LightningDataModule):
 class InversionDataModule(TaskDataModule):
     """The target is the source: find the code of an image."""
 
-    view = View("inversion")
+    layout = PairLayout("inversion")
     default_flip = 0.5
 
 
 class Sketch2FaceDataModule(TaskDataModule):
     """Sketches (1 channel in [0, 1]) to images."""
 
-    view = View("sketch2face", "sketch")
+    layout = PairLayout("sketch2face", "sketch")
 
     def __init__(self, train: StoreLike, val: StoreLike, input_size: int = 256, **options: Any) -> None:
         super().__init__(train, val, spec=InputSpec("sketch", input_size), **options)
@@ -160,7 +167,7 @@ class Seg2FaceDataModule(TaskDataModule):
         interpolation: `nearest`, or `legacy_bilinear` as the released weights were trained with.
     """
 
-    view = View("seg2face", "labels")
+    layout = PairLayout("seg2face", "labels")
 
     def __init__(
         self,
@@ -186,7 +193,7 @@ class SuperResDataModule(TaskDataModule):
         factors: down-sampling factors to draw from.
     """
 
-    view = View("superres")
+    layout = PairLayout("superres")
 
     def __init__(
         self,
@@ -208,7 +215,7 @@ class FrontalizationDataModule(TaskDataModule):
     Folders have no frontal pictures: as in the reference, source and target are one image, mirrored independently.
     """
 
-    view = View("frontalization", "image", "frontal")
+    layout = PairLayout("frontalization", "image", "frontal")
     default_flip = 0.5
 
 
@@ -222,7 +229,7 @@ class InpaintingDataModule(TaskDataModule):
         mask_paired: masks belong to the targets of the same stem; False: any of them is drawn for each sample.
     """
 
-    view = View("inpainting")
+    layout = PairLayout("inpainting")
 
     def __init__(
         self,
@@ -265,7 +272,7 @@ class InpaintingDataModule(TaskDataModule):
 class ToonifyDataModule(TaskDataModule):
     """Faces to drawn faces. With one folder the target is the image itself, and the generator makes the style."""
 
-    view = View("toonify", "image", "toon")
+    layout = PairLayout("toonify", "image", "toon")
     default_flip = 0.5
 
 
@@ -307,7 +314,7 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 DATAMODULES: dict[str, type[TaskDataModule]] = {
-    cls.view.task: cls
+    cls.layout.task: cls
     for cls in (
         InversionDataModule,
         Sketch2FaceDataModule,

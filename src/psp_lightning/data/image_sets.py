@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.data.transforms import open_image, to_8bit
+from psp_lightning.data.transforms import open_8bit, to_8bit
 from psp_lightning.utils.arguments import ArgumentError, choice, whole
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8
@@ -145,11 +145,7 @@ class FolderImages(ImageSet):
         return str(self.files[index])
 
     def pixels(self, index: int) -> np.ndarray:
-        image = open_image(self.files[index])  # its errors name the file
-        try:
-            return np.array(fit_image(image, self.size, self.fit or "squash"))
-        except UserError as error:
-            raise UserError(f"{self.files[index]}: {error}") from None
+        return np.array(fit_image(open_8bit(self.files[index], "RGB"), self.size, self.fit or "squash"))
 
 
 def _header_size(path: Path) -> tuple[int, int]:
@@ -202,7 +198,7 @@ class ToyFacesImages(ImageSet):
         return len(self.faces)
 
     def path(self, index: int) -> str:
-        return f"toyfaces/seed{self.faces.seed}/{index:06d}"
+        return self.faces.path(index)
 
     def pixels(self, index: int) -> np.ndarray:
         return self.faces.draw(index).image

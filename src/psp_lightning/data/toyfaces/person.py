@@ -1,4 +1,4 @@
-"""Numbers of a drawn face: who it is (`Person`) and how it is seen (`Scene`), from a random generator.
+"""Numbers of a drawn face: who it is (`Person`) and how it is seen (`Scene`), drawn from a random generator.
 
 Lengths are fractions of the picture's width, angles are radians. Origin: centre of the head, x right, y down, z to the
 viewer.
@@ -119,7 +119,7 @@ class Scene:
     blobs: tuple[tuple[float, float, float, float], ...]
 
     def neutral(self) -> Scene:
-        """The same picture from the front, in even light."""
+        """Return the same picture from the front, in even light."""
         return replace(self, yaw=0.0, pitch=0.0, roll=0.0, light_x=0.0, light_y=-0.35, light=0.7, warm=0.0)
 
 
@@ -134,12 +134,12 @@ def _vary(rng: np.random.Generator, color: tuple[float, ...], amount: float) -> 
 
 
 def mix(a: Color, b: Color, share: float) -> Color:
-    """`share` of b in a."""
+    """Mix two colours, with `share` of b."""
     return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 def draw_person(rng: np.random.Generator) -> Person:
-    """A person; every call draws the same numbers in the same order."""
+    """Draw a person. Every call takes the same numbers in the same order from `rng`."""
 
     def near(mean: float, deviation: float) -> float:
         return float(mean + deviation * np.clip(rng.normal(), -2, 2))
@@ -208,7 +208,7 @@ def draw_person(rng: np.random.Generator) -> Person:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Pose, light, expression, clothes and backdrop of one picture."""
+    """Draw pose, light, expression, clothes and backdrop of one picture."""
 
     def near(deviation: float) -> float:
         return float(deviation * np.clip(rng.normal(), -2.2, 2.2))
