@@ -59,7 +59,7 @@ def test_average_has_the_stated_half_life() -> None:
             mine.zero_()
             weight.fill_(1)
     for _ in range(10):
-        module._update_average(10)
+        module._update_ema(10)
     assert all(torch.allclose(p, torch.tensor(0.5), atol=1e-5) for p in module.g_ema.parameters())
 
 
@@ -70,7 +70,7 @@ def test_half_life_of_the_average_ramps_up(shown: int, half_life: float) -> None
     with torch.no_grad():
         next(module.g_ema.parameters()).zero_()
         next(module.generator.parameters()).fill_(1)
-    module._update_average(16)
+    module._update_ema(16)
     moved = next(module.g_ema.parameters()).flatten()[0].item()
     assert moved == pytest.approx(1 - 0.5 ** (16 / half_life), rel=1e-3)
 
