@@ -174,7 +174,7 @@ def test_networks_of_two_sizes() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"augment": "adda"}, "model.augment=adda is unknown. Did you mean 'ada'"),
+        ({"augment": "adda"}, "augment=adda is unknown. Did you mean 'ada'"),
         ({"ada_every": 0}, "ada_every"),
         ({"path_shrink": 0}, "path_shrink"),
     ],

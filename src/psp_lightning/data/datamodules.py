@@ -27,7 +27,29 @@ from psp_lightning.utils.errors import UserError
 StoreLike = Store | Callable[[], Store]
 
 
-class TaskDataModule(pl.LightningDataModule):
+class _DataModule(pl.LightningDataModule):
+    """What all data modules share: the order of the samples, and the processes that load them."""
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        self.seed = seed
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _loading(self, n: int, train: bool) -> dict[str, Any]:
+        """Return arguments of a loader for n samples."""
+        return {
+            "sampler": EpochSampler(n, self.seed, train, *self._ranks(), pad=train),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+class TaskDataModule(_DataModule):
     """Base of the tasks; batches hold `source`, `target`, `path` (list of str) and `index` (int64).
 
     Args:
@@ -65,11 +87,9 @@ class TaskDataModule(pl.LightningDataModule):
         flip: float | bool | None = None,
         spec: InputSpec | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         self.spec = spec or InputSpec("rgb", input_size)
-        self.target_size, self.seed = target_size, seed
-        self.num_workers = whole("num_workers", num_workers, 0, 1024)
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.target_size = target_size
         self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
         self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)
         self._stores: dict[str, StoreLike] = {"train": train, "val": val}
@@ -86,12 +106,12 @@ class TaskDataModule(pl.LightningDataModule):
         return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files, so that what is wrong with them is said before training starts."""
+        """List the files, so that mistakes in them are reported before training starts."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 
     def dataset(self, split: str) -> TaskDataset:
-        """The dataset of `train` or `val`."""
+        """Return the dataset of `train` or `val`."""
         if split not in self._datasets:
             store = self._stores[split]
             store = store if isinstance(store, Store) else store()
@@ -109,38 +129,22 @@ class TaskDataModule(pl.LightningDataModule):
         return self._datasets[split]
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
-        """Mask files by the stem of the target they belong to."""
+        """Return mask files by the stem of their target; None: holes are drawn."""
         return None
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
     def train_dataloader(self) -> ResumableDataLoader:
-        rank, world_size = self._ranks()
         dataset = self.dataset("train")
-        sampler = EpochSampler(len(dataset), self.seed, True, rank, world_size, pad=True)
+        loading = self._loading(len(dataset), train=True)
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
         if isinstance(limit, float):  # Lightning: a share of the epoch
-            limit = int(limit * -(-len(sampler) // self.batch_size))
+            limit = int(limit * -(-len(loading["sampler"]) // self.batch_size))
         # by keyword: Lightning makes a copy with another sampler for `overfit_batches`
-        return ResumableDataLoader(
-            dataset=dataset, batch_size=self.batch_size, sampler=sampler, limit=limit, **self._options()
-        )
+        return ResumableDataLoader(dataset=dataset, batch_size=self.batch_size, limit=limit, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        rank, world_size = self._ranks()
         dataset = self.dataset("val")
-        sampler = EpochSampler(len(dataset), self.seed, False, rank, world_size, pad=False)
-        return ReadableDataLoader(
-            dataset, batch_size=self.val_batch_size, sampler=sampler, generator=torch.Generator(), **self._options()
-        )
+        loading = self._loading(len(dataset), train=False)
+        return ReadableDataLoader(dataset, batch_size=self.val_batch_size, generator=torch.Generator(), **loading)
 
 
 class InversionDataModule(TaskDataModule):
@@ -249,7 +253,7 @@ class InpaintingDataModule(TaskDataModule):
                 raise UserError("task.datamodule.mask=file needs task.datamodule.mask_dir=DIR (bright is missing).")
             # what prediction does without masks of its own: paired files say nothing about other pictures
             drawn = {"kind": "random"} if self.mask_paired else {"kind": "file", "folder": os.fspath(self.mask_dir)}
-        draw_mask(input_size, np.random.default_rng(0), **drawn)  # a wrong option is said now, not in a worker
+        draw_mask(input_size, np.random.default_rng(0), **drawn)  # reports a wrong option now, not in a worker
         super().__init__(train, val, spec=InputSpec("masked", input_size, mask=drawn), **options)
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
@@ -276,7 +280,7 @@ class ToonifyDataModule(TaskDataModule):
     default_flip = 0.5
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(_DataModule):
     """Batches of an `ImageSet` for training, with the order of `EpochSampler`.
 
     Args:
@@ -290,27 +294,18 @@ class ImageDataModule(pl.LightningDataModule):
     """
 
     def __init__(self, images: ImageSet, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__()
-        self.images, self.seed = images, seed
-        self.batch_size = whole("batch_size", batch_size, 1)
-        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        super().__init__(batch_size, num_workers, seed)
+        self.images = images
 
     def train_dataloader(self) -> ResumableDataLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        if len(self.images) < self.batch_size * world:
+        n, (_, world) = len(self.images), self._ranks()
+        if n < self.batch_size * world:
             raise UserError(
-                f"{len(self.images)} images are fewer than one batch of {self.batch_size * world}: add images, or set "
-                f"data.batch_size={max(1, len(self.images) // world)} or less."
+                f"{n} images are fewer than one batch of {self.batch_size * world}: add images, or set "
+                f"data.batch_size={max(1, n // world)} or less."
             )
-        return ResumableDataLoader(
-            dataset=self.images,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.images), self.seed, True, rank, world, pad=True),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            drop_last=True,
-        )
+        loading = self._loading(n, train=True)
+        return ResumableDataLoader(dataset=self.images, batch_size=self.batch_size, drop_last=True, **loading)
 
 
 DATAMODULES: dict[str, type[TaskDataModule]] = {

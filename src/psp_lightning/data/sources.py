@@ -43,7 +43,22 @@ class Source(ABC):
         factor: int | None = None,
         mask: Hole | None = None,
     ) -> Tensor:
-        """Return the picture as float32 (channels, size, size); see `psp_lightning.data.spec.load_source`."""
+        """Return a picture as the tensor that an encoder takes.
+
+        Args:
+            picture: path or PIL image.
+            rng: random numbers for what is drawn (factor of `LowRes`, hole of `Masked`).
+            factor: down-sampling factor of `LowRes`. With neither `factor` nor `rng` the picture is taken to be of low
+                resolution already, and only brought to the size.
+            mask: hole of `Masked`: a file or image (bright is missing) or a bool array. Without it, the transparent
+                pixels of a picture that has any, else a hole drawn from `rng` (default: a fixed one).
+
+        Returns:
+            float32 (channels, size, size).
+
+        Raises:
+            UserError: naming the file, for an unreadable image or a label id outside the map.
+        """
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """Turn a float32 batch (B, channels, H, W) into pictures (B, 3, H, W) in [-1, 1]."""

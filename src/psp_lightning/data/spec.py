@@ -6,10 +6,9 @@ import functools
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from psp_lightning.data.sources import SOURCES, Hole, Source
+from psp_lightning.data.sources import SOURCES, Source
 from psp_lightning.data.transforms import ImageLike
 from psp_lightning.utils.errors import UserError, suggest
 
@@ -100,41 +99,11 @@ class InputSpec:
         return cls(**values)
 
 
-def load_source(
-    picture: ImageLike,
-    spec: InputSpec,
-    *,
-    rng: np.random.Generator | None = None,
-    factor: int | None = None,
-    mask: Hole | None = None,
-) -> Tensor:
-    """Return a picture as the tensor that an encoder of this `spec` takes.
-
-    Args:
-        picture: path or PIL image.
-        rng: random numbers for what is drawn (factor of `lowres`, hole of `masked`).
-        factor: down-sampling factor of `lowres`. With neither `factor` nor `rng` the picture is taken to be of low
-            resolution already, and only brought to the size.
-        mask: hole of `masked`: a file or image (bright is missing) or a bool array. Without it, the transparent pixels
-            of a picture that has any, else a hole drawn by `spec.mask` from `rng` (default: a fixed one).
-
-    Returns:
-        float32 (spec.channels, spec.size, spec.size); ranges as `InputSpec` says.
-
-    Raises:
-        UserError: naming the file, for an unreadable image or a label id outside the map.
-    """
-    return spec.source.load(picture, rng, factor, mask)
+def load_source(picture: ImageLike, spec: InputSpec, **given: Any) -> Tensor:
+    """Return a picture as the tensor that an encoder of this `spec` takes; `Source.load` says what can be given."""
+    return spec.source.load(picture, **given)
 
 
 def source_to_rgb(x: Tensor, spec: InputSpec) -> Tensor:
-    """Turn a source batch into pictures.
-
-    Args:
-        x: (B, spec.channels, H, W), on any device.
-        spec: its kind; label maps take their colours from it.
-
-    Returns:
-        (B, 3, H, W) float32 in [-1, 1], on the CPU.
-    """
+    """Return a source batch (B, spec.channels, H, W) as pictures: (B, 3, H, W) float32 in [-1, 1], on the CPU."""
     return spec.source.to_rgb(x.detach().float().cpu())

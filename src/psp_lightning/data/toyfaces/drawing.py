@@ -38,7 +38,7 @@ from psp_lightning.data.toyfaces.canvas import (
     ellipse,
     head,
     power,
-)
+)  # fmt: skip
 from psp_lightning.data.toyfaces.person import Color, Person, Scene, mix
 from psp_lightning.data.toyfaces.wear import back_hair, front_hair, glasses, hat
 
