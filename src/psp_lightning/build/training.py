@@ -14,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.build.trainer import Training, build_trainer, prepare, read_resumed
 from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
-from psp_lightning.lit.callbacks.fit import AverageBatchNorm
+from psp_lightning.lit.callbacks import AverageBatchNorm
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import LoadReport, load_psp, load_strict, read
 from psp_lightning.losses.composite import CompositeLoss
