@@ -18,13 +18,12 @@ from psp_lightning.checkpoints.strict import LoadReport as LoadReport
 from psp_lightning.checkpoints.strict import build_and_load, first, understanding
 from psp_lightning.checkpoints.strict import load_strict as load_strict
 from psp_lightning.checkpoints.strict import resolve as resolve
-from psp_lightning.checkpoints.torch_files import check_tree, read_torch
+from psp_lightning.checkpoints.torch_files import read_torch
 from psp_lightning.checkpoints.weight_files import read_generator, read_psp
 from psp_lightning.importers import published as convert
-from psp_lightning.importers.detect import check_file
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.errors import UserError, check_tree, suggest
 from psp_lightning.zoo import locate as pretrained
 
 NET = "net."  # prefix of the PSP in a training module's state dict
@@ -40,7 +39,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: for anything that is not a readable checkpoint; the message says what it is instead.
     """
     path = resolve(path)
-    check_file(path)
     content = read_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import time
@@ -93,10 +95,10 @@ def _archive(program: bytes, records: dict[str, bytes] | None = None, packed: bo
     return out.getvalue()
 
 
-def _legacy(program: bytes) -> bytes:
-    """torch.save's format before zip archives around a pickle."""
+def _legacy(program: bytes, keys: bytes = b"\x80\x02].") -> bytes:
+    """torch.save's format before zip archives around a pickle, and one for the keys of its storages."""
     parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2)]
-    return b"".join([*parts, program, pickle.dumps([], 2)])
+    return b"".join([*parts, program, keys])
 
 
 def _nested(nvidia, program: bytes) -> bytes:
@@ -115,15 +117,35 @@ def _whole(n: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
+def _storage(dtype: str, numel: int, key: str = "0") -> bytes:
+    """Instructions for a storage outside the pickle."""
+    pid = _constant("storage") + f"ctorch\n{dtype}\n".encode() + _constant(key) + _constant("cpu") + _whole(numel)
+    return b"(" + pid + b"tQ"
+
+
+def _overlapping(parts: int = 64, size: int = 16 << 20) -> bytes:
+    """An archive whose many storages are the same bytes of the file."""
+    out = io.BytesIO()
+    program = b"\x80\x02](" + b"".join(_storage("ByteStorage", size, str(i)) for i in range(parts)) + b"e."
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/data/0", bytes(size))
+        for i in range(1, parts):
+            entry = copy.copy(archive.getinfo("archive/data/0"))
+            entry.filename = f"archive/data/{i}"
+            archive.filelist.append(entry)
+    return out.getvalue()
+
+
 def _tensor(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
     """Instructions for a tensor that views storage "0"."""
 
     def numbers(values: tuple) -> bytes:
         return b"(" + b"".join(_whole(v) for v in values) + b"t"
 
-    storage = b"(" + _constant("storage") + f"ctorch\n{dtype}\n".encode() + _constant("0") + _constant("cpu")
-    storage += _whole(numel) + b"tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _whole(0) + numbers(size) + numbers(stride)
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + _storage(dtype, numel) + _whole(0) + numbers(size) + numbers(stride)
+    )
     return tensor + b"\x89ccollections\nOrderedDict\n)RtR"
 
 
@@ -146,18 +168,67 @@ def endless(times: int = 60) -> list:
     return value
 
 
+def again(program: bytes, use: bytes, times: int = 100_000) -> bytes:
+    """A pickle that makes its values 0 and 1 once and uses them very often."""
+    return b"\x80\x02" + program + (use + b"0") * times + b"N."
+
+
+def _inside(names: tuple[str, ...]) -> bytes:
+    """A pickle of NVIDIA's with a module that holds itself, which no pickler writes."""
+    items = {"type": _constant("class"), "class_name": _constant("Generator")}
+    items["state"] = b"}" + _constant("_modules") + b"h\x00s"
+    meta = b"}" + b"".join(_constant(name) + value + b"s" for name, value in items.items())
+    network = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + b"\x85Rq\x01"
+    itself = b"h\x00" + b"".join(_constant(name) + b"h\x01s" for name in names)
+    return b"\x80\x02}q\x00" + network + itself + b"h\x01."
+
+
+def _streams(levels: int = 40, size: int = 16 << 20) -> bytes:
+    """A stream of torch.save that holds a stream, and so on, around many bytes: each level would copy them."""
+    data = bytes(size)
+    for _ in range(levels):
+        held = b"B" + struct.pack("<I", len(data)) + data
+        data = _legacy(b"\x80\x03ctorch.storage\n_load_from_bytes\n" + held + b"\x85R.")
+    return b"\x80\x03ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(data)) + data + b"\x85R."
+
+
+def altered() -> dict[str, bytes]:
+    """Valid checkpoints that say one thing which the reader cannot follow: their numbers would be wrong."""
+    files = good()
+    old = files["legacy.pt"]
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(files["zip.pt"])) as source, zipfile.ZipFile(zipped, "w") as archive:
+        for entry in source.infolist():
+            data = b"big" if entry.filename.endswith("byteorder") else source.read(entry)
+            archive.writestr(entry.filename, data)
+    keys = old.rindex(b"\x80\x02]q\x00(")
+    changed = {
+        "big-endian, zip": zipped.getvalue(),
+        "big-endian, legacy": old.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"),
+        "parts of storages": re.sub(rb"N(tq.)Q", b"\x88\\1Q", old, flags=re.DOTALL),
+        "tensors without values": old[:keys] + pickle.dumps([], 2) + old[keys:],
+    }
+    assert not {old, files["zip.pt"]} & set(changed.values())
+    return {f"{name}.pt": data for name, data in changed.items()}
+
+
 def shared() -> dict[str, bytes]:
     """Files that say little and mean much: one part of theirs stands for very many."""
     nvidia = _nvidia()
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     one, large = torch.ones(1), torch.ones(1000, 1000)
+    wide = Generator.seeded(0, output_size=8, style_dim=512, n_mapping=1, max_channels=4).state_dict()
+    weights, biases = [f"style.{i}.weight" for i in range(1, 2000)], [f"style.{i}.bias" for i in range(1, 2000)]
+    wide |= dict.fromkeys(weights, torch.ones(512, 512)) | dict.fromkeys(biases, torch.ones(512))
     released = {f"decoder.{k}": v for k, v in state.items()} | {"encoder.input_layer.0.weight": torch.ones(1, 3, 3, 3)}
     checkpoints = {
         "endless option": {"state_dict": released, "latent_avg": one, "opts": {"dataset_type": endless()}},
         "endless description": {"state_dict": {"net.a": one}, "psp": {"format": endless()}},
         "endless average": {"g_ema": state, "latent_avg": endless()},
-        "a tensor under many names": {"g_ema": state | {f"style.{i}.weight": large for i in range(1, 2000)}},
+        "a name of dots": {"synthesis.b4" + "." * (1 << 20): one},
+        "a tensor under many names": {"g_ema": wide},
+        "stretched weights": {"g_ema": wide | {name: torch.ones(1).expand(512, 512) for name in weights}},
         "very many generators": {f"{i}.input.input": one for i in range(100_000)},
         "very many widths": {
             "state_dict": released
@@ -186,6 +257,17 @@ def shared() -> dict[str, bytes]:
     middle.state["_modules"] = {str(i): leaf for i in range(90)}
     modules.state["_modules"]["more"] = nvidia.Persistent("More")
     modules.state["_modules"]["more"].state["_modules"] = {str(i): middle for i in range(90)}
+    named = network(2)
+    leaf, middle = nvidia.Persistent("Leaf"), nvidia.Persistent("Middle")
+    leaf.state["_parameters"] = {"p" * (1 << 20): one}
+    middle.state["_modules"] = {str(i): leaf for i in range(90)}
+    named.state["_modules"] |= {f"more{i}": middle for i in range(90)}
+    clamped = network(2)
+    layer = clamped.state["_modules"]["synthesis"].state["_modules"]["b8"].state["_modules"]["conv0"]
+    clamp: tuple = (1,)
+    for _ in range(60):
+        clamp = (clamp, clamp)
+    layer.state["conv_clamp"] = clamp
     same = network(2)
     layer = nvidia.Persistent("Layer")
     layer.state["_parameters"] = {"weight": large, "bias": torch.ones(1000)}
@@ -194,12 +276,14 @@ def shared() -> dict[str, bytes]:
         "endless activation": network(2, activation=endless()),
         "endless gain": network(2, weight_gain=endless()),
         "very large blocks": network(16),
+        "endless clamp": clamped,
         "shared parameters": modules,
+        "a long name again and again": named,
         "a layer again and again": same,
     }
     with nvidia.stand_ins():
         files |= {f"{name}.pkl": pickle.dumps({"G_ema": root}, 4) for name, root in networks.items()}
-    return files
+    return files | {"a module in itself.pkl": _inside(("a",)), "a module under two names.pkl": _inside(("", "."))}
 
 
 def good() -> dict[str, bytes]:
@@ -247,7 +331,7 @@ def bombs() -> dict[str, bytes]:
         "bytearray": bytearray_call,
         "deep tuple as a key": deep,
         "deep lists": b"\x80\x02" + b"](" * 200_000 + b"e" * 200_000 + b".",
-        "many instructions": b"\x80\x02" + b"N0" * 3_000_000 + b"N.",
+        "many instructions": b"\x80\x02" + b"N0" * 8_000_000 + b"N.",
         "huge memo index": b"\x80\x02Nr\xff\xff\xff\x7f.",
         "huge bytes": b"\x80\x04\x8e" + big + b"abc.",
         "huge text": b"\x80\x04\x8d" + big + b"abc.",
@@ -276,6 +360,28 @@ def bombs() -> dict[str, bytes]:
         + _constant("punycode")
         + b"\x86R.",
         "shape of huge numbers": _storage_program("FloatStorage", 1, (1 << 2000,) * 8, (1,) * 8),
+        "large bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2 << 30) + b"abc.",
+        "endless tuple as an item of a set": b"\x80\x02c__builtin__\nset\n](e\x85R(K\x01"
+        + _doubled(b"K\x01\x85", b"?\x86")
+        + b"u.",
+        "long text again and again": again(
+            b"c_codecs\nencode\nq\x00" + _constant(b"a" * (4 << 20)) + b"q\x01", b"h\x00h\x01\x85R"
+        ),
+        "attributes again and again": again(
+            b"cargparse\nNamespace\n)Rq\x00}q\x01(" + b"".join(_whole(i) + b"N" for i in range(10_000)) + b"u",
+            b"h\x00h\x01b",
+        ),
+        "long storage id": again(
+            b"("
+            + _constant("storage")
+            + b"ctorch\nFloatStorage\n"
+            + _constant("0")
+            + _constant("cpu")
+            + b"K\x01"
+            + b"N" * 100_000
+            + b"tq\x00",
+            b"h\x00Q",
+        ),
         "recursive dict": b"\x80\x02}q\x00" + _constant("g_ema") + b"h\x00s.",
     }
     files = {}
@@ -285,6 +391,11 @@ def bombs() -> dict[str, bytes]:
         files[f"{name}, bare.pkl"] = program
         files[f"{name}, zip.pt"] = _archive(program, {"data/0": bytes(4)})
         files[f"{name}, legacy.pt"] = _legacy(program)
+    files["endless tuple as the key of a storage.pt"] = _legacy(
+        _storage_program("FloatStorage", 1, (1,), (1,)), b"\x80\x02](" + _doubled(b"K\x01\x85", b"?\x86") + b"e."
+    )
+    files["streams in streams.pkl"] = _streams()
+    files["overlapping parts.pt"] = _overlapping()
     plain = pickle.dumps({}, 2)
     files["zip bomb of a record.pt"] = _archive(plain, {"data/0": zeros}, packed=True)
     files["zip bomb of the pickle.pt"] = _archive(b"\x80\x02" + b"N0" * (16 << 20), packed=True)
@@ -308,7 +419,7 @@ def bombs() -> dict[str, bytes]:
 
 def hostile(canary: Path) -> dict[str, bytes]:
     """All of them: name to content. Each must be refused."""
-    nvidia, files = _nvidia(), bombs() | shared()
+    nvidia, files = _nvidia(), bombs() | shared() | altered()
     for name in CALLS:
         call = _call(name, canary)
         files[f"{name}, bare.pkl"] = b"\x80\x02" + call + b"."

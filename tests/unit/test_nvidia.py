@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from psp_lightning.checkpoints.torch_files import read_pickle
+from psp_lightning.checkpoints.torch_files import Placeholder
 from psp_lightning.cli import weights
 from psp_lightning.importers.foreign import import_file
-from psp_lightning.importers.nvidia import convert_nvidia
+from psp_lightning.importers.nvidia import convert_nvidia, read_nvidia
 from psp_lightning.loading import load_generator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
@@ -179,7 +179,7 @@ BROKEN = {
     "resnet": (dict(architecture="resnet"), None, "architecture is 'resnet'"),
     "orig": (dict(architecture="orig"), None, "architecture is 'orig'"),
     "activation": ({}, attribute(FIRST, "activation", "relu"), "activation is 'relu'"),
-    "mapping activation": ({}, attribute("mapping.fc0", "activation", "swish"), "activation 'swish'"),
+    "mapping activation": ({}, attribute("mapping.fc0", "activation", "swish"), "mapping.fc0.activation is 'swish'"),
     "gain": ({}, attribute("mapping.fc0", "weight_gain", float("nan")), "weight_gain is nan"),
     "gain is text": ({}, attribute("mapping.fc0", "weight_gain", "x"), "weight_gain is 'x', not a positive"),
     "clamps": ({}, attribute(FIRST, "conv_clamp", 3), "clamps differ"),
@@ -297,15 +297,15 @@ def test_the_unpickler_gives_inert_values(tmp_path):
         "empty": torch.empty(0, 3),
         "parameter": torch.nn.Parameter(torch.ones(2)),
     }
-    found = read_pickle(nvidia.write(tmp_path / "a.pkl", content))
+    found = read_nvidia(nvidia.write(tmp_path / "a.pkl", content))
     assert found["plain"] == content["plain"] and found["numpy"] == 0.25 and found["size"] == (1, 2)
     assert torch.equal(found["tensor"], content["tensor"]) and found["empty"].shape == (0, 3)
     assert found["half"].dtype == torch.float16 and found["bfloat"].dtype == torch.bfloat16
-    assert type(found["parameter"]) is torch.Tensor and type(found["array"]).__name__ == "Inert"
+    assert type(found["parameter"]) is torch.Tensor and type(found["array"]) is Placeholder
     with pytest.raises(UserError, match="holds a str"):
         convert_nvidia("text")
     shared = [1]
     loop: dict = {"shared": [shared, shared]}
     loop["self"] = loop
     (tmp_path / "loop.pkl").write_bytes(pickle.dumps(loop))
-    assert read_pickle(tmp_path / "loop.pkl")["shared"] == [[1], [1]]
+    assert read_nvidia(tmp_path / "loop.pkl")["shared"] == [[1], [1]]

@@ -14,13 +14,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from psp_lightning import loading as io
-from psp_lightning.checkpoints.safetensors_io import KEY, check_header, is_safetensors, read_described
+from psp_lightning.checkpoints.file_kinds import file_kind
+from psp_lightning.checkpoints.safetensors_io import KEY, check_header, read_described
 from psp_lightning.checkpoints.strict import build_and_load, compare, understanding
-from psp_lightning.checkpoints.torch_files import LEGACY_TORCH, PickledNetwork, read_pickle
 from psp_lightning.checkpoints.weight_files import COMPUTED, read_generator, read_psp, save_generator, save_psp
 from psp_lightning.importers import published as convert
-from psp_lightning.importers.detect import check_sums, explain
-from psp_lightning.importers.nvidia import NvidiaGenerator, convert_nvidia
+from psp_lightning.importers.detect import explain
+from psp_lightning.importers.nvidia import (
+    NvidiaGenerator,
+    convert_nvidia,
+    convert_nvidia_state,
+    is_nvidia_state,
+    read_nvidia,
+)  # fmt: skip
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator, StyledConv, ToRGB
 from psp_lightning.utils.errors import UserError
@@ -168,25 +174,22 @@ def import_file(
 
 
 def _read(file: Path, label: int | None, what: str, in_channels: int | None) -> Imported:
-    with open(file, "rb") as stream:
-        head = stream.read(512)
-    if is_safetensors(file):  # first: the length that it begins with may be a pickle's first byte
+    kind = file_kind(file)
+    if kind == "safetensors":
         content = _safetensors(file)
         if content is None:
             _no_label(label, file)
             return _own_file(file)
-    elif head.startswith(b"\x80") and not head.startswith(LEGACY_TORCH):
-        content = read_pickle(file)
+    elif kind == "pickle":
+        content = read_nvidia(file)
         with understanding(file):
             return _nvidia(convert_nvidia(content, label), "NVIDIA StyleGAN2 pickle")
     else:
         content = io.read(file)
-        if head.startswith(b"PK"):
-            check_sums(file)
     with understanding(file):
         flat = io.tensors_of(content)
-        if any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in flat):
-            return _nvidia(convert_nvidia({"G_ema": _as_network(flat)}, label), "state dict in NVIDIA's layout")
+        if is_nvidia_state(flat):
+            return _nvidia(convert_nvidia_state(flat, label), "state dict in NVIDIA's layout")
     _no_label(label, file)
     if "psp" in content:
         net = io.load_psp(file)
@@ -231,19 +234,6 @@ def _safetensors(file: Path) -> dict[str, Any] | None:
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} is damaged or no safetensors file ({reason[:200]}).") from None
-
-
-def _as_network(state: Mapping[str, Any]) -> PickledNetwork:
-    """A flat state dict in NVIDIA's layout as the tree that its pickle would hold."""
-    prefix = next(m[1] or "" for m in (re.match(r"(.*\.)?synthesis\.", key) for key in state) if m)
-    root = PickledNetwork("state dict", {"_parameters": {}, "_modules": {}})
-    for key, tensor in convert.select(state, prefix).items():
-        *parts, name = key.split(".")
-        node = root
-        for part in parts:
-            node = node.state["_modules"].setdefault(part, PickledNetwork(part, {"_parameters": {}, "_modules": {}}))
-        node.state["_parameters"][name] = tensor
-    return root
 
 
 def _nvidia(found: NvidiaGenerator, source: str) -> Imported:

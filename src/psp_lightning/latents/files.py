@@ -24,7 +24,6 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.safetensors_io import KEY, is_safetensors, read_described, save_described
 from psp_lightning.checkpoints.torch_files import read_torch
-from psp_lightning.importers.detect import check_file
 from psp_lightning.latents.codes import Latents, check_space
 from psp_lightning.loading import save_atomic
 from psp_lightning.utils.atomic import replacing
@@ -249,7 +248,6 @@ def _unreadable(path: Path, error: BaseException) -> str:
 
 
 def _read_pt(path: Path) -> Tensor:
-    check_file(path)
     content = read_torch(path)
     if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
         if any(part.shape != content[0].shape for part in content):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,3 +25,21 @@ def clean(text: str, limit: int = 120) -> str:
     """A file's own words in a message: on one line, of bounded length, without what would steer a terminal."""
     shown = "".join(c if c.isprintable() else "?" for c in text[:limit])
     return shown if len(text) <= limit else shown[:-3] + "..."
+
+
+def check_tree(value: Any, what: str) -> None:
+    """Raise a UserError unless a file's `value` is a small tree.
+
+    A list that holds one list twice, which holds another twice, and so on, takes little memory and prints for ever.
+    """
+    pending, values, letters = [(value, 0)], 0, 0
+    while pending:
+        node, depth = pending.pop()
+        values += 1
+        letters += len(node) if isinstance(node, (str, bytes)) else 0
+        if values > 100_000 or letters > 1 << 20 or depth > 50:
+            raise UserError(f"there are more values in its {what} than any network has.")
+        if isinstance(node, Mapping):
+            pending.extend((child, depth + 1) for pair in node.items() for child in pair)
+        elif isinstance(node, (list, tuple, set)):
+            pending.extend((child, depth + 1) for child in node)
