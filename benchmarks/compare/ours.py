@@ -18,8 +18,7 @@ from benchmarks.compare.kernels import measure_kernels
 from benchmarks.compare.rows import BFLOAT16, GRAPH, Job
 from psp_lightning import PSP
 from psp_lightning.checkpoints.weight_files import save_psp
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source
+from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.lit.prediction import FORMATS
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.irse import ArcFaceIRSE

@@ -23,8 +23,7 @@ from torch import Tensor
 from benchmarks.toyfaces.faces import HELD_OUT, Faces, draw
 from benchmarks.toyfaces.parser import kinds, load_parser, mean_iou
 from psp_lightning import PSP
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source
+from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.projection import project
 from psp_lightning.lit.callbacks.samples import sample_images, tile
 from psp_lightning.loading import load_embedding, load_generator

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from psp_lightning.utils import compat
+
 if TYPE_CHECKING:
     from psp_lightning.data.spec import InputSpec as InputSpec
     from psp_lightning.data.toyfaces import ToyFaces as ToyFaces
@@ -31,6 +33,8 @@ _MODULES = {
     "register_metric": "metrics.registry",
 }
 __all__ = ["__version__", *_MODULES]
+
+compat.register_old_modules()
 
 
 def __getattr__(name: str) -> Any:

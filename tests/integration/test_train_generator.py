@@ -124,11 +124,11 @@ def test_the_average_moves_and_is_what_is_exported(trained: Path) -> None:
     generator, average = load_generator(trained / "generator.safetensors")
     early, _ = load_generator(trained / "generator_00000100.safetensors")
     for name, tensor in generator.state_dict().items():
-        assert torch.equal(tensor, state[f"average.{name}"]), name
+        assert torch.equal(tensor, state[f"g_ema.{name}"]), name
     weights = [name for name, _ in generator.named_parameters()]
     moved = [name for name in weights if not torch.equal(generator.state_dict()[name], early.state_dict()[name])]
     assert moved == weights
-    assert any(not torch.equal(state[f"average.{name}"], state[f"generator.{name}"]) for name in weights)
+    assert any(not torch.equal(state[f"g_ema.{name}"], state[f"generator.{name}"]) for name in weights)
     assert torch.equal(average, generator.latent_average(100_000, 0))
 
 
@@ -182,7 +182,7 @@ def test_a_new_run_starts_from_it(trained: Path, faces: Path, psp, tmp_path: Pat
     from_file, from_run = (final(tmp_path / "runs" / "generator" / name)["state_dict"] for name in ("file", "run"))
     whole = final(trained)["state_dict"]
     for key, tensor in exported.items():
-        assert torch.equal(from_file[f"generator.{key}"], tensor) and torch.equal(from_file[f"average.{key}"], tensor)
+        assert torch.equal(from_file[f"generator.{key}"], tensor) and torch.equal(from_file[f"g_ema.{key}"], tensor)
     for key in whole:
         if key.startswith(("generator.", "discriminator.")):
             assert torch.equal(from_run[key], whole[key]), key

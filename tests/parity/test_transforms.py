@@ -7,7 +7,7 @@ from PIL import Image
 
 from psp_lightning.data import transforms
 from psp_lightning.data.labels import LabelMap
-from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.spec import InputSpec, load_source
 
 TOLERANCE = 1 / 255
 
@@ -23,18 +23,18 @@ def check(ours, wanted):
 
 
 def test_rgb(photo, reference):
-    tensor = transforms.load_source(photo, InputSpec("rgb", 256))
+    tensor = load_source(photo, InputSpec("rgb", 256))
     check(tensor.numpy()[:, ::8, ::8], reference["transform.encode_stride8"])
 
 
 def test_sketch(photo, reference):
-    tensor = transforms.load_source(photo.convert("L"), InputSpec("sketch", 256))
+    tensor = load_source(photo.convert("L"), InputSpec("sketch", 256))
     check(tensor.numpy()[:, ::8, ::8], reference["transform.sketch_stride8"])
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16, 32])
 def test_superres(photo, reference, factor):
-    tensor = transforms.load_source(photo, InputSpec("lowres", 256, factors=(1, 2, 4, 8, 16, 32)), factor=factor)
+    tensor = load_source(photo, InputSpec("lowres", 256, factors=(1, 2, 4, 8, 16, 32)), factor=factor)
     check(tensor.numpy()[:, ::8, ::8], reference[f"transform.superres_x{factor}_stride8"])
 
 
@@ -56,7 +56,7 @@ def test_labels_legacy(reference):
     """The reference resizes ids bilinearly before its one-hot; `transform.mask` is every 16th pixel of blocks."""
     mask = Image.fromarray(np.kron(reference["transform.mask"], np.ones((16, 16), np.uint8)))
     spec = InputSpec("labels", 256, n_classes=19, interpolation="legacy_bilinear")
-    tensor = transforms.load_source(mask, spec)
+    tensor = load_source(mask, spec)
     check(tensor.numpy()[:, 8::16, 8::16], reference["transform.seg_stride16"].astype(np.float32))
 
 

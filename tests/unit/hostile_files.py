@@ -218,13 +218,17 @@ def shared() -> dict[str, bytes]:
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     one, large = torch.ones(1), torch.ones(1000, 1000)
+    wide = Generator.seeded(0, output_size=8, style_dim=512, n_mapping=1, max_channels=4).state_dict()
+    weights, biases = [f"style.{i}.weight" for i in range(1, 2000)], [f"style.{i}.bias" for i in range(1, 2000)]
+    wide |= dict.fromkeys(weights, torch.ones(512, 512)) | dict.fromkeys(biases, torch.ones(512))
     released = {f"decoder.{k}": v for k, v in state.items()} | {"encoder.input_layer.0.weight": torch.ones(1, 3, 3, 3)}
     checkpoints = {
         "endless option": {"state_dict": released, "latent_avg": one, "opts": {"dataset_type": endless()}},
         "endless description": {"state_dict": {"net.a": one}, "psp": {"format": endless()}},
         "endless average": {"g_ema": state, "latent_avg": endless()},
-        "stretched weight": {"g_ema": state | {"style.1.weight": one.expand(1 << 15, 1 << 15)}},
-        "a tensor under many names": {"g_ema": state | {f"style.{i}.weight": large for i in range(1, 2000)}},
+        "a name of dots": {"synthesis.b4" + "." * (1 << 20): one},
+        "a tensor under many names": {"g_ema": wide},
+        "stretched weights": {"g_ema": wide | {name: torch.ones(1).expand(512, 512) for name in weights}},
         "very many generators": {f"{i}.input.input": one for i in range(100_000)},
         "very many widths": {
             "state_dict": released

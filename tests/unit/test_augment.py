@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psp_lightning.data import augment as module
 from psp_lightning.data.augment import SYM6, augment, warp
-from psp_lightning.lit.draws import Draws
+from psp_lightning.lit.rng import StepRNG
 
 INSIDE = (..., slice(8, -8), slice(8, -8))
 
@@ -215,8 +215,8 @@ def test_recolouring_a_grey_image_is_brightness_and_contrast() -> None:
 # --- all of them
 
 
-def draws(step: int = 0, **kwargs: int) -> Draws:
-    return Draws(0, step, 1, **kwargs)
+def draws(step: int = 0, **kwargs: int) -> StepRNG:
+    return StepRNG(0, step, 1, **kwargs)
 
 
 def test_probability_zero_is_the_same_object() -> None:
@@ -279,9 +279,9 @@ def test_channels_last_changes_no_number() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_together_draw_what_one_draws(world: int) -> None:
-    whole = Draws(3, 5, 0)
+    whole = StepRNG(3, 5, 0)
     expected = whole.normal(8, 2), whole.uniform(8), whole.normal(8, 1, 4, 4)
-    parts = [Draws(3, 5, 0, rank, world) for rank in range(world)]
+    parts = [StepRNG(3, 5, 0, rank, world) for rank in range(world)]
     for reference, shape, kind in zip(expected, ((2,), (), (1, 4, 4)), ("normal", "uniform", "normal"), strict=True):
         together = torch.empty_like(reference)
         for rank, part in enumerate(parts):
@@ -290,20 +290,20 @@ def test_ranks_together_draw_what_one_draws(world: int) -> None:
 
 
 def test_draws_depend_on_nothing_else() -> None:
-    first = Draws(1, 2, 3).normal(4)
+    first = StepRNG(1, 2, 3).normal(4)
     state = torch.get_rng_state()
     torch.rand(7)
     np.random.rand(3)
-    assert torch.equal(Draws(1, 2, 3).normal(4), first)
+    assert torch.equal(StepRNG(1, 2, 3).normal(4), first)
     torch.set_rng_state(state)
-    Draws(1, 2, 3).normal(4)
+    StepRNG(1, 2, 3).normal(4)
     assert torch.equal(torch.get_rng_state(), state), "the global stream was used"
 
 
 def test_draws_differ_by_seed_step_and_purpose() -> None:
-    seen = {tuple(Draws(*key).normal(2).tolist()) for key in np.ndindex(4, 4, 4)}
+    seen = {tuple(StepRNG(*key).normal(2).tolist()) for key in np.ndindex(4, 4, 4)}
     assert len(seen) == 64
-    many = Draws(0, 0, 0).normal(50_000)
+    many = StepRNG(0, 0, 0).normal(50_000)
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
-    other = Draws(0, 1, 0).normal(50_000)
+    other = StepRNG(0, 1, 0).normal(50_000)
     assert abs((many * other).mean()) < 0.02

@@ -16,6 +16,7 @@ import torch
 
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
+from psp_lightning.checkpoints.torch_files import read_torch
 from psp_lightning.importers import published as convert
 from psp_lightning.loading import load_decoder, load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
@@ -326,6 +327,14 @@ def test_every_truncation_is_an_error(tmp_path):
         path.write_bytes(data[:end])
         with pytest.raises(UserError, match="p.pt"):
             read(path)
+
+
+def test_a_tensor_is_not_read_again_and_again(tmp_path):
+    """A list of one tensor is small in its file; stacked as latent codes it would not be."""
+    codes = torch.zeros(512, 512)
+    assert len(read_torch(save([codes, codes], tmp_path / "p.pt"))) == 2
+    with pytest.raises(UserError, match=r"p.pt was refused.*saved with torch\.save after \.clone\(\)"):
+        read_torch(save([codes] * 1000, tmp_path / "p.pt"))
 
 
 def contents():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from psp_lightning.data.datamodules import DATAMODULES, InpaintingDataModule, Seg2FaceDataModule, SuperResDataModule
 from psp_lightning.data.stores import FolderStore, ToyFacesStore
-from psp_lightning.data.toyfaces.faces import write_dataset
+from psp_lightning.data.toyfaces import write_dataset
 from psp_lightning.utils.errors import UserError
 
 CHANNELS = {

@@ -45,21 +45,21 @@ def attached(module: LitGenerator, trainer: Any) -> LitGenerator:
 def test_average_starts_as_the_generator_and_stays_frozen(is_frozen) -> None:
     module = build()
     module.train()
-    assert is_frozen(module.average) and module.generator.training
+    assert is_frozen(module.g_ema) and module.generator.training
     for name, tensor in module.generator.state_dict().items():
-        assert torch.equal(tensor, module.average.state_dict()[name])
+        assert torch.equal(tensor, module.g_ema.state_dict()[name])
 
 
 def test_average_has_the_stated_half_life() -> None:
     """A weight that jumps from 0 to 1 is at a half after ema_images images."""
     module = build(recipe={"ema_images": 100.0, "ema_ramp": 0.0})
     with torch.no_grad():
-        for mine, weight in zip(module.average.parameters(), module.generator.parameters(), strict=True):
+        for mine, weight in zip(module.g_ema.parameters(), module.generator.parameters(), strict=True):
             mine.zero_()
             weight.fill_(1)
     for _ in range(10):
-        module._update_average(10)
-    assert all(torch.allclose(p, torch.tensor(0.5), atol=1e-5) for p in module.average.parameters())
+        module._update_ema(10)
+    assert all(torch.allclose(p, torch.tensor(0.5), atol=1e-5) for p in module.g_ema.parameters())
 
 
 @pytest.mark.parametrize(("shown", "half_life"), [(1_000, 50.0), (10**9, 312.5 * 16)])
@@ -67,10 +67,10 @@ def test_half_life_of_the_average_ramps_up(shown: int, half_life: float) -> None
     module = build()
     module.images_shown.fill_(shown)
     with torch.no_grad():
-        next(module.average.parameters()).zero_()
+        next(module.g_ema.parameters()).zero_()
         next(module.generator.parameters()).fill_(1)
-    module._update_average(16)
-    moved = next(module.average.parameters()).flatten()[0].item()
+    module._update_ema(16)
+    moved = next(module.g_ema.parameters()).flatten()[0].item()
     assert moved == pytest.approx(1 - 0.5 ** (16 / half_life), rel=1e-3)
 
 
@@ -173,7 +173,7 @@ def test_networks_of_two_sizes() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"augment": "adda"}, "model.augment=adda is unknown. Did you mean 'ada'"),
+        ({"augment": "adda"}, "augment=adda is unknown. Did you mean 'ada'"),
         ({"ada_every": 0}, "ada_every"),
         ({"path_shrink": 0}, "path_shrink"),
     ],
@@ -232,7 +232,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint() -> None:
 
 
 def test_samples_are_always_the_same() -> None:
-    generator = build().average
+    generator = build().g_ema
     first = sample_images(generator, 5, batch=2)
     assert first.shape == (5, 3, 16, 16)
     torch.rand(3)

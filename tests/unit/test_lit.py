@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from psp_lightning.data.datamodules import InversionDataModule
-from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.data.stores import ToyFacesStore
-from psp_lightning.lit import random_state
-from psp_lightning.lit.callbacks.fit import LastCheckpoint
-from psp_lightning.lit.callbacks.grids import image_grid, source_to_rgb
+from psp_lightning.lit import rng
+from psp_lightning.lit.callbacks import ImageGrids, LastCheckpoint
+from psp_lightning.lit.callbacks.image_grids import image_grid
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.losses import CompositeLoss, LossTerm
@@ -182,9 +182,9 @@ def test_checkpoint_is_plain_and_atomic(tmp_path: Path, monkeypatch: pytest.Monk
 def test_random_state_round_trip() -> None:
     import random
 
-    state = random_state.capture()
+    state = rng.capture()
     first = (random.random(), np.random.rand(), torch.rand(1).item())
-    random_state.restore(state)
+    rng.restore(state)
     assert first == (random.random(), np.random.rand(), torch.rand(1).item())
 
 
@@ -211,8 +211,6 @@ def test_grid_has_a_row_for_each_sample_and_captions() -> None:
 
 
 def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
-    from psp_lightning.lit.callbacks.fit import ImageGrids
-
     torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})
     trainer(tmp_path, 1, [ImageGrids(tmp_path / "images", 1, 2)]).fit(lit, data(n=2))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from psp_lightning.data.loader import EpochSampler, ResumableDataLoader
-from psp_lightning.lit.callbacks.epochs import EpochStart
+from psp_lightning.lit.callbacks import EpochStart
 from psp_lightning.utils.errors import UserError
 
 

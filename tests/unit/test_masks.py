@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 from psp_lightning.data.masks import as_mask, draw_mask
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source
+from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.utils.errors import UserError
 
 

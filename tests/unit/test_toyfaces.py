@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from psp_lightning.data.stores import FolderStore, View
-from psp_lightning.data.toyfaces.faces import ToyFaces, write_dataset
+from psp_lightning.data.stores import FolderStore, PairLayout
+from psp_lightning.data.toyfaces import ToyFaces, write_dataset
 from psp_lightning.utils.errors import UserError
 
 
@@ -109,7 +109,7 @@ def test_write_dataset_in_celebamask_layout(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "CelebAMask-HQ-mask/2.png")), drawing.labels)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "CelebA-HQ-img/2.png")), drawing.image)
     store = FolderStore(tmp_path)
-    store.prepare(View("seg2face", "labels"))
+    store.prepare(PairLayout("seg2face", "labels"))
     assert len(store) == 3 and store.paired
     with pytest.raises(UserError, match="holds files already"):
         write_dataset(tmp_path, n=3, size=32, progress=False)

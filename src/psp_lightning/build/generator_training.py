@@ -14,8 +14,8 @@ from psp_lightning.build.trainer import Training, build_trainer, prepare, read_r
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.data.datamodules import ImageDataModule
+from psp_lightning.lit.distributed import UnwrappedDDP
 from psp_lightning.lit.generator import LitGenerator, Recipe
-from psp_lightning.lit.strategy import UnwrappedDDP
 from psp_lightning.loading import load_generator
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
@@ -128,7 +128,7 @@ def _start_from(module: LitGenerator, path: str) -> None:
             "network.* to its own."
         )
     load_strict(mine, start.state_dict(), what=f"the generator of init_from={path}")
-    module.average.load_state_dict(mine.state_dict())
+    module.g_ema.load_state_dict(mine.state_dict())
 
 
 def _check_groups(cfg: DictConfig) -> None:

@@ -22,8 +22,7 @@ from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source
+from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents

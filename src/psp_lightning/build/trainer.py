@@ -17,8 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.instantiate import import_plugins, instantiate
 from psp_lightning.checkpoints.read import read
-from psp_lightning.lit.callbacks.epochs import EpochStart
-from psp_lightning.lit.callbacks.fit import LastCheckpoint, ProgressBar
+from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ProgressBar
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.devices import check_launched, count_devices, resolve_devices

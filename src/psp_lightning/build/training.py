@@ -16,7 +16,7 @@ from psp_lightning.build.trainer import Training, build_trainer, prepare, read_r
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
 from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
-from psp_lightning.lit.callbacks.fit import AverageBatchNorm
+from psp_lightning.lit.callbacks import AverageBatchNorm
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss

@@ -75,8 +75,8 @@ class _Budget:
         self.left = {
             "instructions": 1_000_000,  # a StyleGAN2 of 1024 px has a tenth of that. Needed by: many instructions
             "bytes in storages": size + ROOM,  # Needed by: overlapping parts
-            "bytes in tensors": COPIES * size + ROOM,  # Needed by: stretched weight, a tensor under many names
-            "items in arguments": COPIES * size + ROOM,  # Needed by: long text again and again, streams in streams
+            "bytes in tensors": COPIES * size + ROOM,  # Needed by: stretched weights, a tensor under many names
+            "items in arguments": COPIES * size + ROOM,  # Needed by: long text again and again
         }
 
     def take(self, kind: str, amount: int, hint: str = "") -> None:
@@ -85,7 +85,7 @@ class _Budget:
             raise Refused(f"more {kind} than such a file has{hint}")
 
     def take_tensor(self, shape: tuple[int, ...], itemsize: int) -> None:
-        clone = "one that expand() made, or that has many names, has to be saved with torch.save after .clone()"
+        clone = "a tensor that expand() made or that has many names has to be saved with torch.save after .clone()"
         self.take("bytes in tensors", math.prod(shape) * itemsize, f": {clone} (shape {tuple(shape)})")
 
 
@@ -264,8 +264,9 @@ def _read_archive(file: Any, budget: _Budget, names: Names) -> Any:
     matches: dict[str, bool] = {}
 
     def part(name: str) -> bytes:
-        # nothing is decompressed: no part is larger than the file. Needed by: zip bomb of a record
         entry = entries[folder + name]
+        if entry.compress_type != zipfile.ZIP_STORED:  # nothing is decompressed, so that a part fits into the file
+            raise Refused(f"{clean(name, 60)} to be decompressed, which no file of torch.save needs")
         header = file[entry.header_offset : entry.header_offset + 30]
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         data: bytes = file[start : start + entry.file_size]

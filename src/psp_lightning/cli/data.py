@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     """The command."""
     verb("psp-data", arguments, ["toyfaces"])
     values = parse(arguments[1:], {"n": 1000, "size": 256, "seed": 0}, ["out"], USAGE)
-    from psp_lightning.data.toyfaces.faces import write_dataset
+    from psp_lightning.data.toyfaces import write_dataset
 
     out = Path(values["out"])
     write_dataset(out, n=values["n"], size=values["size"], seed=values["seed"])

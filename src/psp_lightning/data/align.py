@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from psp_lightning.data.transforms import ImageLike, open_image, to_8bit
+from psp_lightning.data.transforms import ImageLike, open_8bit
 from psp_lightning.utils.errors import UserError
 
 Point = Sequence[float]
 
 
 def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_right: Point) -> np.ndarray:
-    """float64 (4, 2): x, y of the crop's upper left, lower left, lower right and upper right corner in the photo.
+    """Return float64 (4, 2): x, y in the photo of the crop's upper left, lower left, lower right, upper right corner.
 
     The crop is a square, level with a mean of the eyes' line and the face's axis, 4 eye distances or 3.6 face
     heights (eyes to mouth) wide, whichever is more.
@@ -39,7 +39,7 @@ def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_rig
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of (H, W, C), cut at 4 sigma, borders mirrored with the edge pixel."""
+    """Blur (H, W, C) by a Gaussian cut at 4 sigma; borders are mirrored, the edge pixel included."""
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-6)) ** 2)
     taps /= taps.sum()
@@ -92,7 +92,7 @@ def align_face(
     Raises:
         UserError: for an unreadable image or points that make no face.
     """
-    photo = to_8bit(open_image(image), "RGB")
+    photo = open_8bit(image, "RGB")
     quad = crop_corners(eye_left, eye_right, mouth_left, mouth_right)
     quad_size = float(np.hypot(*(quad[3] - quad[0])))
     shrink = int(np.floor(quad_size / size * 0.5))

@@ -21,15 +21,15 @@ SYM6 = (
 )  # fmt: skip
 
 
-class Source(Protocol):
+class RandomNumbers(Protocol):
     """Where the random numbers come from: `normal(n, *shape)`, `uniform(n, *shape)`."""
 
     def normal(self, n: int, *shape: int) -> Tensor: ...
     def uniform(self, n: int, *shape: int) -> Tensor: ...
 
 
-def augment(images: Tensor, p: float, draws: Source) -> Tensor:
-    """Each transformation with probability `p` to each image, independently.
+def augment(images: Tensor, p: float, draws: RandomNumbers) -> Tensor:
+    """Apply each transformation to each image with probability `p`, independently.
 
     Args:
         images: (B, C, H, W) float, about [-1, 1]; colours are changed where C is 3, brightness and contrast elsewhere.
@@ -47,7 +47,7 @@ def augment(images: Tensor, p: float, draws: Source) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Resamples images by an affine map, with mirrored borders and a wavelet low-pass against aliasing.
+    """Resample images by an affine map, with mirrored borders and a wavelet low-pass against aliasing.
 
     The filters are each other's transpose, so that the identity gives the image back (but for a few pixels at the
     border), and positions are counted from the filter's centre of mass, so that nothing is shifted.
@@ -71,27 +71,27 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
     points = torch.stack([x, y, torch.ones_like(x)], -1)  # (2S + 10, 2S + 10, 3)
     pixels = ((points @ matrix[:, :2].transpose(1, 2)[:, None] + 1) * side - 1) / 2  # (B, 2S + 10, 2S + 10, 2)
     last = side - 1
-    pixels = last - (pixels.remainder(2 * last) - last).abs()  # mirrored at the outermost pixels, as often as it takes
+    pixels = last - (pixels.remainder(2 * last) - last).abs()  # mirrored at the outermost pixels, as often as needed
     grid = (2 * (2 * (pixels + margin) + centre) + 1) / fine.shape[-1] - 1
     return _down(_Lookup.apply(fine, grid), taps)
 
 
 def _kernels(taps: Tensor, channels: int) -> list[tuple[Tensor, tuple[int, int]]]:
-    """Depthwise kernels and strides, rows and then columns."""
+    """Return depthwise kernels and strides, of the rows and then of the columns."""
     n = len(taps)
     tall, wide = taps.view(1, 1, n, 1), taps.view(1, 1, 1, n)
     return [(tall.expand(channels, 1, n, 1), (2, 1)), (wide.expand(channels, 1, 1, n), (1, 2))]
 
 
 def _up(x: Tensor, taps: Tensor) -> Tensor:
-    """(B, C, n, n) to (B, C, 2n + 10, 2n + 10): zeros between the pixels, filtered, same mean."""
+    """Grow (B, C, n, n) to (B, C, 2n + 10, 2n + 10): zeros between the pixels, filtered, same mean."""
     for weight, stride in _kernels(taps * 2, x.shape[1]):
         x = F.conv_transpose2d(x, weight, stride=stride, groups=x.shape[1])
     return x
 
 
 def _down(x: Tensor, taps: Tensor) -> Tensor:
-    """(B, C, 2n + 10, 2n + 10) to (B, C, n, n): the transpose of `_up`, same mean."""
+    """Reduce (B, C, 2n + 10, 2n + 10) to (B, C, n, n): the transpose of `_up`, same mean."""
     for weight, stride in _kernels(taps, x.shape[1]):
         x = F.conv2d(x, weight, stride=stride, groups=x.shape[1])
     return x
@@ -130,13 +130,13 @@ class _LookupAdjoint(torch.autograd.Function):
         return _Lookup.apply(grads[0], grid), None, None
 
 
-def _when(n: int, p: float, draws: Source, value: Tensor, neutral: float) -> Tensor:
-    """`value` (n,) with probability `p`, else `neutral`."""
+def _when(n: int, p: float, draws: RandomNumbers, value: Tensor, neutral: float) -> Tensor:
+    """Return `value` (n,) with probability `p`, else `neutral`."""
     return torch.where(draws.uniform(n) < p, value, torch.full_like(value, neutral))
 
 
-def _geometry(n: int, side: int, p: float, draws: Source) -> Tensor:
-    """(n, 3, 3): output to input positions. Each new step of the listing is applied to the input of the former one."""
+def _geometry(n: int, side: int, p: float, draws: RandomNumbers) -> Tensor:
+    """Return (n, 3, 3), from output to input positions; each step of the listing acts before the former one."""
     pi, ln2 = math.pi, math.log(2)
     steps = []
     mirror = _when(n, p, draws, draws.uniform(n).mul(2).floor(), 0)
@@ -161,8 +161,8 @@ def _geometry(n: int, side: int, p: float, draws: Source) -> Tensor:
     return matrix
 
 
-def _colours(n: int, p: float, draws: Source) -> Tensor:
-    """(n, 4, 4): affine maps of RGB."""
+def _colours(n: int, p: float, draws: RandomNumbers) -> Tensor:
+    """Return (n, 4, 4), affine maps of RGB."""
     pi, ln2 = math.pi, math.log(2)
     axis = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
     brightness = _when(n, p, draws, draws.normal(n) * 0.2, 0)

@@ -19,14 +19,37 @@ from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, Resumabl
 from psp_lightning.data.masks import draw_mask
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.stores import Store, View
+from psp_lightning.data.stores import PairLayout, Store
 from psp_lightning.utils.arguments import number, whole
+from psp_lightning.utils.compat import warn_moved
 from psp_lightning.utils.errors import UserError
 
 StoreLike = Store | Callable[[], Store]
 
 
-class TaskDataModule(pl.LightningDataModule):
+class _DataModule(pl.LightningDataModule):
+    """What all data modules share: the order of the samples, and the processes that load them."""
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        self.seed = seed
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _loading(self, n: int, train: bool) -> dict[str, Any]:
+        """Return arguments of a loader for n samples."""
+        return {
+            "sampler": EpochSampler(n, self.seed, train, *self._ranks(), pad=train),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+class TaskDataModule(_DataModule):
     """Base of the tasks; batches hold `source`, `target`, `path` (list of str) and `index` (int64).
 
     Args:
@@ -42,8 +65,14 @@ class TaskDataModule(pl.LightningDataModule):
         spec: what the source is (subclasses make it from their own arguments).
     """
 
-    view: ClassVar[View]
+    layout: ClassVar[PairLayout]
     default_flip: ClassVar[float] = 0.0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "view" in vars(cls):  # its name in version 0.1.0
+            warn_moved(f"{cls.__qualname__}.view", f"{cls.__qualname__}.layout")
+            cls.layout = vars(cls)["view"]
 
     def __init__(
         self,
@@ -58,11 +87,9 @@ class TaskDataModule(pl.LightningDataModule):
         flip: float | bool | None = None,
         spec: InputSpec | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed)
         self.spec = spec or InputSpec("rgb", input_size)
-        self.target_size, self.seed = target_size, seed
-        self.num_workers = whole("num_workers", num_workers, 0, 1024)
-        self.batch_size = whole("batch_size", batch_size, 1)
+        self.target_size = target_size
         self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
         self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)
         self._stores: dict[str, StoreLike] = {"train": train, "val": val}
@@ -76,77 +103,61 @@ class TaskDataModule(pl.LightningDataModule):
     @property
     def source_is_target(self) -> bool:
         """Whether `source` and `target` of a batch are always equal."""
-        return self.view == View("inversion") and self.spec.size == self.target_size
+        return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files, so that what is wrong with them is said before training starts."""
+        """List the files, so that mistakes in them are reported before training starts."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 
     def dataset(self, split: str) -> TaskDataset:
-        """The dataset of `train` or `val`."""
+        """Return the dataset of `train` or `val`."""
         if split not in self._datasets:
             store = self._stores[split]
             store = store if isinstance(store, Store) else store()
-            store.prepare(self.view)
+            store.prepare(self.layout)
             self._datasets[split] = TaskDataset(
                 store,
                 self.spec,
                 self.target_size,
                 seed=self.seed,
                 flip=self.flip,
-                independent_flip=self.view.target == "frontal" and not store.paired,
+                independent_flip=self.layout.target == "frontal" and not store.paired,
                 train=split == "train",
                 masks=self._masks(store),
             )
         return self._datasets[split]
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
-        """Mask files by the stem of the target they belong to."""
+        """Return mask files by the stem of their target; None: holes are drawn."""
         return None
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
     def train_dataloader(self) -> ResumableDataLoader:
-        rank, world_size = self._ranks()
         dataset = self.dataset("train")
-        sampler = EpochSampler(len(dataset), self.seed, True, rank, world_size, pad=True)
+        loading = self._loading(len(dataset), train=True)
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
         if isinstance(limit, float):  # Lightning: a share of the epoch
-            limit = int(limit * -(-len(sampler) // self.batch_size))
+            limit = int(limit * -(-len(loading["sampler"]) // self.batch_size))
         # by keyword: Lightning makes a copy with another sampler for `overfit_batches`
-        return ResumableDataLoader(
-            dataset=dataset, batch_size=self.batch_size, sampler=sampler, limit=limit, **self._options()
-        )
+        return ResumableDataLoader(dataset=dataset, batch_size=self.batch_size, limit=limit, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        rank, world_size = self._ranks()
         dataset = self.dataset("val")
-        sampler = EpochSampler(len(dataset), self.seed, False, rank, world_size, pad=False)
-        return ReadableDataLoader(
-            dataset, batch_size=self.val_batch_size, sampler=sampler, generator=torch.Generator(), **self._options()
-        )
+        loading = self._loading(len(dataset), train=False)
+        return ReadableDataLoader(dataset, batch_size=self.val_batch_size, generator=torch.Generator(), **loading)
 
 
 class InversionDataModule(TaskDataModule):
     """The target is the source: find the code of an image."""
 
-    view = View("inversion")
+    layout = PairLayout("inversion")
     default_flip = 0.5
 
 
 class Sketch2FaceDataModule(TaskDataModule):
     """Sketches (1 channel in [0, 1]) to images."""
 
-    view = View("sketch2face", "sketch")
+    layout = PairLayout("sketch2face", "sketch")
 
     def __init__(self, train: StoreLike, val: StoreLike, input_size: int = 256, **options: Any) -> None:
         super().__init__(train, val, spec=InputSpec("sketch", input_size), **options)
@@ -160,7 +171,7 @@ class Seg2FaceDataModule(TaskDataModule):
         interpolation: `nearest`, or `legacy_bilinear` as the released weights were trained with.
     """
 
-    view = View("seg2face", "labels")
+    layout = PairLayout("seg2face", "labels")
 
     def __init__(
         self,
@@ -186,7 +197,7 @@ class SuperResDataModule(TaskDataModule):
         factors: down-sampling factors to draw from.
     """
 
-    view = View("superres")
+    layout = PairLayout("superres")
 
     def __init__(
         self,
@@ -208,7 +219,7 @@ class FrontalizationDataModule(TaskDataModule):
     Folders have no frontal pictures: as in the reference, source and target are one image, mirrored independently.
     """
 
-    view = View("frontalization", "image", "frontal")
+    layout = PairLayout("frontalization", "image", "frontal")
     default_flip = 0.5
 
 
@@ -222,7 +233,7 @@ class InpaintingDataModule(TaskDataModule):
         mask_paired: masks belong to the targets of the same stem; False: any of them is drawn for each sample.
     """
 
-    view = View("inpainting")
+    layout = PairLayout("inpainting")
 
     def __init__(
         self,
@@ -242,7 +253,7 @@ class InpaintingDataModule(TaskDataModule):
                 raise UserError("task.datamodule.mask=file needs task.datamodule.mask_dir=DIR (bright is missing).")
             # what prediction does without masks of its own: paired files say nothing about other pictures
             drawn = {"kind": "random"} if self.mask_paired else {"kind": "file", "folder": os.fspath(self.mask_dir)}
-        draw_mask(input_size, np.random.default_rng(0), **drawn)  # a wrong option is said now, not in a worker
+        draw_mask(input_size, np.random.default_rng(0), **drawn)  # reports a wrong option now, not in a worker
         super().__init__(train, val, spec=InputSpec("masked", input_size, mask=drawn), **options)
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
@@ -265,11 +276,11 @@ class InpaintingDataModule(TaskDataModule):
 class ToonifyDataModule(TaskDataModule):
     """Faces to drawn faces. With one folder the target is the image itself, and the generator makes the style."""
 
-    view = View("toonify", "image", "toon")
+    layout = PairLayout("toonify", "image", "toon")
     default_flip = 0.5
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(_DataModule):
     """Batches of an `ImageSet` for training, with the order of `EpochSampler`.
 
     Args:
@@ -283,31 +294,22 @@ class ImageDataModule(pl.LightningDataModule):
     """
 
     def __init__(self, images: ImageSet, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__()
-        self.images, self.seed = images, seed
-        self.batch_size = whole("batch_size", batch_size, 1)
-        self.num_workers = whole("num_workers", num_workers, 0, 1024)
+        super().__init__(batch_size, num_workers, seed)
+        self.images = images
 
     def train_dataloader(self) -> ResumableDataLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        if len(self.images) < self.batch_size * world:
+        n, (_, world) = len(self.images), self._ranks()
+        if n < self.batch_size * world:
             raise UserError(
-                f"{len(self.images)} images are fewer than one batch of {self.batch_size * world}: add images, or set "
-                f"data.batch_size={max(1, len(self.images) // world)} or less."
+                f"{n} images are fewer than one batch of {self.batch_size * world}: add images, or set "
+                f"data.batch_size={max(1, n // world)} or less."
             )
-        return ResumableDataLoader(
-            dataset=self.images,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.images), self.seed, True, rank, world, pad=True),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            drop_last=True,
-        )
+        loading = self._loading(n, train=True)
+        return ResumableDataLoader(dataset=self.images, batch_size=self.batch_size, drop_last=True, **loading)
 
 
 DATAMODULES: dict[str, type[TaskDataModule]] = {
-    cls.view.task: cls
+    cls.layout.task: cls
     for cls in (
         InversionDataModule,
         Sketch2FaceDataModule,

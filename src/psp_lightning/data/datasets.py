@@ -1,17 +1,17 @@
-"""TaskDataset: raw samples of a store as tensors, with augmentation that depends on (seed, epoch, index) alone."""
+"""TaskDataset: raw samples of a store as tensors, with augmentation that depends only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from psp_lightning.data import transforms
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import Store
+from psp_lightning.data.transforms import open_image, rgb
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
@@ -45,38 +45,29 @@ class TaskDataset(Dataset[dict[str, Any]]):
         self.store, self.spec, self.target_size, self.seed = store, spec, target_size, seed
         self.flip, self.independent_flip, self.train = flip, independent_flip, train
         self.masks = masks
-        self.mirrored_channels: list[int] | None = None
-        if spec.kind == "labels":
-            label_map = transforms.spec_label_map(spec)
-            partner = {a: b for pair in label_map.mirror for a, b in (pair, pair[::-1])}
-            self.mirrored_channels = [label_map.ids.index(partner.get(i, i)) for i in label_map.ids]
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        rng = transforms.derivation_rng(self.seed, epoch if self.train else 0, index)
+        rng = np.random.default_rng([self.seed, epoch if self.train else 0, index])
         # drawn whether used or not, so that switching flips on leaves factors and holes as they are
         first, second = (rng.random(2) < (self.flip if self.train else 0.0)).tolist()
-        raw = self.store.load(index)
+        raw, load = self.store.load(index), self.spec.source.load
         if raw.source is None:
-            image = transforms.open_image(raw.target)  # decoded once for both
+            image = open_image(raw.target)  # decoded once for both
             image.filename = raw.path  # type: ignore[attr-defined]  # so that messages can name it
             mask = self.masks[Path(raw.path).stem] if self.masks is not None else None
-            source = transforms.load_source(image, self.spec, rng=rng, mask=mask)
+            source = load(image, rng, mask=mask)
             same = self.spec.kind == "rgb" and self.spec.size == self.target_size
-            target = source if same else transforms.load_target(image, self.target_size)
+            target = source if same else rgb(image, self.target_size)
         else:
-            # a lowres source from a file is of low resolution already: no rng
-            source = transforms.load_source(raw.source, self.spec, rng=None if self.spec.kind == "lowres" else rng)
-            target = transforms.load_target(raw.target, self.target_size)
+            # a lowres source of its own is of low resolution already
+            source = load(raw.source, None if self.spec.kind == "lowres" else rng)
+            target = rgb(raw.target, self.target_size)
         if first:
-            source = self._mirror(source)
+            source = self.spec.source.mirror(source)
         if second if self.independent_flip else first:
             target = target.flip(-1)
         return {"source": source, "target": target, "path": raw.path, "index": torch.tensor(index)}
-
-    def _mirror(self, source: Tensor) -> Tensor:
-        source = source.flip(-1)
-        return source if self.mirrored_channels is None else source[self.mirrored_channels]

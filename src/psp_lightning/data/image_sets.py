@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.data.transforms import open_image, to_8bit
+from psp_lightning.data.transforms import open_8bit, to_8bit
 from psp_lightning.utils.arguments import ArgumentError, choice, whole
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8
@@ -23,14 +23,13 @@ from psp_lightning.utils.images import from_uint8
 FITS = ("squash", "pad", "crop")
 
 
-def is_power_of_two(size: int) -> bool:
-    """Whether networks can have images of this size: 8, 16, 32, ..."""
+def _is_power_of_two(size: int) -> bool:
     return size >= 8 and not size & (size - 1)
 
 
 def _check_size(size: int) -> int:
-    size = whole("size", size, 8, 65536)
-    if not is_power_of_two(size):
+    size = whole("size", size)
+    if not _is_power_of_two(size):
         raise ArgumentError("size", size, f"must be a power of two from 8, for example {_nearest_power(size)}.")
     return size
 
@@ -58,11 +57,11 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def pixels(self, index: int) -> np.ndarray:
-        """uint8 (size, size, 3)."""
+        """Return uint8 (size, size, 3)."""
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """What the image is called in messages."""
+        """Return what the image is called in messages."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -84,9 +83,9 @@ class FolderImages(ImageSet):
     Args:
         root: searched with its subfolders.
         size: None takes the images' own, which must then be one and a power of two.
-        fit: what becomes of images of another shape: `squash` (both sides scaled to `size`), `pad` (scaled to fit, the
+        fit: how images of another shape are fitted: `squash` (both sides scaled to `size`), `pad` (scaled to fit, the
             rest filled by the nearest edge), `crop` (scaled to cover, the centre is kept). None: they are an error.
-        limit: use the first so many only.
+        limit: use only the first so many.
 
     Pictures are turned upright by their EXIF entry; grey ones become RGB; transparent pixels are put on white; 16 bits
     become 8; an animation gives its first picture. All headers are read when the set is made, so that a file that is
@@ -120,7 +119,7 @@ class FolderImages(ImageSet):
         super().__init__(size, **options)
 
     def _common_size(self, sizes: list[tuple[int, int]], wanted: int | None) -> int:
-        """The one size of all files."""
+        """Return the one size of all files."""
         advice = "Say how to fit: data.fit=squash, pad or crop, with domain.size=N, a power of two."
         first = sizes[0]
         for path, size in zip(self.files, sizes, strict=True):
@@ -131,7 +130,7 @@ class FolderImages(ImageSet):
                 raise UserError(f"{said}, which is no square. {advice}")
             if wanted is not None and size[0] != wanted:
                 raise UserError(f"{said}, and domain.size={wanted}. {advice}")
-        if not is_power_of_two(first[0]):
+        if not _is_power_of_two(first[0]):
             raise UserError(
                 f"{self.files[0]} has {first[0]}x{first[1]} pixels; a network's size is a power of two from 8. "
                 f"Say how to fit: data.fit=squash, pad or crop, with domain.size={_nearest_power(first[0])}."
@@ -145,15 +144,11 @@ class FolderImages(ImageSet):
         return str(self.files[index])
 
     def pixels(self, index: int) -> np.ndarray:
-        image = open_image(self.files[index])  # its errors name the file
-        try:
-            return np.array(fit_image(image, self.size, self.fit or "squash"))
-        except UserError as error:
-            raise UserError(f"{self.files[index]}: {error}") from None
+        return np.array(fit_image(open_8bit(self.files[index], "RGB"), self.size, self.fit or "squash"))
 
 
 def _header_size(path: Path) -> tuple[int, int]:
-    """Width and height, as the picture is seen: EXIF may turn it."""
+    """Return width and height as the picture is seen: EXIF may turn it."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -168,7 +163,7 @@ def _header_size(path: Path) -> tuple[int, int]:
 
 
 def fit_image(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """RGB image of `size` x `size` pixels; see `FolderImages` for `fit`."""
+    """Return an RGB image of `size` x `size` pixels; see `FolderImages` for `fit`."""
     image = to_8bit(image, "RGB")
     width, height = image.size
     if (width, height) == (size, size):
@@ -202,7 +197,7 @@ class ToyFacesImages(ImageSet):
         return len(self.faces)
 
     def path(self, index: int) -> str:
-        return f"toyfaces/seed{self.faces.seed}/{index:06d}"
+        return self.faces.path(index)
 
     def pixels(self, index: int) -> np.ndarray:
         return self.faces.draw(index).image

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import SUFFIXES, list_images
-from psp_lightning.data.spec import InputSpec
-from psp_lightning.data.transforms import load_source, rgb
+from psp_lightning.data.spec import InputSpec, load_source
+from psp_lightning.data.transforms import rgb
 from psp_lightning.utils.errors import UserError
 
 

@@ -39,7 +39,7 @@ class LabelMap:
         return len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values in the layout of the YAML file."""
+        """Return plain values in the layout of the YAML file."""
         rows = zip(self.ids, self.names, self.colors, strict=True)
         return {
             "classes": [{"id": i, "name": name, "color": list(color)} for i, name, color in rows],
@@ -80,14 +80,19 @@ class LabelMap:
 
     @classmethod
     def numbered(cls, n_classes: int) -> LabelMap:
-        """The ids 0..n_classes-1 without names; for 19 classes, CelebAMask-HQ's."""
+        """Return the ids 0..n_classes-1 without names; for 19 classes, CelebAMask-HQ's."""
         if n_classes == 19:
             return load_label_map()
         colors = tuple(tuple(int(c) for c in row) for row in default_colors(n_classes))
         return cls(tuple(range(n_classes)), tuple(f"class {i}" for i in range(n_classes)), colors)  # type: ignore[arg-type]
 
+    def mirrored_channels(self) -> list[int]:
+        """Return the channel that takes each channel's place in a mirrored image."""
+        partner = {a: b for pair in self.mirror for a, b in (pair, pair[::-1])}
+        return [self.ids.index(partner.get(i, i)) for i in self.ids]
+
     def lookup(self) -> np.ndarray:
-        """uint16 (65536,): pixel value to channel; `NO_CLASS` and `IGNORED` for the others."""
+        """Return uint16 (65536,): the channel of each pixel value; `NO_CLASS` and `IGNORED` for the others."""
         table = np.full(65536, NO_CLASS, np.uint16)
         table[list(self.ignore)] = IGNORED
         table[list(self.ids)] = np.arange(len(self.ids))
@@ -111,7 +116,7 @@ def load_label_map(path: str | os.PathLike[str] = CELEBAMASK_HQ) -> LabelMap:
 
 
 def default_colors(n: int) -> np.ndarray:
-    """uint8 (n, 3): distinct colours; the first is black."""
+    """Return uint8 (n, 3): distinct colours; the first is black."""
     index = np.arange(n)
     hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbours in id are far apart in hue
     value = np.where(index == 0, 0.0, 0.95 - 0.35 * ((index // 3) % 2))
@@ -120,7 +125,7 @@ def default_colors(n: int) -> np.ndarray:
 
 
 def colourise(labels: np.ndarray, label_map: LabelMap | None = None) -> np.ndarray:
-    """A picture of a label image.
+    """Return a picture of a label image.
 
     Args:
         labels: integer (..., H, W), ids of `label_map` (default: CelebAMask-HQ).
@@ -132,11 +137,3 @@ def colourise(labels: np.ndarray, label_map: LabelMap | None = None) -> np.ndarr
     table = np.full((65536, 3), 255, np.uint8)
     table[list(label_map.ids)] = np.array(label_map.colors, np.uint8)
     return table[np.clip(np.asarray(labels), 0, 65535)]
-
-
-def mirror(labels: np.ndarray, label_map: LabelMap) -> np.ndarray:
-    """Flip (..., H, W) left to right and exchange the ids that stand for the person's left and right."""
-    table = np.arange(65536, dtype=np.int64)
-    for a, b in label_map.mirror:
-        table[a], table[b] = b, a
-    return table[np.asarray(labels)[..., ::-1]]

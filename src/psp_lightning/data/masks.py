@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from psp_lightning.data.pairing import list_images
+from psp_lightning.data.transforms import open_image
 from psp_lightning.utils.errors import UserError, suggest
 
 SHAPES = ("box", "brush", "half", "file", "random")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def box_mask(size: int, rng: np.random.Generator, low: float = 0.25, high: float = 0.5) -> np.ndarray:
-    """One rectangle with sides of `low`..`high` of the image, wholly inside."""
+    """Return one rectangle with sides of `low`..`high` of the image, wholly inside."""
     height, width = np.maximum(1, (size * rng.uniform(low, high, 2)).round()).astype(int).clip(max=size)
     top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
     mask = np.zeros((size, size), bool)
@@ -25,7 +27,7 @@ def box_mask(size: int, rng: np.random.Generator, low: float = 0.25, high: float
 
 
 def half_mask(size: int, rng: np.random.Generator, side: str = "any") -> np.ndarray:
-    """The `left`, `right`, `top` or `bottom` half; `any` draws one."""
+    """Return the `left`, `right`, `top` or `bottom` half; `any` draws one."""
     sides = ("left", "right", "top", "bottom")
     if side not in (*sides, "any"):
         raise UserError(f"Unknown side {side!r} of a half mask; known: any, {', '.join(sides)}.{suggest(side, sides)}")
@@ -37,7 +39,7 @@ def half_mask(size: int, rng: np.random.Generator, side: str = "any") -> np.ndar
 
 
 def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: float = 0.12) -> np.ndarray:
-    """Wandering strokes, about `width` of the image thick."""
+    """Return wandering strokes, about `width` of the image thick."""
     image = Image.new("1", (size, size))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(1, strokes + 1))):
@@ -53,7 +55,7 @@ def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: flo
 
 
 def as_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """A mask image or array of any size as bool (size, size); values from the middle of the range up are missing."""
+    """Return a mask image or array of any size as bool (size, size); the upper half of the range is missing."""
     if isinstance(mask, np.ndarray):
         array = mask.squeeze()
         half = 0.5 if array.dtype.kind == "f" or array.max() <= 1 else 128
@@ -70,29 +72,18 @@ def as_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _mask_files(folder: str) -> tuple[str, ...]:
-    if not os.path.isdir(folder):
-        raise UserError(f"Mask folder {folder} does not exist.")
-    names = (os.path.join(base, name) for base, _, names in os.walk(folder) for name in names)
-    files = tuple(sorted(name for name in names if name.lower().endswith(SUFFIXES)))
-    if not files:
-        raise UserError(f"Mask folder {folder} holds no images ({', '.join(SUFFIXES)}).")
-    return files
+def _mask_files(folder: str) -> list[Path]:
+    return list_images(folder, "mask folder")
 
 
 def file_mask(size: int, rng: np.random.Generator, folder: str) -> np.ndarray:
-    """A mask file drawn from `folder` (nested folders too), bright is missing."""
+    """Return a mask drawn from the files of `folder` (its subfolders too); bright is missing."""
     files = _mask_files(os.fspath(folder))
-    name = files[int(rng.integers(len(files)))]
-    try:
-        with Image.open(name) as image:
-            return as_mask(image, size)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"Cannot read mask {name}: {error}. Replace or remove the file.") from None
+    return as_mask(open_image(files[int(rng.integers(len(files)))], "mask"), size)
 
 
 def draw_mask(size: int, rng: np.random.Generator, kind: str = "box", **options: Any) -> np.ndarray:
-    """A hole, bool (size, size), True is missing.
+    """Draw a hole, bool (size, size), True is missing.
 
     Args:
         kind: `box` (options low, high), `brush` (strokes, width), `half` (side), `file` (folder), or `random`: one of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from psp_lightning.utils.errors import UserError
@@ -13,7 +13,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 
 
 def list_images(folder: str | os.PathLike[str], what: str = "image folder") -> list[Path]:
-    """All images below `folder`, nested ones too, in the order of their relative paths; hidden files are left out.
+    """Return all images below `folder`, nested ones too, in the order of their relative paths, without hidden files.
 
     Raises:
         UserError: when the folder is missing, is a file, cannot be read or holds no image.
@@ -52,15 +52,14 @@ def _by_key(paths: Sequence[Path], root: Path, nested: bool) -> dict[str, list[P
     return groups
 
 
-def _some(names: Iterable[str], n: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def pair(
     source: str | os.PathLike[str], target: str | os.PathLike[str], unpaired: str = "error"
 ) -> list[tuple[Path, Path]]:
-    """Pairs of source and target files in the order of the targets.
+    """Return pairs of source and target files in the order of the targets.
 
     Files belong together when their stems are equal, whatever their extensions and subfolders. Where a stem occurs
     more than once in a folder (`a/1.png`, `b/1.png`), the path below the folder, without its extension, counts instead.
@@ -82,25 +81,18 @@ def pair(
     for folder, groups in ((source, left), (target, right)):
         if double := [group for group in groups.values() if len(group) > 1]:
             raise UserError(
-                f"{len(double)} duplicate stems in {folder}, the first: {_some(str(path) for path in double[0])}. "
+                f"{len(double)} duplicate stems in {folder}, the first: {_some([str(path) for path in double[0]])}. "
                 "Files are paired by stem, so each may occur once; remove or rename the others."
             )
-    lonely_left = [key for key in left if key not in right]
-    lonely_right = [key for key in right if key not in left]
+    lonely = [left[key][0].name for key in left if key not in right]
+    lacking = [right[key][0].name for key in right if key not in left]
     pairs = [(left[key][0], group[0]) for key, group in right.items() if key in left]
-    if (lonely_left or lonely_right) and (unpaired == "error" or not pairs):
-        lines = [
+    if (lonely or lacking) and (unpaired == "error" or not pairs):
+        raise UserError(
             f"Sources in {source} ({len(left)} files) and targets in {target} ({len(right)} files) do not pair up."
-        ]
-        if lonely_left:
-            lines.append(
-                f"{len(lonely_left)} sources have no target: {_some(str(left[k][0].name) for k in lonely_left)}."
-            )
-        if lonely_right:
-            names = _some(str(right[k][0].name) for k in lonely_right)
-            lines.append(f"{len(lonely_right)} targets have no source: {names}.")
-        lines.append("Files belong together when their names without extension are equal.")
-        if pairs:
-            lines.append(f"To use the {len(pairs)} pairs that there are, set data.unpaired=skip.")
-        raise UserError(" ".join(lines))
+            + (f" {len(lonely)} sources have no target: {_some(lonely)}." if lonely else "")
+            + (f" {len(lacking)} targets have no source: {_some(lacking)}." if lacking else "")
+            + " Files belong together when their names without extension are equal."
+            + (f" To use the {len(pairs)} pairs that exist, set data.unpaired=skip." if pairs else "")
+        )
     return pairs

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
+from psp_lightning.data.sources import SOURCES, Source
+from psp_lightning.data.transforms import ImageLike
 from psp_lightning.utils.errors import UserError, suggest
 
-KINDS = ("rgb", "sketch", "labels", "lowres", "masked")
+KINDS = tuple(SOURCES)
 INTERPOLATIONS = ("nearest", "legacy_bilinear")
 
 
@@ -25,7 +30,7 @@ class InputSpec:
             weights were trained with (it mixes the ids at edges; for those weights only).
         factors: the down-sampling factors of `lowres`.
         label_map: ids, names and colours of `labels` as `LabelMap.to_dict()` gives them; None: the ids 0..n_classes-1.
-        mask: how holes of `masked` are drawn, see `psp_lightning.data.masks.draw_mask`.
+        mask: how the holes of `masked` are drawn, see `psp_lightning.data.masks.draw_mask`.
 
     Raises:
         UserError: for an unknown kind or interpolation, or numbers that make no sense.
@@ -47,13 +52,15 @@ class InputSpec:
                 f"Unknown interpolation {self.interpolation!r} for label maps; known: {', '.join(INTERPOLATIONS)}."
                 f"{suggest(self.interpolation, INTERPOLATIONS)}"
             )
-        object.__setattr__(self, "size", int(self.size))
-        object.__setattr__(self, "factors", tuple(int(factor) for factor in self.factors or ()))
-        object.__setattr__(self, "mask", dict(self.mask or {}))
-        if self.label_map is not None:
-            object.__setattr__(self, "label_map", dict(self.label_map))
-            if not self.n_classes:
-                object.__setattr__(self, "n_classes", len(self.label_map["classes"]))
+        plain = {
+            "size": int(self.size),
+            "factors": tuple(int(factor) for factor in self.factors or ()),
+            "label_map": None if self.label_map is None else dict(self.label_map),
+            "mask": dict(self.mask or {}),
+            "n_classes": self.n_classes or (len(self.label_map["classes"]) if self.label_map else 0),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.size < 1:
             raise UserError(f"The input size must be a positive number of pixels, not {self.size}.")
         if self.kind == "labels" and self.n_classes < 2:
@@ -61,18 +68,24 @@ class InputSpec:
         if bad := [factor for factor in self.factors if not 1 <= factor <= self.size]:
             raise UserError(f"Down-sampling factor {bad[0]} does not fit {self.size} px; use 1..{self.size}.")
 
+    @functools.cached_property
+    def source(self) -> Source:
+        """What loads and shows images of this kind."""
+        kind = SOURCES[self.kind]
+        return kind(**{item.name: getattr(self, item.name) for item in fields(kind)})
+
     @property
     def channels(self) -> int:
         """Channels of the source tensor."""
-        return {"rgb": 3, "sketch": 1, "labels": self.n_classes, "lowres": 3, "masked": 4}[self.kind]
+        return self.source.channels
 
     def to_dict(self) -> dict[str, Any]:
-        """Strings, numbers, lists and dicts only."""
+        """Return strings, numbers, lists and dicts only."""
         return {**asdict(self), "factors": list(self.factors)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputSpec:
-        """The inverse of `to_dict`; what is left out takes its default.
+        """Build from what `to_dict` returned; what is left out takes its default.
 
         Raises:
             UserError: for a missing kind or an unknown key.
@@ -84,3 +97,13 @@ class InputSpec:
         if "kind" not in values:
             raise UserError(f"An input description needs 'kind', one of {', '.join(KINDS)}.")
         return cls(**values)
+
+
+def load_source(picture: ImageLike, spec: InputSpec, **given: Any) -> Tensor:
+    """Return a picture as the tensor that an encoder of this `spec` takes; `Source.load` says what can be given."""
+    return spec.source.load(picture, **given)
+
+
+def source_to_rgb(x: Tensor, spec: InputSpec) -> Tensor:
+    """Return a source batch (B, spec.channels, H, W) as pictures: (B, 3, H, W) float32 in [-1, 1], on the CPU."""
+    return spec.source.to_rgb(x.detach().float().cpu())

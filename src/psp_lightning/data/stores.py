@@ -1,4 +1,4 @@
-"""Stores: where raw samples come from. A store knows files or drawings; it knows no tensors, sizes or augmentation."""
+"""Stores: where raw samples come from. A store knows files or drawings, but no tensors, sizes or augmentation."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from psp_lightning.data.pairing import list_images, pair
 from psp_lightning.data.toyfaces import ToyFaces
+from psp_lightning.data.transforms import ImageLike
 from psp_lightning.utils.arguments import number, whole
+from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
-
-ImageLike = str | os.PathLike[str] | Image.Image
 
 # CelebAMask-HQ as people have it: photos, training label maps, and sketches beside them
 CELEBA_FOLDERS = {
@@ -26,8 +27,8 @@ CELEBA_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class View:
-    """What a task asks of a store.
+class PairLayout:
+    """Which two pictures a task asks of a store for each sample.
 
     Args:
         task: its name, for messages.
@@ -38,6 +39,11 @@ class View:
     task: str
     source: str = "derived"
     target: str = "image"
+
+    @property
+    def other_kind(self) -> bool:
+        """Whether the source is a picture of another kind than an image."""
+        return self.source in ("sketch", "labels")
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ class Store(ABC):
     """Base of all stores. `prepare` comes first, then length and samples."""
 
     @abstractmethod
-    def prepare(self, view: View) -> None:
-        """List files, check that this store has what `view` asks for.
+    def prepare(self, layout: PairLayout) -> None:
+        """List the files, and check that this store has what `layout` asks for.
 
         Raises:
             UserError: saying what is missing and which setting gives it.
@@ -63,7 +69,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def paired(self) -> bool:
-        """True where source and target are two pictures, false where both come from one."""
+        """Whether source and target are two pictures; otherwise both come from one."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -73,7 +79,7 @@ class Store(ABC):
 
     @abstractmethod
     def paths(self) -> list[str]:
-        """`RawSample.path` of every sample."""
+        """Return the `RawSample.path` of every sample."""
 
 
 class FolderStore(Store):
@@ -114,30 +120,27 @@ class FolderStore(Store):
         self._files: list[tuple[Path | None, Path]] = []
 
     def _folder(self, what: str) -> Path | None:
-        """The subfolder of `root` that holds `what` in the CelebAMask-HQ layout."""
+        """Return the subfolder of `root` that holds `what` in the CelebAMask-HQ layout."""
         folders = (Path(self.root, name) for name in CELEBA_FOLDERS[what]) if self.root else ()
         return next((folder for folder in folders if folder.is_dir()), None)
 
-    def prepare(self, view: View) -> None:
+    def prepare(self, layout: PairLayout) -> None:
         source, target = self.source, self.target
         if target is None and self.root is not None:
             target = self._folder("image") or self.root
-        if source is None and view.source in ("sketch", "labels"):
-            source = self._folder(view.source)
+        if source is None and layout.other_kind:
+            source = self._folder(layout.source)
         if target is None:
+            folders = "data.source=DIR and data.target=DIR" if layout.other_kind else "data.root=DIR"
+            raise UserError(f"data=folder for {layout.task} needs folders: {folders}.")
+        if source is None and layout.other_kind:
+            names = " or ".join(CELEBA_FOLDERS[layout.source])
             raise UserError(
-                f"data=folder for {view.task} needs folders: "
-                + ("data.root=DIR" if view.source in ("derived", "image") else "data.source=DIR and data.target=DIR")
-                + "."
-            )
-        if view.source in ("sketch", "labels") and source is None:
-            names = " or ".join(CELEBA_FOLDERS[view.source])
-            raise UserError(
-                f"data=folder for {view.task} needs data.source=DIR (the {view.source}) and data.target=DIR (the "
+                f"data=folder for {layout.task} needs data.source=DIR (the {layout.source}) and data.target=DIR (the "
                 f"images), paired by file name"
                 + (f"; {self.root} has no subfolder {names}." if self.root is not None else ".")
             )
-        if source is not None and view.task == "inpainting":
+        if source is not None and layout.task == "inpainting":
             raise UserError(
                 "inpainting makes its holes itself: give the whole images as data.root=DIR, no data.source."
             )
@@ -151,8 +154,8 @@ class FolderStore(Store):
 
     def _split(self, files: list[tuple[Path | None, Path]]) -> list[tuple[Path | None, Path]]:
         n = min(max(1, round(len(files) * self.val_share)), len(files) - 1)
-        held_out = set(sorted(files, key=lambda pair: zlib.crc32(pair[1].stem.encode()))[:n])
-        return [pair for pair in files if (pair in held_out) == (self.part == "val")]
+        held_out = set(sorted(files, key=lambda entry: zlib.crc32(entry[1].stem.encode()))[:n])
+        return [entry for entry in files if (entry in held_out) == (self.part == "val")]
 
     @property
     def paired(self) -> bool:
@@ -170,7 +173,7 @@ class FolderStore(Store):
 
 
 class ToyFacesStore(Store):
-    """Faces drawn on the fly; has everything that every task asks for.
+    """Faces drawn when they are asked for; has what every task needs.
 
     Args:
         size: height and width in pixels of the drawings.
@@ -193,16 +196,16 @@ class ToyFacesStore(Store):
         limit = whole("limit", limit, 1, optional=True)
         self.faces = ToyFaces(size, seed, n if limit is None else min(n, limit), identities)
         self._cache: dict[int, RawSample] | None = {} if cache else None
-        self.view = View("inversion")
+        self.layout = PairLayout("inversion")
 
-    def prepare(self, view: View) -> None:
-        self.view = view
+    def prepare(self, layout: PairLayout) -> None:
+        self.layout = layout
         if self._cache is not None:
             self._cache = {}
 
     @property
     def paired(self) -> bool:
-        return self.view.source in ("sketch", "labels") or self.view.target != "image"
+        return self.layout.other_kind or self.layout.target != "image"
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -215,19 +218,18 @@ class ToyFacesStore(Store):
         return self._cache[index]
 
     def _draw(self, index: int) -> RawSample:
-        view, faces = self.view, self.faces
+        layout, faces = self.layout, self.faces
         drawing = faces.draw(index)
         source = None
-        if view.source in ("sketch", "labels"):
-            source = Image.fromarray(getattr(drawing, view.source))
-        elif self.paired:
-            source = Image.fromarray(drawing.image)
-        if view.target != "image":
-            drawing = faces.draw(index, frontal=view.target == "frontal", toon=view.target == "toon")
-        return RawSample(source, Image.fromarray(drawing.image), self._path(index))
+        if self.paired:
+            source = Image.fromarray(getattr(drawing, layout.source if layout.other_kind else "image"))
+        if layout.target != "image":
+            drawing = faces.draw(index, frontal=layout.target == "frontal", toon=layout.target == "toon")
+        return RawSample(source, Image.fromarray(drawing.image), faces.path(index))
 
     def paths(self) -> list[str]:
-        return [self._path(index) for index in range(len(self))]
+        return [self.faces.path(index) for index in range(len(self))]
 
-    def _path(self, index: int) -> str:
-        return f"toyfaces/seed{self.faces.seed}/{index:06d}"
+
+def __getattr__(name: str) -> Any:
+    return moved(__name__, name)

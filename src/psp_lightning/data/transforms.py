@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from psp_lightning.data.labels import IGNORED, NO_CLASS, LabelMap
-from psp_lightning.data.masks import as_mask, draw_mask
-from psp_lightning.data.spec import InputSpec
+from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
 
 ImageLike = str | os.PathLike[str] | Image.Image
 
 
-def derivation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample: they depend on these three values alone, not on workers, ranks or order."""
-    return np.random.default_rng([seed, epoch, index])
-
-
-def open_image(source: ImageLike) -> Image.Image:
+def open_image(source: ImageLike, what: str = "image") -> Image.Image:
     """Decode a picture and turn it upright.
+
+    Args:
+        source: path or PIL image.
+        what: what messages call it.
 
     Raises:
         UserError: naming the file when it is missing, truncated or not an image.
@@ -42,9 +41,9 @@ def open_image(source: ImageLike) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise UserError(f"Image {source} does not exist.") from None
+        raise UserError(f"{what.capitalize()} {source} does not exist.") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read image {source}: {error}. Replace or remove the file.") from None
+        raise UserError(f"Cannot read {what} {source}: {error}. Replace or remove the file.") from None
 
 
 def to_8bit(image: Image.Image, mode: str) -> Image.Image:
@@ -63,7 +62,12 @@ def to_8bit(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _open_8bit(source: ImageLike, mode: str) -> Image.Image:
+def open_8bit(source: ImageLike, mode: str) -> Image.Image:
+    """Decode a picture, turn it upright and convert it to `RGB` or `L`.
+
+    Raises:
+        UserError: naming the file, for a picture that cannot be read or converted.
+    """
     try:
         return to_8bit(open_image(source), mode)
     except UserError as error:
@@ -71,7 +75,7 @@ def _open_8bit(source: ImageLike, mode: str) -> Image.Image:
 
 
 def name_of(source: ImageLike) -> str:
-    """How a message calls the picture."""
+    """Return what messages call the picture."""
     return (getattr(source, "filename", "") or "image") if isinstance(source, Image.Image) else str(source)
 
 
@@ -80,23 +84,23 @@ def _resize(image: Image.Image, size: int, how: Image.Resampling = Image.Resampl
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """8-bit image to float32 (C, H, W) in [0, 1]."""
+    """Return an 8-bit image as float32 (C, H, W) in [0, 1]."""
     array = np.array(image)
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous().float().div(255)
 
 
 def rgb(source: ImageLike, size: int) -> Tensor:
-    """float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing)."""
-    return _to_tensor(_resize(_open_8bit(source, "RGB"), size)).sub(0.5).div(0.5)
+    """Return float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing)."""
+    return _to_tensor(_resize(open_8bit(source, "RGB"), size)).sub(0.5).div(0.5)
 
 
 def sketch(source: ImageLike, size: int) -> Tensor:
-    """float32 (1, size, size) in [0, 1]; paper is 1, ink is 0."""
-    return _to_tensor(_resize(_open_8bit(source, "L"), size))
+    """Return float32 (1, size, size) in [0, 1]; paper is 1, ink is 0."""
+    return _to_tensor(_resize(open_8bit(source, "L"), size))
 
 
 def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
-    """The ids of a label image, int64 (H, W).
+    """Return the ids of a label image, int64 (H, W).
 
     One channel, or a palette's indices, are the ids. Colour images are read through the map's colours.
 
@@ -124,7 +128,7 @@ def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
 
 
 def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> Tensor:
-    """Integer (H, W) to float32 (len(label_map), H, W) of zeros and ones.
+    """Turn integer (H, W) into float32 (len(label_map), H, W) of zeros and ones.
 
     Raises:
         UserError: naming `name`, the id and its place, for an id outside the map.
@@ -144,7 +148,7 @@ def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> 
 
 
 def labels(source: ImageLike, size: int, label_map: LabelMap, interpolation: str = "nearest") -> Tensor:
-    """float32 one-hot (len(label_map), size, size).
+    """Return float32 one-hot (len(label_map), size, size).
 
     `legacy_bilinear` resizes the ids as if they were grey values, as the reference does before its one-hot; at edges
     this makes ids of unrelated classes.
@@ -162,7 +166,7 @@ def labels(source: ImageLike, size: int, label_map: LabelMap, interpolation: str
 
 @functools.lru_cache(maxsize=64)
 def _bicubic_taps(factor: int) -> Tensor:
-    """float32 (4 * factor,): Keys' cubic kernel with a = -0.5, sampled between the pixels, summing to 1.
+    """Return float32 (4 * factor,): Keys' cubic kernel with a = -0.5, sampled between the pixels, summing to 1.
 
     Source: Keys, "Cubic convolution interpolation for digital image processing", eq. 15.
     """
@@ -176,7 +180,7 @@ def _bicubic_taps(factor: int) -> Tensor:
 
 
 def bicubic_down(image: Tensor, factor: int) -> Tensor:
-    """(C, H, W) to (C, H // factor, W // factor), strided separable convolution with mirrored borders.
+    """Reduce (C, H, W) to (C, H // factor, W // factor): strided separable convolution, mirrored borders.
 
     Factor 1 also filters (four taps, half a pixel off), because the reference does.
     """
@@ -194,67 +198,17 @@ def bicubic_down(image: Tensor, factor: int) -> Tensor:
 
 
 def lowres(source: ImageLike, size: int, factor: int) -> Tensor:
-    """float32 (3, size, size) in [-1, 1]: resized, down-sampled by `factor` (bicubic), back up (bilinear)."""
-    small = bicubic_down(_to_tensor(_resize(_open_8bit(source, "RGB"), size)), factor).clamp(0, 1)
+    """Return float32 (3, size, size) in [-1, 1]: resized, down-sampled by `factor` (bicubic), back up (bilinear)."""
+    small = bicubic_down(_to_tensor(_resize(open_8bit(source, "RGB"), size)), factor).clamp(0, 1)
     array = small.mul(255).byte().permute(1, 2, 0).numpy()  # truncated, not rounded, as in the reference
     return _to_tensor(_resize(Image.fromarray(array), size)).sub(0.5).div(0.5)
 
 
 def masked(image: Tensor, hole: np.ndarray) -> Tensor:
-    """(3, H, W) in [-1, 1] and bool (H, W) to (4, H, W): the image with 0 in the hole, then the hole as 0 and 1."""
+    """Return (4, H, W): the image (3, H, W) in [-1, 1] with 0 in the hole, then the hole, bool (H, W), as 0 and 1."""
     plane = torch.from_numpy(np.ascontiguousarray(hole)).float()[None]
     return torch.cat([image * (1 - plane), plane])
 
 
-def spec_label_map(spec: InputSpec) -> LabelMap:
-    """The label map of a `labels` spec."""
-    return LabelMap.from_dict(spec.label_map) if spec.label_map else LabelMap.numbered(spec.n_classes)
-
-
-def load_source(
-    source: ImageLike,
-    spec: InputSpec,
-    *,
-    rng: np.random.Generator | None = None,
-    factor: int | None = None,
-    mask: ImageLike | np.ndarray | None = None,
-) -> Tensor:
-    """A picture as the tensor that an encoder of this `spec` takes.
-
-    Args:
-        source: path or PIL image.
-        rng: random numbers for what is derived (factor of `lowres`, hole of `masked`).
-        factor: down-sampling factor of `lowres`. With neither `factor` nor `rng` the picture is taken as one of low
-            resolution already, and only brought to the size.
-        mask: hole of `masked`: a file or image (bright is missing) or a bool array. Without it, the transparent pixels
-            of a picture that has any, else a hole drawn by `spec.mask` from `rng` (default: a fixed one).
-
-    Returns:
-        float32 (spec.channels, spec.size, spec.size); ranges as `InputSpec` says.
-
-    Raises:
-        UserError: naming the file, for an unreadable image or a label id outside the map.
-    """
-    if spec.kind == "rgb":
-        return rgb(source, spec.size)
-    if spec.kind == "sketch":
-        return sketch(source, spec.size)
-    if spec.kind == "labels":
-        return labels(source, spec.size, spec_label_map(spec), spec.interpolation)
-    if spec.kind == "lowres":
-        if factor is None and rng is not None and spec.factors:
-            factor = int(rng.choice(spec.factors))
-        return rgb(source, spec.size) if factor is None else lowres(source, spec.size, factor)
-    image = open_image(source)
-    if mask is None and image.mode in ("RGBA", "LA") and image.getextrema()[-1][0] < 128:  # type: ignore[index,misc]
-        mask = np.asarray(image.getchannel("A").resize((spec.size, spec.size))) < 128
-    if mask is None:
-        hole = draw_mask(spec.size, rng or np.random.default_rng(0), **spec.mask)
-    else:
-        hole = as_mask(mask if isinstance(mask, np.ndarray) else open_image(mask), spec.size)
-    return masked(rgb(image, spec.size), hole)
-
-
-def load_target(source: ImageLike, size: int) -> Tensor:
-    """float32 (3, size, size) in [-1, 1]."""
-    return rgb(source, size)
+def __getattr__(name: str) -> Any:
+    return moved(__name__, name)

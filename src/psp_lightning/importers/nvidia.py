@@ -110,6 +110,8 @@ def convert_nvidia_state(state: Mapping[str, Any], label: int | None = None) -> 
     """Convert a state dict in NVIDIA's layout, with gains as the constructors make them; else as `convert_nvidia`."""
     prefix = next(m[1] or "" for m in (re.match(r"(.*\.)?synthesis\.", key) for key in state) if m)
     tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)}
+    if any(len(name) > LONG for name in tensors):  # Needed by: a name of dots
+        raise UserError("it has longer names than any generator.")
     ends = ((key, match.end()) for key in tensors for match in re.finditer(r"\.", key))
     return _convert(_Network({"": {}, **{key[:end]: {} for key, end in ends}}, tensors), "G_ema", "state dict", label)
 

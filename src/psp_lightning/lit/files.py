@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints written atomically, a CSV log that survives a resume."""
+"""Files of a run: checkpoints written atomically, a CSV log that survives a resume, pictures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from psp_lightning.utils import images
 from psp_lightning.utils.atomic import save_torch
 from psp_lightning.utils.errors import UserError
 
@@ -88,3 +92,13 @@ class WandbRun(WandbLogger):
             _ = self.experiment  # a mistake is reported before the training starts
         except Error as error:
             raise UserError(f"wandb: {error} Log in with `wandb login`, or set logger.wandb.offline=true.") from None
+
+
+def keep_picture(trainer: pl.Trainer, picture: Image.Image, path: Path, key: str) -> None:
+    """Write a picture to `path`, and under `key` to every logger that takes pictures."""
+    images.save_atomic(picture, path)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):  # wandb; PIL, because it would cast float images to black
+            logger.log_image(key=key, images=[picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, np.asarray(picture), trainer.global_step, dataformats="HWC")

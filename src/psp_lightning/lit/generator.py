@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.data.augment import augment
-from psp_lightning.lit.draws import Draws
+from psp_lightning.lit.distributed import average_over_ranks, mean_over_ranks
+from psp_lightning.lit.rng import StepRNG
 from psp_lightning.losses import adversarial
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
+from psp_lightning.utils.compat import rename_state
 from psp_lightning.utils.errors import UserError
 
 FAKE, PATH, REAL, PENALTY = range(4)  # purposes of the random numbers of a step
@@ -81,7 +83,7 @@ class LitGenerator(pl.LightningModule):
     `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`;
     of several devices the mean.
 
-    All random numbers depend on (seed, step) alone, see `Draws`: n devices agree with one, a resumed run with one that
+    All random numbers depend only on (seed, step), see `StepRNG`: n devices agree with one, a resumed run with one that
     was not interrupted. Gradients are averaged over devices here, not by DistributedDataParallel, which does not know
     double backward through part of a network.
 
@@ -121,7 +123,7 @@ class LitGenerator(pl.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = True
         self.generator, self.discriminator = generator, discriminator
-        self.average = freeze(copy.deepcopy(generator))
+        self.g_ema = freeze(copy.deepcopy(generator))
         self.recipe = recipe or Recipe()
         if len(betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
             raise ArgumentError("betas", list(betas), "must be two numbers from 0 to below 1.")
@@ -137,13 +139,13 @@ class LitGenerator(pl.LightningModule):
 
     # --- parts of a step
 
-    def draws(self, purpose: int) -> Draws:
+    def draws(self, purpose: int) -> StepRNG:
         """The random numbers of this step for one purpose."""
         trainer = self._trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return Draws(self.seed, self._step, purpose, rank, world, self.device)
+        return StepRNG(self.seed, self._step, purpose, rank, world, self.device)
 
-    def styles(self, n: int, draws: Draws) -> Tensor:
+    def styles(self, n: int, draws: StepRNG) -> Tensor:
         """(n, n_styles, style_dim): mapped latents, some of them mixed.
 
         Source: StyleGAN (arXiv:1812.04948), section 3.1.
@@ -159,12 +161,12 @@ class LitGenerator(pl.LightningModule):
         layer = torch.arange(g.n_styles, device=first.device)
         return torch.where((layer >= first[:, None])[..., None], other, w_plus)
 
-    def render(self, w_plus: Tensor, draws: Draws) -> Tensor:
+    def render(self, w_plus: Tensor, draws: StepRNG) -> Tensor:
         """Images with fresh noise, (B, C, S, S)."""
         noise = [draws.normal(len(w_plus), 1, side, side) for side in self.generator.noise_sides()]
         return self.generator.synthesis(w_plus, noise)
 
-    def scores(self, images: Tensor, draws: Draws) -> Tensor:
+    def scores(self, images: Tensor, draws: StepRNG) -> Tensor:
         """What the discriminator says to augmented images, (B,)."""
         return self.discriminator(augment(images, self._p, draws))
 
@@ -198,14 +200,14 @@ class LitGenerator(pl.LightningModule):
         if self._due(recipe.r1_every):
             images = real.detach().requires_grad_()
             penalty = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
-            row["r1"] = self._mean_over_ranks(penalty.detach())
+            row["r1"] = mean_over_ranks(penalty.detach())
             size = self.generator.output_size
             gamma = 0.0002 * size**2 / (n * world) if recipe.r1_gamma is None else recipe.r1_gamma
             self._descend(optimizer_d.optimizer, self.discriminator, penalty * (gamma / 2 * recipe.r1_every))
 
         self._refuse_non_finite(row, batch)
         self.images_shown += n * world
-        self._update_average(n * world)
+        self._update_ema(n * world)
         self._adapt(real_scores.detach(), n * world)
         row |= {"score_real": real_scores.mean(), "score_fake": fake_scores.mean()}
         self._row |= {key: value.detach() for key, value in row.items()}  # penalties keep their last value
@@ -216,11 +218,11 @@ class LitGenerator(pl.LightningModule):
         w_plus = self.styles(n, draws).contiguous()
         images = self.render(w_plus, draws)
         lengths = adversarial.path_lengths(images, w_plus, draws.normal(n, *images.shape[1:]))
-        mean = self._mean_over_ranks(lengths.detach().mean())
+        mean = mean_over_ranks(lengths.detach().mean())
         self.path_mean.lerp_(mean, recipe.path_decay)
         penalty = (lengths - self.path_mean).square().mean()
         self._descend(optimizer, self.generator, penalty * (recipe.path_weight * recipe.path_every))
-        return {"path_length": mean, "path_penalty": self._mean_over_ranks(penalty.detach())}
+        return {"path_length": mean, "path_penalty": mean_over_ranks(penalty.detach())}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self._step % every == 0
@@ -231,28 +233,13 @@ class LitGenerator(pl.LightningModule):
 
     def _descend(self, optimizer: Any, network: nn.Module, loss: Tensor) -> None:
         """One step of `optimizer` down `loss`, with the gradients' mean over ranks."""
-        parameters = list(network.parameters())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.trainer.world_size > 1:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            torch.distributed.all_reduce(flat)
-            flat /= self.trainer.world_size
-            for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                if p.grad is not None:
-                    p.grad.copy_(mean.view_as(p))
+        average_over_ranks(p.grad for p in network.parameters() if p.grad is not None)
         optimizer.step()
 
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-            value /= self.trainer.world_size
-        return value
-
     @torch.no_grad()
-    def _update_average(self, batch: int) -> None:
+    def _update_ema(self, batch: int) -> None:
         """Exponential moving average of the generator's weights.
 
         Source: StyleGAN2-ADA (arXiv:2006.06676), appendix: half-life in images, at most a share of those shown.
@@ -262,8 +249,8 @@ class LitGenerator(pl.LightningModule):
         if recipe.ema_ramp > 0:
             half_life = min(half_life, float(self.images_shown) * recipe.ema_ramp)
         keep = 0.5 ** (batch / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - keep)
-        for mine, new in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.generator.parameters()), 1 - keep)
+        for mine, new in zip(self.g_ema.buffers(), self.generator.buffers(), strict=True):
             mine.copy_(new)
 
     def _adapt(self, real_scores: Tensor, batch: int) -> None:
@@ -272,7 +259,7 @@ class LitGenerator(pl.LightningModule):
         Source: StyleGAN2-ADA (arXiv:2006.06676), section 3, the heuristic r_t.
         """
         recipe = self.recipe
-        self.sign_sum += self._mean_over_ranks(real_scores.sign().mean())
+        self.sign_sum += mean_over_ranks(real_scores.sign().mean())
         self.sign_count += 1
         if (self._step + 1) % recipe.ada_every:
             return
@@ -297,7 +284,7 @@ class LitGenerator(pl.LightningModule):
         rate = (shown - self._clock[1]) / (now - self._clock[0])
         self._clock = (now, shown)
         self.log("train/images_per_second", rate, prog_bar=True, logger=False)
-        values = self._mean_over_ranks(torch.stack([value.float() for value in self._row.values()]))
+        values = mean_over_ranks(torch.stack([value.float() for value in self._row.values()]))
         row = dict(zip((f"train/{key}" for key in self._row), values.tolist(), strict=True))
         row |= {"train/augment_p": self._p, "train/ada_sign": self._sign, "train/images": shown}
         for logger in self.loggers:
@@ -332,7 +319,7 @@ class LitGenerator(pl.LightningModule):
             UserError: the weights are those of other networks.
         """
         try:
-            return super().load_state_dict(state_dict, strict=True, assign=assign)
+            return super().load_state_dict(rename_state(state_dict), strict=True, assign=assign)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:3]]
             raise UserError(
@@ -346,8 +333,8 @@ class LitGenerator(pl.LightningModule):
             UserError: they are other networks.
         """
         mine = self.state_dict()
-        networks = ("generator.", "discriminator.", "average.")
-        self.load_state_dict({**mine, **{k: v for k, v in state.items() if k.startswith(networks)}})
+        networks = ("generator.", "discriminator.", "g_ema.")
+        self.load_state_dict({**mine, **{k: v for k, v in rename_state(state).items() if k.startswith(networks)}})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises `UserError` when weights are not finite, before the former checkpoint is replaced."""

@@ -20,11 +20,10 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
 from psp_lightning.data.inputs import InputFile
-from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
-from psp_lightning.lit.callbacks.grids import source_to_rgb
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError

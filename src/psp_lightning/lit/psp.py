@@ -1,4 +1,4 @@
-"""LitPSP: the training and validation steps around a PSP network, its losses and its optimizer."""
+"""LitPSP: training and validation steps of a PSP network, with its losses and its optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from psp_lightning.checkpoints.strict import load_strict
-from psp_lightning.lit import random_state
+from psp_lightning.lit import rng
+from psp_lightning.lit.distributed import gather
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.psp import PSP
@@ -38,13 +39,13 @@ class LitPSP(pl.LightningModule):
         optimizer: called with the encoder's trainable parameters.
         metrics: name to torchmetrics Metric over (output, target), both (B, 3, S, S), computed at each validation.
         noise: the generator's noise in training, `random` or `const`; validation always uses `const`.
-        batch_norm: `sync` and `local` train the BatchNorm layers (which of the two is the Trainer's affair), `frozen`
-            keeps them at their running statistics.
+        batch_norm: `sync` and `local` train the BatchNorm layers (the Trainer tells the two apart), `frozen` keeps
+            them at their running statistics.
         warmup_steps: optimizer steps over which the learning rate rises linearly.
         decay_steps: last steps of the run over which it falls to zero, along half a cosine.
         total_steps: length of the run; needed with `decay_steps`.
         log_every: optimizer steps between two training rows of the log.
-        source_is_target: the task's source and target are the same image, so that a loss looks at it once.
+        source_is_target: the task's source and target are the same image, which a loss then looks at once.
 
     Raises:
         UserError: unknown policy or noise.
@@ -87,11 +88,11 @@ class LitPSP(pl.LightningModule):
     # --- steps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Source (B, C, S, S) to output (B, 3, output_size, output_size), unclamped."""
+        """Return the output (B, 3, output_size, output_size), unclamped, of a source (B, C, S, S)."""
         return self.net(x)
 
     def evaluate(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The objective, its detached parts by name, and the output pooled to the target's size, (B, 3, S, S)."""
+        """Return the objective, its detached parts by name, and the output (B, 3, S, S) pooled to the target's size."""
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
         delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
@@ -113,7 +114,7 @@ class LitPSP(pl.LightningModule):
         return {"loss": total, "y_hat": y_hat.detach()}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Log the step that is about to be made; before any checkpoint of it, so that a resumed log has it."""
+        """Log the step that is about to be made: before any checkpoint of it, so that a resumed log has it."""
         step = self.global_step + 1
         if step % self.log_every == 0:
             row = {f"train/{name}": float(value) for name, value in self._row.items()}
@@ -156,7 +157,7 @@ class LitPSP(pl.LightningModule):
             logger.save()  # on the disk at once, for whoever watches the run
 
     def _refuse_non_finite(self, total: Tensor, values: dict[str, Tensor], batch: Batch) -> None:
-        """The NaN guard: one comparison on the device per step, the search for the culprit only when it fails."""
+        """Stop at a loss that is not finite: one comparison a step; the term is searched for only when it fails."""
         if torch.isfinite(total):
             return
         name = next((k for k, v in values.items() if not torch.isfinite(v)), "sum of the terms")
@@ -179,14 +180,14 @@ class LitPSP(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step, behind which the gradients are given back: Lightning would keep them through the next forward pass,
-        when memory is shortest."""
+        """Make one step, then free the gradients: Lightning would keep them through the next forward pass, when memory
+        is shortest."""
         super().optimizer_step(*args, **kwargs)
         for p in self.net.encoder.parameters():
             p.grad = None
 
     def train(self, mode: bool = True) -> LitPSP:
-        """Train mode, except for what is frozen."""
+        """Set the train mode, except for what is frozen."""
         super().train(mode)
         if self.batch_norm == "frozen":
             for module in self.net.encoder.modules():
@@ -197,40 +198,32 @@ class LitPSP(pl.LightningModule):
     # --- checkpoints: tensors and plain values only, so that torch.load(weights_only=True) reads them
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """`net.*` alone: the networks inside the losses come from their own files."""
+        """Return `net.*` only: the networks inside the losses come from their own files."""
         return {key: value for key, value in super().state_dict(*args, **kwargs).items() if key.startswith("net.")}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Strict for everything that `state_dict` holds."""
+        """Load strictly everything that `state_dict` holds."""
         state = {key.removeprefix("net."): value for key, value in state_dict.items()}
         return load_strict(self.net, state, what="this run's network")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["psp"] = self.net.describe()
-        checkpoint["random_state"] = gather(random_state.capture())
+        checkpoint["random_state"] = gather(rng.capture())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
 
     def on_train_start(self) -> None:
         if self._random_state is None:
-            random_state.offset(self.global_rank)  # ranks draw different noise
+            rng.offset(self.global_rank)  # ranks draw different noise
         elif len(self._random_state) == self.trainer.world_size:
-            random_state.restore(self._random_state[self.global_rank])
+            rng.restore(self._random_state[self.global_rank])
         self._random_state = None
 
 
 def rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
-    """Factor of the learning rate: up linearly over `warmup` steps, down along half a cosine over the last `decay`."""
+    """Return the factor of the learning rate: it rises linearly for `warmup` steps, and falls along half a cosine over
+    the last `decay` steps."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     left = max(0.0, min(1.0, (total - step) / decay)) if decay else 1.0
     return rise * (0.5 - 0.5 * math.cos(math.pi * left))
-
-
-def gather(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order; without a process group, of this one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -1,5 +1,5 @@
 """Drawn faces with label maps, sketches and poses: data for every task without a download."""
 
-from psp_lightning.data.toyfaces.faces import ToyFaces
+from psp_lightning.data.toyfaces.faces import Drawing, ToyFaces, write_dataset
 
-__all__ = ["ToyFaces"]
+__all__ = ["Drawing", "ToyFaces", "write_dataset"]

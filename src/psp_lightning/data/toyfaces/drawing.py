@@ -1,13 +1,12 @@
-"""Paints a `Person` in a `Scene`.
+"""Painting of a `Person` in a `Scene`.
 
-All shapes are polygons, painted once into an image of material numbers at three times the size; picture, label map and
-sketch are read off that one image, so they agree to the pixel.
+All shapes are polygons, painted once into an image of material numbers at three times the size. Picture, label map and
+sketch are read from that one image, so they agree to the pixel.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -29,15 +28,17 @@ from psp_lightning.data.toyfaces.canvas import (
     R_EAR,
     R_EYE,
     SKIN,
-    SUPER,
+    SPAN,
+    SUPERSAMPLING,
+    TURN,
     U_LIP,
     WHITE,
     Canvas,
-    S,
-    T,
+    band,
+    ellipse,
     head,
     power,
-)
+)  # fmt: skip
 from psp_lightning.data.toyfaces.person import Color, Person, Scene, mix
 from psp_lightning.data.toyfaces.wear import back_hair, front_hair, glasses, hat
 
@@ -57,7 +58,7 @@ def _body(c: Canvas) -> None:
     )
     shadow = c.material(mix(p.skin, (70, 26, 24), 0.34), NECK, 2, 0.6)
     c.fill(
-        (lean + neck_w * np.append(S, [1, -1]), np.append(p.chin + 0.015 + 0.03 * (1 - S * S), [0.1, 0.1])),
+        (lean + neck_w * np.append(SPAN, [1, -1]), np.append(p.chin + 0.015 + 0.03 * (1 - SPAN * SPAN), [0.1, 0.1])),
         shadow,
         True,
     )
@@ -69,14 +70,13 @@ def _body(c: Canvas) -> None:
     if s.collar in ("crew", "stripes"):
         y[[4, 6]] = drop + 0.85 * deep
     if s.necklace:
-        c.stroke(
-            (neck_w * 0.95 * S, drop - 0.03 + 0.05 * (1 - S * S)), 0.012, c.material(p.jewel, NECKLACE, 4, 0.3), True
-        )
+        chain = neck_w * 0.95 * SPAN, drop - 0.03 + 0.05 * (1 - SPAN * SPAN)
+        c.stroke(chain, 0.012, c.material(p.jewel, NECKLACE, 4, 0.3), body=True)
     c.fill((x, y), cloth, body=True)
     trim = c.material(s.cloth2, CLOTH, 5, 0.6)
     if s.collar == "stripes":
         for k in range(3):
-            c.stroke((0.5 * S, drop + 0.085 + 0.05 * k - 0.0 * S), 0.018, trim, body=True)
+            c.stroke((0.5 * SPAN, drop + 0.085 + 0.05 * k - 0.0 * SPAN), 0.018, trim, body=True)
     elif s.collar == "shirt":
         for side in (-1, 1):
             c.fill(
@@ -95,15 +95,12 @@ def _ears(c: Canvas) -> None:
         # the ear that turns away disappears behind the cheek
         x0 = side * (p.width * 0.99 - 0.06 * max(0.0, side * c.sin_yaw))
         for scale, color in ((1.0, p.skin), (0.55, mix(p.skin, (120, 40, 40), 0.3))):
-            x = x0 + side * 0.01 + 0.62 * p.ear * scale * np.cos(T)
-            y = 0.005 + 1.15 * p.ear * scale * np.sin(T)
+            x, y = ellipse(x0 + side * 0.01, 0.005, 0.62 * p.ear * scale, 1.15 * p.ear * scale)
             ear = c.material(color, label, 6 if scale == 1.0 else 7, 0.8)
             c.fill(c.outline(x + shift * 0.3, y, -0.03), ear)
         if p.earrings:
-            c.fill(
-                c.outline(x0 + side * 0.014 + 0.016 * np.cos(T), 0.08 + 0.02 * np.sin(T)),
-                c.material(p.jewel, EARRING, 8, 0.2),
-            )
+            ring = ellipse(x0 + side * 0.014, 0.08, 0.016, 0.02)
+            c.fill(c.outline(*ring), c.material(p.jewel, EARRING, 8, 0.2))
 
 
 def _face(c: Canvas) -> None:
@@ -115,29 +112,27 @@ def _face(c: Canvas) -> None:
         color = mix(p.skin, p.hair, {"full": 0.82, "stubble": 0.28, "goatee": 0.75}[p.beard])
         beard = c.material(color, SKIN, 11 if p.beard == "stubble" else 12, 0.8)
         if p.beard == "goatee":
-            c.fill(c.feature(0.085 * power(np.cos(T), 0.8), p.mouth_y + 0.055 + 0.095 * np.sin(T)), beard)
+            c.fill(c.feature(0.085 * power(np.cos(TURN), 0.8), p.mouth_y + 0.055 + 0.095 * np.sin(TURN)), beard)
         else:
             low = np.linspace(0.03 * np.pi, 0.97 * np.pi, 24)
-            outer = np.interp(low, T, x), np.interp(low, T, y), np.interp(low, T, z)
+            outer = np.interp(low, TURN, x), np.interp(low, TURN, y), np.interp(low, TURN, z)
             grow = 1.03 if p.beard == "full" else 1.0
             ox, oy = c.outline(outer[0] * grow, outer[1] * grow, outer[2])
             s = np.linspace(-1, 1, 24)
             ix, iy = c.feature(s * p.width * 0.8, p.mouth_y - 0.06 - 0.1 * s**2 + 0.012 * np.cos(9 * s))
             c.fill((np.concatenate([ox, ix]), np.concatenate([oy, iy])), beard)
             clear = c.material(p.skin, SKIN, 11, 1.0, 1.0)
-            c.fill(c.feature(0.5 * p.mouth_w * np.cos(T), p.mouth_y + 0.0 + 0.03 * np.sin(T)), clear)
+            c.fill(c.feature(*ellipse(0, p.mouth_y, 0.5 * p.mouth_w, 0.03)), clear)
     if p.beard in ("full", "moustache", "goatee"):
         y0 = p.mouth_y - p.lip_up - 0.022
-        sx = np.concatenate([S, S[::-1]])
-        sy = np.concatenate([y0 + 0.03 * S**2 - 0.006, y0 + 0.024 + 0.02 * S[::-1] ** 2])
-        c.fill(c.feature(sx * p.mouth_w * 1.02, sy, 0.01), c.material(mix(p.skin, p.hair, 0.85), SKIN, 12, 0.8))
+        moustache = band(SPAN * p.mouth_w * 1.02, y0 + 0.03 * SPAN**2 - 0.006, y0 + 0.024 + 0.02 * SPAN**2)
+        c.fill(c.feature(*moustache, 0.01), c.material(mix(p.skin, p.hair, 0.85), SKIN, 12, 0.8))
     if p.freckles:
         dot = c.material(mix(p.skin, (150, 80, 50), 0.4), SKIN, 11, 1.0)
-        t = T[::5]
         for k in range(12):
             side = 1 if k % 2 else -1
             fx, fy = side * (0.06 + 0.011 * (k // 2)), 0.055 + 0.022 * ((k * 7) % 5) / 5
-            c.fill(c.feature(fx + 0.0055 * np.cos(t), fy + 0.0055 * np.sin(t)), dot)
+            c.fill(c.feature(*ellipse(fx, fy, 0.0055, 0.0055, 5)), dot)
 
 
 def _nose(c: Canvas) -> None:
@@ -160,8 +155,8 @@ def _nose(c: Canvas) -> None:
     bx, by = c.feature(p.nose_w * np.linspace(-1, 1, 9), tip + 0.013 * np.cos(np.linspace(-1, 1, 9) * 4.2), 0.04)
     c.stroke((bx, by), 0.0075, line)
     for k in (-1, 1):
-        nx, ny = c.feature(k * p.nose_w * 0.48 + 0.011 * np.cos(T[::4]), tip + 0.004 + 0.0065 * np.sin(T[::4]), 0.045)
-        c.fill((nx, ny), c.material(mix(p.skin, BLACK, 0.7), NOSE, 13, 1.0))
+        nostril = ellipse(k * p.nose_w * 0.48, tip + 0.004, 0.011, 0.0065, 4)
+        c.fill(c.feature(*nostril, 0.045), c.material(mix(p.skin, BLACK, 0.7), NOSE, 13, 1.0))
 
 
 def _mouth(c: Canvas) -> None:
@@ -169,25 +164,22 @@ def _mouth(c: Canvas) -> None:
     w = p.mouth_w * (1 + 0.12 * s.smile)
     bend = 0.028 * s.smile
     gap = 0.042 * s.open
-    x = w * S
-    middle = p.mouth_y - bend * S**2
-    arch = np.sqrt(np.clip(1 - S**2, 0, 1))
+    x = w * SPAN
+    middle = p.mouth_y - bend * SPAN**2
+    arch = np.sqrt(np.clip(1 - SPAN**2, 0, 1))
     upper_low = middle - 0.3 * gap * arch
     lower_high = middle + 0.7 * gap * arch
-    bow = p.lip_up * (arch**1.2 - 0.3 * np.exp(-((S / 0.22) ** 2)))
-    back = S[::-1]
+    bow = p.lip_up * (arch**1.2 - 0.3 * np.exp(-((SPAN / 0.22) ** 2)))
     if gap > 0.004:
-        inside = np.concatenate([upper_low, lower_high[::-1]])
-        c.fill(c.feature(np.concatenate([x, w * back]), inside, 0.012), c.material((96, 26, 34), MOUTH, 14, 0.4))
-        teeth = np.concatenate([upper_low, (upper_low + 0.45 * (lower_high - upper_low))[::-1]])
-        c.fill(c.feature(0.88 * np.concatenate([x, w * back]), teeth, 0.012), c.material(WHITE, MOUTH, 15, 0.4))
-    upper = np.concatenate([upper_low - bow, upper_low[::-1]])
-    c.fill(c.feature(np.concatenate([x, w * back]), upper, 0.014), c.material(mix(p.lip, BLACK, 0.1), U_LIP, 16, 0.9))
-    lower = np.concatenate([lower_high, (lower_high + p.lip_down * arch)[::-1]])
-    c.fill(c.feature(np.concatenate([x, w * back]), lower, 0.014), c.material(p.lip, L_LIP, 17, 0.9))
+        inside, teeth = band(x, upper_low, lower_high), upper_low + 0.45 * (lower_high - upper_low)
+        c.fill(c.feature(*inside, 0.012), c.material((96, 26, 34), MOUTH, 14, 0.4))
+        c.fill(c.feature(*band(0.88 * x, upper_low, teeth), 0.012), c.material(WHITE, MOUTH, 15, 0.4))
+    upper, lower = band(x, upper_low - bow, upper_low), band(x, lower_high, lower_high + p.lip_down * arch)
+    c.fill(c.feature(*upper, 0.014), c.material(mix(p.lip, BLACK, 0.1), U_LIP, 16, 0.9))
+    c.fill(c.feature(*lower, 0.014), c.material(p.lip, L_LIP, 17, 0.9))
     shine = c.material(mix(p.lip, WHITE, 0.3), L_LIP, 17, 0.9)
-    at = int(len(S) // 2)
-    c.fill(c.feature(0.03 * np.cos(T[::4]), lower_high[at] + 0.45 * p.lip_down + 0.004 * np.sin(T[::4]), 0.016), shine)
+    middle_low = lower_high[len(SPAN) // 2]
+    c.fill(c.feature(*ellipse(0, middle_low + 0.45 * p.lip_down, 0.03, 0.004, 4), 0.016), shine)
     if gap <= 0.004:
         c.stroke(c.feature(x, upper_low, 0.014), 0.006, c.material(mix(p.lip, BLACK, 0.55), U_LIP, 16, 0.9))
 
@@ -201,12 +193,11 @@ def _eyes(c: Canvas, grow: float) -> None:
         def lid(u: np.ndarray, height: float, side: int = side, y0: float = y0) -> np.ndarray:
             return y0 + height * (1 - np.abs(u) ** 2.2) - side * p.eye_tilt * u
 
-        up, down = lid(S, -h), lid(S, 0.75 * h)
-        x = x0 + w * S
-        edge = np.concatenate([x, x[::-1]]), np.concatenate([up, down[::-1]])
+        up, down = lid(SPAN, -h), lid(SPAN, 0.75 * h)
+        x = x0 + w * SPAN
         socket = c.material(mix(p.skin, (110, 50, 50), 0.14), SKIN, 11, 1.0)
-        c.fill(c.feature(x0 + 1.3 * w * np.cos(T), y0 - 0.006 + 1.45 * h * np.sin(T)), socket)
-        c.fill(c.feature(*edge), c.material(WHITE, label, 18, 0.45))
+        c.fill(c.feature(*ellipse(x0, y0 - 0.006, 1.3 * w, 1.45 * h)), socket)
+        c.fill(c.feature(*band(x, up, down)), c.material(WHITE, label, 18, 0.45))
         cx, cy = x0 + 0.35 * w * s.gaze_x, y0 - 0.08 * h + 0.3 * h * s.gaze_y
         radius = 0.92 * p.eye_h * grow * (0.85 + 0.15 / max(s.lids, 0.5))
         parts: list[tuple[float, Color, int]] = [
@@ -215,38 +206,35 @@ def _eyes(c: Canvas, grow: float) -> None:
             (0.45, BLACK, 20),
         ]
         for scale, color, group in parts:
-            ix = np.clip(cx + radius * scale * np.cos(T), x0 - 0.97 * w, x0 + 0.97 * w)
+            ix, iy = ellipse(cx, cy, radius * scale, radius * scale)
+            ix = np.clip(ix, x0 - 0.97 * w, x0 + 0.97 * w)
             u = (ix - x0) / w
-            iy = np.clip(cy + radius * scale * np.sin(T), lid(u, -h), lid(u, 0.75 * h))  # the lids cover it
+            iy = np.clip(iy, lid(u, -h), lid(u, 0.75 * h))  # the lids cover it
             c.fill(c.feature(ix, iy), c.material(color, label, group, 0.3))
         glint = 0.3 * radius
-        gx, gy = cx - 0.32 * radius + glint * np.cos(T[::3]), cy - 0.3 * radius + glint * np.sin(T[::3])
+        gx, gy = ellipse(cx - 0.32 * radius, cy - 0.3 * radius, glint, glint, 3)
         c.fill(c.feature(gx, np.maximum(gy, lid((gx - x0) / w, -h))), c.material((255, 255, 255), label, 20, 0.0))
-        lash = np.concatenate([up - p.lashes * grow * (1 - 0.5 * np.abs(S)), up[::-1] + 0.002])
-        c.fill(c.feature(np.concatenate([x0 + 1.06 * w * S, x[::-1]]), lash), c.material(BLACK, label, 20, 0.3))
+        lash = np.concatenate([up - p.lashes * grow * (1 - 0.5 * np.abs(SPAN)), up[::-1] + 0.002])
+        c.fill(c.feature(np.concatenate([x0 + 1.06 * w * SPAN, x[::-1]]), lash), c.material(BLACK, label, 20, 0.3))
         brow_label = L_BROW if side > 0 else R_BROW
-        arch = p.eye_y - p.brow_y - (grow - 1) * 0.03 - s.brows - 0.013 * (1 - S**2)
-        arch = arch + side * (p.brow_tilt - 0.006) * -S
-        thick = p.brow_thick * (0.75 - 0.35 * side * S)
-        bx = x0 + side * 0.006 + p.brow_w * S
+        arch = p.eye_y - p.brow_y - (grow - 1) * 0.03 - s.brows - 0.013 * (1 - SPAN**2)
+        arch = arch + side * (p.brow_tilt - 0.006) * -SPAN
+        thick = p.brow_thick * (0.75 - 0.35 * side * SPAN)
+        bx = x0 + side * 0.006 + p.brow_w * SPAN
         brow = mix(mix(p.hair, BLACK, 0.25), p.skin, 0.12)
-        c.fill(
-            c.feature(
-                np.concatenate([bx, bx[::-1]]), np.concatenate([arch - thick / 2, (arch + thick / 2)[::-1]]), 0.01
-            ),
-            c.material(brow, brow_label, 21, 0.5),
-        )
+        stroke = band(bx, arch - thick / 2, arch + thick / 2)
+        c.fill(c.feature(*stroke, 0.01), c.material(brow, brow_label, 21, 0.5))
 
 
 @functools.lru_cache(maxsize=4)
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the pixel centres as fractions of the picture, float32 (size, size)."""
+    """Return x and y of the pixel centres as fractions of the picture, float32 (size, size)."""
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     return np.broadcast_to(centres, (size, size)), np.broadcast_to(centres[:, None], (size, size))
 
 
 def _backdrop(s: Scene, size: int) -> np.ndarray:
-    """float32 (size, size, 3) in 0..255."""
+    """Return float32 (size, size, 3) in 0..255."""
     x, y = _grid(size)
     a, b = np.array(s.back, np.float32), np.array(s.back2, np.float32)
     along = np.clip(
@@ -272,7 +260,7 @@ def _backdrop(s: Scene, size: int) -> np.ndarray:
 
 
 def _light(c: Canvas) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness of a head lit from (light_x, light_y), and the flush of the cheeks; both float32 (size, size)."""
+    """Return the light on the head from (light_x, light_y) and the flush of the cheeks; both float32 (size, size)."""
     p, s = c.person, c.scene
     x, y = _grid(c.size)
     x, y = (x - np.float32(c.center[0])) / s.scale, (y - np.float32(c.center[1])) / s.scale
@@ -292,7 +280,7 @@ def _light(c: Canvas) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lines(groups: np.ndarray, width: int) -> np.ndarray:
-    """uint8: 255 where two line groups meet, `width` sub-pixels thick."""
+    """Return uint8: 255 where two line groups meet, `width` sub-pixels thick."""
     edge = np.zeros(groups.shape, bool)
     down, right = groups[1:] != groups[:-1], groups[:, 1:] != groups[:, :-1]
     edge[1:] |= down
@@ -309,21 +297,16 @@ def _lines(groups: np.ndarray, width: int) -> np.ndarray:
     return edge.astype(np.uint8) * 255
 
 
-LAYERS: tuple[Callable[[Canvas], None], ...] = (back_hair, _body, _ears, _face)
-
-
 def paint(person: Person, scene: Scene, size: int, toon: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one face.
+    """Paint one face.
 
     Returns:
         image uint8 (size, size, 3), labels uint8 (size, size) with the class at each pixel's centre, and sketch uint8
         (size, size), dark lines on white.
     """
     c = Canvas(person, scene, size)
-    for layer in LAYERS:
+    for layer in (back_hair, _body, _ears, _face, _nose, _mouth):
         layer(c)
-    _nose(c)
-    _mouth(c)
     glasses(c, before_eyes=True)
     _eyes(c, 1.3 if toon else 1.0)
     glasses(c, before_eyes=False)
@@ -331,18 +314,18 @@ def paint(person: Person, scene: Scene, size: int, toon: bool = False) -> tuple[
     hat(c)
 
     index = np.asarray(c.image)
-    labels = np.array(c.labels, np.uint8)[index[1::SUPER, 1::SUPER]]
-    lines = _lines(np.array(c.groups, np.uint8)[index], round(size * SUPER / 150))
-    lines = np.asarray(Image.fromarray(lines).reduce(SUPER))
+    labels = np.array(c.labels, np.uint8)[index[1::SUPERSAMPLING, 1::SUPERSAMPLING]]
+    lines = _lines(np.array(c.groups, np.uint8)[index], round(size * SUPERSAMPLING / 150))
+    lines = np.asarray(Image.fromarray(lines).reduce(SUPERSAMPLING))
     sketch = 255 - (lines.astype(np.uint16) * 225 // 255).astype(np.uint8)
 
     colors = np.clip(np.array(c.colors), 0, 255).round().astype(np.uint8)
     c.image.putpalette(np.concatenate([colors, np.zeros((256 - len(colors), 3), np.uint8)]).ravel().tolist())
-    painted = np.asarray(c.image.convert("RGB").reduce(SUPER)).astype(np.float32)
+    painted = np.asarray(c.image.convert("RGB").reduce(SUPERSAMPLING)).astype(np.float32)
 
     def share(weights: list[float]) -> np.ndarray:
         table = np.clip(np.array(weights) * 255, 0, 255).round().astype(np.uint8)
-        return np.asarray(Image.fromarray(table[index]).reduce(SUPER)).astype(np.float32) / 255
+        return np.asarray(Image.fromarray(table[index]).reduce(SUPERSAMPLING)).astype(np.float32) / 255
 
     brightness, flush = _light(c)
     if toon:

@@ -1,4 +1,4 @@
-"""Toy faces: an endless data set of drawn people, with exact label maps and sketches, from a seed and nothing else."""
+"""Toy faces: an endless data set of drawn people, with exact label maps and sketches, made from only a seed."""
 
 from __future__ import annotations
 
@@ -50,11 +50,15 @@ class ToyFaces(Dataset[dict[str, Any]]):
         return self.n
 
     def identity(self, index: int) -> int:
-        """Who sample `index` shows."""
+        """Return who sample `index` shows."""
         return index if self.identities is None else index % self.identities
 
+    def path(self, index: int) -> str:
+        """Return what sample `index` is called in messages."""
+        return f"toyfaces/seed{self.seed}/{index:06d}"
+
     def draw(self, index: int, frontal: bool = False, toon: bool = False) -> Drawing:
-        """Sample `index` as uint8 arrays.
+        """Return sample `index` as uint8 arrays.
 
         Args:
             frontal: the same person and expression, seen from the front in even light.
@@ -72,19 +76,23 @@ class ToyFaces(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         drawing = self.draw(index)
         return {
-            "image": from_uint8(torch.from_numpy(drawing.image).permute(2, 0, 1).contiguous()),
+            "image": _image_tensor(drawing),
             "labels": torch.from_numpy(drawing.labels).long(),
             "sketch": torch.from_numpy(drawing.sketch).float().div(255)[None],
             "identity": self.identity(index),
         }
 
     def frontal(self, index: int) -> Tensor:
-        """float32 (3, size, size) in [-1, 1]: the same face from the front."""
-        return from_uint8(torch.from_numpy(self.draw(index, frontal=True).image).permute(2, 0, 1).contiguous())
+        """Return float32 (3, size, size) in [-1, 1]: the same face from the front."""
+        return _image_tensor(self.draw(index, frontal=True))
 
     def toon(self, index: int) -> Tensor:
-        """float32 (3, size, size) in [-1, 1]: the same face as a cartoon."""
-        return from_uint8(torch.from_numpy(self.draw(index, toon=True).image).permute(2, 0, 1).contiguous())
+        """Return float32 (3, size, size) in [-1, 1]: the same face as a cartoon."""
+        return _image_tensor(self.draw(index, toon=True))
+
+
+def _image_tensor(drawing: Drawing) -> Tensor:
+    return from_uint8(torch.from_numpy(drawing.image).permute(2, 0, 1).contiguous())
 
 
 FOLDERS = ("CelebA-HQ-img", "CelebAMask-HQ-mask", "sketch")

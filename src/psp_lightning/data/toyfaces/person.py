@@ -1,4 +1,4 @@
-"""Numbers of a drawn face: who it is (`Person`) and how it is seen (`Scene`), from a random generator.
+"""Numbers of a drawn face: who it is (`Person`) and how it is seen (`Scene`), drawn from a random generator.
 
 Lengths are fractions of the picture's width, angles are radians. Origin: centre of the head, x right, y down, z to the
 viewer.
@@ -14,25 +14,12 @@ import numpy as np
 Color = tuple[float, float, float]  # RGB in 0..255
 
 SKINS = [
-    (255, 224, 196),
-    (244, 205, 170),
-    (232, 184, 146),
-    (214, 160, 120),
-    (186, 128, 90),
-    (150, 98, 66),
-    (108, 70, 48),
-]
+    (255, 224, 196), (244, 205, 170), (232, 184, 146), (214, 160, 120), (186, 128, 90), (150, 98, 66), (108, 70, 48),
+]  # fmt: skip
 HAIRS = [
-    (28, 22, 22),
-    (58, 38, 28),
-    (96, 60, 36),
-    (140, 92, 50),
-    (196, 146, 78),
-    (232, 200, 130),
-    (150, 62, 32),
-    (196, 92, 44),
-]
-HAIRS += [(150, 146, 142), (222, 218, 212), (92, 60, 130), (46, 92, 140)]  # grey, white, dyed
+    (28, 22, 22), (58, 38, 28), (96, 60, 36), (140, 92, 50), (196, 146, 78), (232, 200, 130), (150, 62, 32),
+    (196, 92, 44), (150, 146, 142), (222, 218, 212), (92, 60, 130), (46, 92, 140),  # the last four: grey, white, dyed
+]  # fmt: skip
 EYES = [(70, 44, 26), (104, 68, 34), (120, 104, 50), (72, 116, 70), (70, 118, 168), (108, 142, 166), (60, 60, 66)]
 STYLES = ("bald", "buzz", "part", "quiff", "curly", "afro", "bob", "fringe", "long", "wavy", "bun", "receding")
 STYLE_WEIGHTS = np.array([4, 6, 14, 10, 8, 6, 11, 11, 13, 10, 7, 5], float)
@@ -119,7 +106,7 @@ class Scene:
     blobs: tuple[tuple[float, float, float, float], ...]
 
     def neutral(self) -> Scene:
-        """The same picture from the front, in even light."""
+        """Return the same picture from the front, in even light."""
         return replace(self, yaw=0.0, pitch=0.0, roll=0.0, light_x=0.0, light_y=-0.35, light=0.7, warm=0.0)
 
 
@@ -134,12 +121,12 @@ def _vary(rng: np.random.Generator, color: tuple[float, ...], amount: float) -> 
 
 
 def mix(a: Color, b: Color, share: float) -> Color:
-    """`share` of b in a."""
+    """Mix two colours, with `share` of b."""
     return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 def draw_person(rng: np.random.Generator) -> Person:
-    """A person; every call draws the same numbers in the same order."""
+    """Draw a person. Every call takes the same numbers in the same order from `rng`."""
 
     def near(mean: float, deviation: float) -> float:
         return float(mean + deviation * np.clip(rng.normal(), -2, 2))
@@ -208,7 +195,7 @@ def draw_person(rng: np.random.Generator) -> Person:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Pose, light, expression, clothes and backdrop of one picture."""
+    """Draw pose, light, expression, clothes and backdrop of one picture."""
 
     def near(deviation: float) -> float:
         return float(deviation * np.clip(rng.normal(), -2.2, 2.2))

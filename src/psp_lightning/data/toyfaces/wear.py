@@ -1,14 +1,14 @@
-"""What a drawn person wears on the head: hair, glasses and hats."""
+"""Hair, glasses and hats of a drawn person."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from psp_lightning.data.toyfaces.canvas import GLASSES, HAIR, HAT, Canvas, S, T, power
+from psp_lightning.data.toyfaces.canvas import GLASSES, HAIR, HAT, SPAN, TURN, Canvas, Curve, ellipse, power
 from psp_lightning.data.toyfaces.person import Person, mix
 
 
-def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> tuple[np.ndarray, np.ndarray]:
+def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> Curve:
     """Push an outline in and out `waves` times."""
     t = np.linspace(0, 2 * np.pi, len(x), endpoint=False)
     k = 1 + amount * np.abs(np.sin(0.5 * waves * t))
@@ -16,7 +16,7 @@ def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> tuple[np.n
 
 
 def back_hair(c: Canvas) -> None:
-    """Hair behind the neck and shoulders."""
+    """Draw the hair behind neck and shoulders."""
     p = c.person
     dark = c.material(mix(p.hair, (0, 0, 0), 0.28), HAIR, 9, 0.5)
     t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
@@ -39,19 +39,19 @@ def back_hair(c: Canvas) -> None:
     if p.style == "bun":
         x, y = 0.1 * cos, -top - 0.03 + 0.085 * sin
         c.fill(c.outline(x, y, -0.1), c.material(p.hair, HAIR, 10, 0.7))
-        c.stroke(c.outline(0.07 * S, -top + 0.025 - 0.02 * S * S, -0.1), 0.01, dark)
+        c.stroke(c.outline(0.07 * SPAN, -top + 0.025 - 0.02 * SPAN * SPAN, -0.1), 0.01, dark)
 
 
-def _lens(p: Person, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _lens(p: Person, side: int) -> Curve:
     k = 2 / p.glasses_round
     return (
-        side * (p.eye_x + 0.004) + p.glasses_w * power(np.cos(T), k),
-        p.eye_y + 0.012 + p.glasses_h * power(np.sin(T), k),
+        side * (p.eye_x + 0.004) + p.glasses_w * power(np.cos(TURN), k),
+        p.eye_y + 0.012 + p.glasses_h * power(np.sin(TURN), k),
     )
 
 
 def glasses(c: Canvas, before_eyes: bool) -> None:
-    """Clear lenses lie under the eyes, so that the eyes keep their label; dark lenses and the frame on top."""
+    """Draw clear lenses below the eyes, so that the eyes keep their label; dark lenses and the frame on top."""
     p = c.person
     if p.glasses == "none":
         return
@@ -85,8 +85,8 @@ def glasses(c: Canvas, before_eyes: bool) -> None:
     )
 
 
-def _hairline(p: Person, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower edge of the front hair from the left to the right temple, s in [-1, 1]: x, y on the face."""
+def _hairline(p: Person, s: np.ndarray) -> Curve:
+    """Return the lower edge of the front hair, from temple to temple as s goes from -1 to 1: x, y on the face."""
     y = p.hairline + 0.09 * s**2
     side = p.side * s
     if p.style in ("part", "bob", "long", "wavy", "bun"):
@@ -105,6 +105,7 @@ def _hairline(p: Person, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def front_hair(c: Canvas) -> None:
+    """Draw the hair on the head and beside the face."""
     p = c.person
     if p.style == "bald":
         return
@@ -171,11 +172,12 @@ def front_hair(c: Canvas) -> None:
 
 
 def hat(c: Canvas) -> None:
+    """Draw a hat over the hair."""
     p = c.person
     if p.hat == "none" or p.style in ("afro", "bun"):
         return
     color = c.material(p.hat_color, HAT, 26, 0.8)
-    band = c.material(mix(p.hat_color, (20, 20, 30), 0.3), HAT, 27, 0.8)
+    trim = c.material(mix(p.hat_color, (20, 20, 30), 0.3), HAT, 27, 0.8)
     t = np.linspace(0, np.pi, 40)
     w, top = p.width + p.volume * 0.6 + 0.012, p.top + p.volume + 0.03
     rim = -0.165
@@ -187,8 +189,8 @@ def hat(c: Canvas) -> None:
     ux, uy = c.feature(s * w * 0.98, rim - 0.055 - 0.03 * (1 - s**2), 0.03)
     if p.hat == "beanie":
         bx[[0, -1]], ux[[0, -1]] = [w, -w], [w, -w]
-        c.fill((np.concatenate([ux, bx[::-1]]), np.concatenate([uy, by[::-1]])), band)
-        c.fill(c.outline(0.05 * np.cos(T), -top - 0.02 + 0.045 * np.sin(T)), band)
+        c.fill((np.concatenate([ux, bx[::-1]]), np.concatenate([uy, by[::-1]])), trim)
+        c.fill(c.outline(*ellipse(0, -top - 0.02, 0.05, 0.045)), trim)
     else:
         vx, vy = c.feature(s * w * 0.86, rim + 0.05 - 0.04 * (1 - s**2), 0.13)
-        c.fill((np.concatenate([bx[2:-2], vx[::-1]]), np.concatenate([by[2:-2] - 0.03, vy[::-1]])), band)
+        c.fill((np.concatenate([bx[2:-2], vx[::-1]]), np.concatenate([by[2:-2] - 0.03, vy[::-1]])), trim)

@@ -6,22 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.lit.files import keep_picture
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.arguments import number, whole
-from psp_lightning.utils.images import save_atomic, to_pil
+from psp_lightning.utils.images import to_pil
 
 
 @torch.no_grad()
 def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0, batch: int = 32) -> Tensor:
-    """(n, C, S, S) samples at latents that `seed` fixes, with constant noise, on the CPU.
+    """Return n samples (n, C, S, S) on the CPU, at latents that `seed` fixes, with constant noise.
 
     Args:
         psi: truncation towards the mean w of 10,000 draws.
@@ -33,7 +32,7 @@ def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0,
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """(n, C, S, S) to (C, rows * S, columns * S), the last row filled with white."""
+    """Tile (n, C, S, S) into (C, rows * S, columns * S); the last row is filled with white."""
     n, c, s, _ = images.shape
     rows = -(-n // columns)
     full = torch.ones(rows * columns, c, s, s)
@@ -42,7 +41,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 class SampleGrids(Callback):
-    """Grids of samples of the averaged generator, always at the same latents.
+    """Grids of samples of the averaged generator (`g_ema`), always at the same latents.
 
     Args:
         folder: receives `samples_00000500.png`.
@@ -60,14 +59,9 @@ class SampleGrids(Callback):
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
         if not due or not trainer.is_global_zero:
             return
-        images = sample_images(pl_module.average, self.n_images, self.truncation)
+        images = sample_images(pl_module.g_ema, self.n_images, self.truncation)
         grid = to_pil(tile(images, max(1, round(self.n_images**0.5))))
-        save_atomic(grid, self.folder / f"samples_{step:08d}.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image(key="samples", images=[grid], step=step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        keep_picture(trainer, grid, self.folder / f"samples_{step:08d}.png", "samples")
 
 
 class ExportGenerator(Callback):
@@ -75,7 +69,7 @@ class ExportGenerator(Callback):
 
     Args:
         run: the run directory.
-        every_n_steps: also every so many steps, as `generator_00001000.safetensors`.
+        every_n_steps: also writes `generator_00001000.safetensors` every so many steps; None: no.
         origin: training data, licence and the like; steps and images shown are added.
     """
 
@@ -94,4 +88,4 @@ class ExportGenerator(Callback):
 
     def _write(self, module: Any, name: str, step: int) -> None:
         origin = {**self.origin, "steps": step, "images_shown": int(module.images_shown)}
-        save_generator(self.run / name, module.average, origin)
+        save_generator(self.run / name, module.g_ema, origin)

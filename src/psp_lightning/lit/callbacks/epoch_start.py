@@ -1,4 +1,4 @@
-"""Lets a run go on exactly from a checkpoint that was written after the last batch of an epoch."""
+"""An exact resume from a checkpoint that was written after the last batch of an epoch."""
 
 from __future__ import annotations
 

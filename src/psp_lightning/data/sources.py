@@ -1,0 +1,158 @@
+"""The kinds of source images, a class each: its channels, how a picture becomes a tensor, how the tensor is shown."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psp_lightning.data import transforms
+from psp_lightning.data.labels import LabelMap
+from psp_lightning.data.masks import as_mask, draw_mask
+from psp_lightning.data.transforms import ImageLike, open_image
+from psp_lightning.utils.images import from_uint8
+
+Hole = ImageLike | np.ndarray
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Base of the kinds. The arguments of each are fields of `InputSpec`.
+
+    Args:
+        size: height and width in pixels of the tensor.
+    """
+
+    size: int
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of the tensor."""
+
+    @abstractmethod
+    def load(
+        self,
+        picture: ImageLike,
+        rng: np.random.Generator | None = None,
+        factor: int | None = None,
+        mask: Hole | None = None,
+    ) -> Tensor:
+        """Return a picture as the tensor that an encoder takes.
+
+        Args:
+            picture: path or PIL image.
+            rng: random numbers for what is drawn (factor of `LowRes`, hole of `Masked`).
+            factor: down-sampling factor of `LowRes`. With neither `factor` nor `rng` the picture is taken to be of low
+                resolution already, and only brought to the size.
+            mask: hole of `Masked`: a file or image (bright is missing) or a bool array. Without it, the transparent
+                pixels of a picture that has any, else a hole drawn from `rng` (default: a fixed one).
+
+        Returns:
+            float32 (channels, size, size).
+
+        Raises:
+            UserError: naming the file, for an unreadable image or a label id outside the map.
+        """
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """Turn a float32 batch (B, channels, H, W) into pictures (B, 3, H, W) in [-1, 1]."""
+        return x[:, :3]
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Flip (channels, H, W) left to right."""
+        return x.flip(-1)
+
+
+class RGB(Source):
+    """3 channels in [-1, 1]."""
+
+    channels = 3
+
+    def load(self, picture: ImageLike, rng: Any = None, factor: Any = None, mask: Any = None) -> Tensor:
+        return transforms.rgb(picture, self.size)
+
+
+class Sketch(Source):
+    """1 channel in [0, 1]; paper is 1, ink is 0."""
+
+    channels = 1
+
+    def load(self, picture: ImageLike, rng: Any = None, factor: Any = None, mask: Any = None) -> Tensor:
+        return transforms.sketch(picture, self.size)
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        return x.expand(-1, 3, -1, -1) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Labels(Source):
+    """One-hot, one channel a class; pictures have the colours of the label map."""
+
+    n_classes: int
+    interpolation: str = "nearest"
+    label_map: dict[str, Any] | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.n_classes
+
+    @functools.cached_property
+    def classes(self) -> LabelMap:
+        return LabelMap.from_dict(self.label_map) if self.label_map else LabelMap.numbered(self.n_classes)
+
+    def load(self, picture: ImageLike, rng: Any = None, factor: Any = None, mask: Any = None) -> Tensor:
+        return transforms.labels(picture, self.size, self.classes, self.interpolation)
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        palette = torch.tensor(self.classes.colors)  # (n_classes, 3)
+        return from_uint8(palette[x.argmax(dim=1)].permute(0, 3, 1, 2))
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Flip, and exchange the classes that stand for the person's left and right."""
+        return x.flip(-1)[self.classes.mirrored_channels()]
+
+
+@dataclass(frozen=True)
+class LowRes(Source):
+    """3 channels in [-1, 1], of low resolution and brought back to `size`."""
+
+    factors: tuple[int, ...] = ()
+    channels = 3
+
+    def load(
+        self, picture: ImageLike, rng: np.random.Generator | None = None, factor: int | None = None, mask: Any = None
+    ) -> Tensor:
+        if factor is None and rng is not None and self.factors:
+            factor = int(rng.choice(self.factors))
+        return transforms.rgb(picture, self.size) if factor is None else transforms.lowres(picture, self.size, factor)
+
+
+@dataclass(frozen=True)
+class Masked(Source):
+    """3 channels in [-1, 1] with 0 in the hole, then the hole: 1 inside, 0 outside."""
+
+    mask: dict[str, Any] = field(default_factory=dict)
+    channels = 4
+
+    def load(
+        self, picture: ImageLike, rng: np.random.Generator | None = None, factor: Any = None, mask: Hole | None = None
+    ) -> Tensor:
+        image = open_image(picture)
+        if mask is None and image.mode in ("RGBA", "LA") and image.getextrema()[-1][0] < 128:  # type: ignore[index,misc]
+            mask = np.asarray(image.getchannel("A").resize((self.size, self.size))) < 128
+        if mask is None:
+            hole = draw_mask(self.size, rng or np.random.default_rng(0), **self.mask)
+        else:
+            hole = as_mask(mask if isinstance(mask, np.ndarray) else open_image(mask, "mask"), self.size)
+        return transforms.masked(transforms.rgb(image, self.size), hole)
+
+
+SOURCES: dict[str, type[Source]] = {
+    "rgb": RGB, "sketch": Sketch, "labels": Labels, "lowres": LowRes, "masked": Masked,
+}  # fmt: skip
