@@ -136,8 +136,10 @@ def test_losses_and_files_agree() -> None:
 
 
 def test_metrics_are_selected_as_a_list() -> None:
+    from psp_lightning.metrics import METRICS
+
     files = {path.stem for path in (CONF / "metric").glob("*.yaml")}
-    assert set(composed().metric) == files == {"mse", "psnr", "id_similarity"}
+    assert set(composed().metric) == files == set(METRICS) == {"mse", "psnr", "id_similarity"}
     for name in files:
         assert list(composed(f"metric=[{name}]").metric) == [name]
     assert set(composed("~metric.psnr").metric) == files - {"psnr"}

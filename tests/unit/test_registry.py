@@ -17,6 +17,7 @@ from psp_lightning.checkpoints.safetensors_io import read_described, save_descri
 from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding
 from psp_lightning.metrics import METRICS, register_metric
 from psp_lightning.models import encoders, registry
+from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.embedding import ToyFaceEmbedding
 from psp_lightning.models.protocols import Embedding, Encoder, Generator, RefiningEncoder
 from psp_lightning.models.psp import PSP
@@ -56,6 +57,21 @@ def test_configs_of_encoders_are_those_of_version_0_1_0(name):
     json.dumps(expected)
 
 
+def test_configs_of_the_other_networks_are_those_of_version_0_1_0():
+    generator = {
+        "output_size": 16, "style_dim": 8, "n_mapping": 2, "channel_multiplier": 2, "max_channels": 6,
+        "image_channels": 3, "z_dim": 8, "channel_base": 16384,
+    }  # fmt: skip
+    small = {"style_dim": 8, "n_mapping": 2, "max_channels": 6}
+    assert list(StyleGAN2(16, **small).config.items()) == list(generator.items()), "z_dim is known, channels are not"
+    found = StyleGAN2(16, **small, z_dim=5, channels=(6, 5, 4)).config
+    assert list(found.items()) == list({**generator, "z_dim": 5, "channels": [6, 5, 4]}.items())
+    discriminator = {"input_size": 16, "channel_base": 32, "max_channels": 512, "image_channels": 3, "group": 4}
+    assert list(Discriminator(16, channel_base=32).config.items()) == list(discriminator.items())
+    embedding = {"input_size": 64, "widths": [32, 64, 96, 128], "dim": 64}
+    assert list(ToyFaceEmbedding().config.items()) == list(embedding.items())
+
+
 def test_all_encoders_have_a_config_above():
     assert set(OWN) == {name for name, cls in registry.ENCODERS.items() if cls.__module__.startswith("psp_lightning.")}
 
@@ -76,7 +92,7 @@ def test_record_config():
         def __init__(self, depth: int = 7, size: int | None = None) -> None:
             super().__init__(2 * depth)
             if size is None:
-                self.config["size"] = 3 * depth
+                self.config["size"] = 3 * self.config["depth"]
 
     assert Base(3).config == {"width": 3, "sides": [1, 2], "name": "x"}
     expected = [("depth", 4), ("width", 3), ("sides", [1, 2]), ("name", "y")]
@@ -85,7 +101,7 @@ def test_record_config():
         assert net.config == {"depth": 7, "size": 21}, "only its own arguments, as the constructor understood them"
     with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
         Derived(4, widht=3)
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'width'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'width'"):
         Derived(4)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from psp_lightning.losses.l2 import mse_per_image
+from psp_lightning.metrics.registry import register_metric
 from psp_lightning.utils.errors import UserError
 
 
@@ -41,6 +42,7 @@ class ImageMean(Metric):
         return self.total / self.count
 
 
+@register_metric("mse")
 class MSE(ImageMean):
     """Mean squared error, output clamped to [-1, 1]; lower is better."""
 
@@ -56,6 +58,7 @@ class MSE(ImageMean):
         self._add(mse_per_image(y_hat.float().clamp(-1, 1), y.float()))
 
 
+@register_metric("psnr")
 class PSNR(ImageMean):
     """Peak signal-to-noise ratio in dB, per image, then averaged; output clamped to [-1, 1]; higher is better.
 
@@ -70,6 +73,7 @@ class PSNR(ImageMean):
         self._add(10 * torch.log10(4 / mse.clamp_min(1e-10)))
 
 
+@register_metric("id_similarity")
 class IdSimilarity(ImageMean):
     """Mean cosine similarity of the identity embeddings of output and target, in [-1, 1]; higher is better.
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.models.registry import record_config
 from psp_lightning.ops import fir_filter, fused_leaky_relu, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
@@ -97,6 +98,9 @@ class Discriminator(HalfPrecision):
         UserError: for a size that is no power of two, or a count below one.
     """
 
+    config: dict[str, Any]
+
+    @record_config
     def __init__(
         self,
         input_size: int,  # side of the image, a power of two from 8
@@ -108,13 +112,6 @@ class Discriminator(HalfPrecision):
         super().__init__()
         if input_size < 8 or input_size & (input_size - 1):
             raise UserError(f"Discriminator input_size={input_size}: it must be a power of two, 8 or more.")
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "channel_base": channel_base,
-            "max_channels": max_channels,
-            "image_channels": image_channels,
-            "group": group,
-        }
         for name, value in self.config.items():
             if value < 1:
                 raise UserError(f"Discriminator {name}={value}: it must be 1 or more.")

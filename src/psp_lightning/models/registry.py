@@ -42,9 +42,8 @@ def register_embedding(cls: ClassT) -> ClassT:
 def record_config(init: InitT) -> InitT:
     """Decorate a constructor so that `self.config` holds its arguments, with their defaults, as plain values.
 
-    `cls(**config)` builds the module again. Arguments that a constructor passes on as `*args, **kwargs` are recorded by
-    the decorated constructor of the base class, and follow its own. Where the constructor itself sets
-    `self.config[name]` of one of its arguments, that value stays.
+    `cls(**config)` builds the module again. The constructor finds `self.config` filled, and may change it. Arguments
+    that it passes on as `*args, **kwargs` are recorded by the decorated constructor of the base class, after its own.
     """
     signature = inspect.signature(init)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
@@ -54,13 +53,14 @@ def record_config(init: InitT) -> InitT:
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        config = {name: _plain(given.arguments[name]) for name in own}
-        inner: dict[str, Any] = getattr(self, "config", {})
-        config |= {name: value for name, value in inner.items() if passes_on or name in own}
-        self.config = config
+        outer = self.__dict__.get("config", {})  # from the constructor of a derived class
+        mine = {name: _plain(given.arguments[name]) for name in own}
+        self.config = {**outer, **mine, **outer}
+        init(self, *args, **kwargs)
+        if not passes_on:
+            self.config = {name: value for name, value in self.config.items() if name in outer or name in mine}
 
     return recorded  # type: ignore[return-value]
 

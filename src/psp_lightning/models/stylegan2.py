@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
-from psp_lightning.models.registry import register_generator
+from psp_lightning.models.registry import record_config, register_generator
 from psp_lightning.ops import fir_filter, modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
@@ -129,6 +129,9 @@ class Generator(HalfPrecision):
         UserError: for a size that is no power of two, a count below one, or `channels` of another length.
     """
 
+    config: dict[str, Any]
+
+    @record_config
     def __init__(
         self,
         output_size: int,  # side of the image, a power of two from 8
@@ -145,25 +148,16 @@ class Generator(HalfPrecision):
         if output_size < 8 or output_size & (output_size - 1):
             raise UserError(f"Generator output_size={output_size}: it must be a power of two, 8 or more.")
         z_dim = style_dim if z_dim is None else z_dim
-        self.config: dict[str, Any] = {
-            "output_size": output_size,
-            "style_dim": style_dim,
-            "n_mapping": n_mapping,
-            "channel_multiplier": channel_multiplier,
-            "max_channels": max_channels,
-            "image_channels": image_channels,
-            "z_dim": z_dim,
-            "channel_base": channel_base,
-        }
+        self.config["z_dim"] = z_dim
+        if channels is None:
+            del self.config["channels"]
         for name, value in self.config.items():
-            if value < 1:
+            if name != "channels" and value < 1:
                 raise UserError(f"Generator {name}={value}: it must be 1 or more.")
         self.output_size, self.style_dim, self.z_dim = output_size, style_dim, z_dim
         log_size = output_size.bit_length() - 1
-        if channels is not None:
-            self.config["channels"] = [int(width) for width in channels]
-            if len(channels) != log_size - 1 or min(channels) < 1:
-                raise UserError(f"Generator channels={list(channels)}: give {log_size - 1} counts, one a resolution.")
+        if channels is not None and (len(channels) != log_size - 1 or min(channels) < 1):
+            raise UserError(f"Generator channels={list(channels)}: give {log_size - 1} counts, one a resolution.")
         self.n_styles, self.n_noises = 2 * log_size - 2, 2 * log_size - 3
 
         lengths = [z_dim] + [style_dim] * n_mapping
