@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: the drawing rules and reference values of tests/golden, the photos."""
+"""Products that repeat bit for bit, and fixtures shared by all tests: the drawing rules and reference values of
+tests/golden, the photos."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from psp_lightning import make_reproducible
+
 HERE = Path(__file__).parent
+
+make_reproducible()  # before the first product of any test, whichever tests run
 
 
 @pytest.fixture(scope="session")

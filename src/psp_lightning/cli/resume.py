@@ -10,9 +10,12 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.reproducibility import arithmetic
 
 LAST = Path("checkpoints") / "last.ckpt"
+ARITHMETIC = "arithmetic.yaml"
 
 
 def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
@@ -122,11 +125,27 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     return list(lines.values())
 
 
+def changed_arithmetic(run: Path) -> list[str]:
+    """Return `key: before -> now` for each value of `arithmetic` that differs from the run's recorded one."""
+    recorded = run / ARITHMETIC
+    if not recorded.is_file():
+        return []
+    before, now = _flat(yaml.safe_load(recorded.read_text())), arithmetic()
+    return [f"{key}: {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+
+
 def record(run: Path, cfg: DictConfig) -> None:
-    """Write the settings of a run: composed (config.yaml), and as they were given (overrides.yaml)."""
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    """Write the settings of a run, composed (config.yaml) and as they were given (overrides.yaml), and what its last
+    bits depend on (arithmetic.yaml)."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    (run / "overrides.yaml").write_text(yaml.safe_dump(given, allow_unicode=True))
+    files = {
+        "config.yaml": OmegaConf.to_yaml(cfg, resolve=True),
+        "overrides.yaml": yaml.safe_dump(given, allow_unicode=True),
+        ARITHMETIC: yaml.safe_dump(arithmetic(), allow_unicode=True, sort_keys=False),
+    }
+    for name, text in files.items():
+        with replacing(run / name) as part:
+            part.write_text(text)
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
