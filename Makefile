@@ -1,4 +1,5 @@
-# make demo | test | test-fast | lint | install: each makes the virtual environment .venv first, with the tested versions.
+# make demo | test | test-fast | test-processors | lint | install: each first makes the virtual environment .venv,
+# with the tested versions.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,13 +8,18 @@ WORKERS ?= 2
 # facenet-pytorch runs with today's torch, numpy and Pillow, but its metadata forbids them
 FACENET := facenet-pytorch==2.6.0
 
-.PHONY: help install demo test test-fast lint clean
+# golden values, ops, resume, determinism: what depends on the processor's instructions
+PROCESSOR_TESTS := tests/parity tests/ops tests/integration/test_resume.py tests/integration/test_determinism.py
+CPUINFO := /proc/cpuinfo
+
+.PHONY: help install demo test test-fast test-processors lint clean
 
 help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
 	@echo "make demo     all four trained tasks on drawn faces, style mixing, a short training: one page, a few minutes"
 	@echo "make test     the whole test suite; ARGS=... adds options of pytest, WORKERS=2 sets the processes"
 	@echo "make test-fast  without the slow tests, in two minutes"
+	@echo "make test-processors  a part of it as other processors: with AVX2 only, and with AVX512 without AMX"
 	@echo "make lint     ruff and mypy"
 
 install: $(VENV)/.installed
@@ -34,6 +40,19 @@ test: install
 
 test-fast: install
 	$(PYTEST) -n $(WORKERS) -m "not serial and not slow" $(ARGS)
+
+# STRICT, because the tests compare bit for bit
+test-processors: install
+	@if grep -qw avx2 $(CPUINFO) 2>/dev/null; then \
+	  echo "as a processor with AVX2 only"; \
+	  ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2,STRICT \
+	    $(PYTEST) $(PROCESSOR_TESTS); \
+	else echo "AVX2 only: skipped, this processor has no AVX2"; fi
+	@if grep -qw amx_tile $(CPUINFO) 2>/dev/null; then \
+	  echo "as a processor with AVX512 without AMX"; \
+	  ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ATEN_CPU_CAPABILITY=avx512 MKL_CBWR=AVX512,STRICT \
+	    $(PYTEST) $(PROCESSOR_TESTS); \
+	else echo "AVX512 without AMX: skipped, this processor has no AMX, make test used all that it has"; fi
 
 lint: install
 	$(BIN)/ruff check .

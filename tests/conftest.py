@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: the drawing rules and reference values of tests/golden, the photos."""
+"""Products that repeat bit for bit, and fixtures shared by all tests: the drawing rules and reference values of
+tests/golden, the photos."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ import numpy as np
 import pytest
 from torch import nn
 
+from psp_lightning import make_reproducible
+
 HERE = Path(__file__).parent
+
+make_reproducible()  # before the first product of any test, whichever tests run
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,16 +9,6 @@ from pathlib import Path
 from typing import Any
 
 
-def processor() -> str:
-    """Name of the processor."""
-    file = Path("/proc/cpuinfo")
-    if file.exists():
-        for line in file.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16: otherwise it is emulated, and slower than float32."""
     file = Path("/proc/cpuinfo")
@@ -49,6 +39,7 @@ def describe(device: str) -> dict[str, Any]:
     import torch
 
     import psp_lightning
+    from psp_lightning.utils.reproducibility import processor
 
     found: dict[str, Any] = {
         "processor": processor(),

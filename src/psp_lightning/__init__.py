@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from psp_lightning.models.psp import PSP as PSP
     from psp_lightning.models.registry import register_encoder as register_encoder
     from psp_lightning.models.registry import register_generator as register_generator
+    from psp_lightning.utils.reproducibility import make_reproducible as make_reproducible
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _MODULES = {
     "register_generator": "models.registry",
     "register_loss": "losses.base",
     "register_metric": "metrics.registry",
+    "make_reproducible": "utils.reproducibility",
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,10 +43,13 @@ def test_a_refused_resume_leaves_the_run_as_it_was(psp, tiny: list[str], tmp_pat
         done = psp("train", "resume=runs/inversion/r", "trainer.max_steps=4", change)
         assert done.code == 1 and "Traceback" not in done.err, f"{change}: {done.err}"
         assert change.partition("=")[0].split(".")[-1].split("_")[0] in done.err, done.err
+    recorded = tmp_path / "runs" / "inversion" / "r" / "arithmetic.yaml"
+    recorded.write_text(re.sub(r"threads: \d+", "threads: 77", before := recorded.read_text()))
     done = psp("train", "resume=runs/inversion/r", "trainer.max_steps=4")
     assert done.code == 0, done.err
     assert last(tmp_path)["global_step"] == 4
     assert "changed on resume: trainer.max_steps: 2 -> 4" in done.out
+    assert re.search(r"changed on resume: threads: 77 -> \d+\n", done.out) and recorded.read_text() == before
 
 
 def test_a_finished_run_is_not_overwritten(psp, tiny: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from psp_lightning.utils.reproducibility import VALUE, VARIABLE
 
 pytestmark = pytest.mark.serial
 
@@ -31,8 +34,12 @@ SETTINGS = [
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command, which inherits no MKL_CBWR of this process."""
     command = [sys.executable, "-m", "psp_lightning.cli.train", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    inherited = {key: value for key, value in os.environ.items() if (key, value) != (VARIABLE, VALUE)}
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=inherited
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -105,6 +112,8 @@ def test_resume_is_bit_exact(n: int, val_every: int, ranks: int, tmp_path: Path)
     finally:
         os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].removeprefix(str(tmp_path)).removeprefix(os.pathsep)
     whole_run = tmp_path / "runs" / "inversion" / "whole"
+    recorded = yaml.safe_load((whole_run / "arithmetic.yaml").read_text())  # by the rank that trained
+    assert recorded["mkl"] == "no MKL" or recorded["mkl"].endswith(",STRICT"), "a rank does not repeat its products"
     for file in whole_run.glob("order*.txt"):
         assert file.read_text() == (cut_run / file.name).read_text(), f"another data order in {file.name}"
     a, b = final(whole_run), final(cut_run)

@@ -140,6 +140,47 @@ def render(module: LitGenerator, n: int) -> Tensor:
     return module.render(module.styles(n, draws), draws)
 
 
+# --- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_penalties_on_a_cpu_are_those_of_full_precision(dtype: torch.dtype, trainer: OneProcess) -> None:
+    """Bit for bit, whatever the processor makes of half precision; all other passes keep it."""
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+    def penalties(module: LitGenerator) -> dict[str, Tensor]:
+        found = {}
+        for network, step in (
+            (module.generator, lambda sgd: module._path_step(2, sgd)),
+            (module.discriminator, lambda sgd: module._r1_step(images, sgd)),
+        ):
+            module._train_only(network)
+            found |= step(torch.optim.SGD(network.parameters(), lr=0.0))
+            found |= {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        return found
+
+    full, half = (attached(build(), trainer) for _ in range(2))
+    for network in (half.generator, half.discriminator):
+        network.use_half(8, dtype)
+    before = set(half.state_dict())
+    expected, found = penalties(full), penalties(half)
+    assert len(found) > 20 and found.keys() == expected.keys() and set(half.state_dict()) == before
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert half.generator.half_from == half.discriminator.half_from == 8
+    scores = [module.discriminator(images) for module in (full, half)]
+    assert not torch.equal(*scores), "the discriminator's own pass left half precision"
+
+
+def test_full_precision_ends_with_its_block() -> None:
+    network = build().discriminator
+    network.use_half(8, torch.float16)
+    with pytest.raises(KeyError), network.full_precision():
+        assert not network.is_half(16)
+        raise KeyError
+    assert network.is_half(16) and network.half_dtype == torch.float16
+
+
 # --- optimizers
 
 

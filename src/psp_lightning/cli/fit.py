@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from psp_lightning.cli.resume import LAST, record, refuse_changes
+from psp_lightning.cli.resume import LAST, changed_arithmetic, record, refuse_changes
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def fit(
         log.info("already at step %d; trainer.max_steps=N goes on. %s", training.resume_step, resume)
         return None
     if trainer.is_global_zero:
-        for line in differences:
+        for line in [*differences, *(changed_arithmetic(run) if resume else [])]:
             log.info("changed on resume: %s", line)
         announce(training)
         # recorded once everything is loaded: a resume that was refused leaves the record as it was

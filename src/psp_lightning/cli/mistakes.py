@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.reproducibility import make_reproducible
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
@@ -43,12 +44,13 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Call a command's function; a user's mistake becomes one message and status 1, ctrl-C status 130.
+    """Call a command's function, reproducibly; a user's mistake becomes one message and status 1, ctrl-C status 130.
 
     Args:
         run: the function.
         prepare: what rewrites the command line first.
     """
+    make_reproducible()  # before anything imports PyTorch
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its exceptions on, so that they are worded here
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -12,9 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning.cli.mistakes import flat
 from psp_lightning.cli.settings import flags, is_sweep, quote, quote_paths, split
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.reproducibility import arithmetic
 
 LAST = Path("checkpoints") / "last.ckpt"
+ARITHMETIC = "arithmetic.yaml"
 
 # --- the command line
 
@@ -114,11 +117,27 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     return list(lines.values())
 
 
+def changed_arithmetic(run: Path) -> list[str]:
+    """Return `key: before -> now` for each value of `arithmetic` that differs from the run's recorded one."""
+    recorded = run / ARITHMETIC
+    if not recorded.is_file():
+        return []
+    before, now = flat(yaml.safe_load(recorded.read_text())), arithmetic()
+    return [f"{key}: {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+
+
 def record(run: Path, cfg: DictConfig) -> None:
-    """Write the settings of a run: composed (config.yaml), and as they were given (overrides.yaml)."""
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    """Write the settings of a run, composed (config.yaml) and as they were given (overrides.yaml), and what its last
+    bits depend on (arithmetic.yaml)."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    (run / "overrides.yaml").write_text(yaml.safe_dump(given, allow_unicode=True))
+    files = {
+        "config.yaml": OmegaConf.to_yaml(cfg, resolve=True),
+        "overrides.yaml": yaml.safe_dump(given, allow_unicode=True),
+        ARITHMETIC: yaml.safe_dump(arithmetic(), allow_unicode=True, sort_keys=False),
+    }
+    for name, text in files.items():
+        with replacing(run / name) as part:
+            part.write_text(text)
 
 
 def _settings(container: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from psp_lightning.lit.distributed import average_over_ranks, mean_over_ranks
 from psp_lightning.lit.rng import StepRNG
 from psp_lightning.losses import adversarial
 from psp_lightning.models.discriminator import Discriminator
-from psp_lightning.models.layers import freeze
+from psp_lightning.models.layers import HalfPrecision, freeze
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.compat import rename_state
@@ -82,6 +83,8 @@ class LitGenerator(pl.LightningModule):
     Logged every `log_every` steps: `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
     `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`;
     of several devices the mean.
+
+    On a CPU both penalties are computed in full precision, also where the networks `use_half`.
 
     All random numbers depend only on (seed, step), see `StepRNG`: n devices agree with one, a resumed run with one that
     was not interrupted. Gradients are averaged over devices here, not by DistributedDataParallel, which does not know
@@ -198,12 +201,7 @@ class LitGenerator(pl.LightningModule):
         row["loss_d"] = adversarial.discriminator_loss(real_scores, fake_scores)
         self._descend(optimizer_d.optimizer, self.discriminator, row["loss_d"])
         if self._due(recipe.r1_every):
-            images = real.detach().requires_grad_()
-            penalty = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
-            row["r1"] = mean_over_ranks(penalty.detach())
-            size = self.generator.output_size
-            gamma = 0.0002 * size**2 / (n * world) if recipe.r1_gamma is None else recipe.r1_gamma
-            self._descend(optimizer_d.optimizer, self.discriminator, penalty * (gamma / 2 * recipe.r1_every))
+            row |= self._r1_step(real, optimizer_d.optimizer)
 
         self._refuse_non_finite(row, batch)
         self.images_shown += n * world
@@ -216,13 +214,32 @@ class LitGenerator(pl.LightningModule):
     def _path_step(self, n: int, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         recipe, draws = self.recipe, self.draws(PATH)
         w_plus = self.styles(n, draws).contiguous()
-        images = self.render(w_plus, draws)
-        lengths = adversarial.path_lengths(images, w_plus, draws.normal(n, *images.shape[1:]))
+        with self._penalty_precision(self.generator):
+            images = self.render(w_plus, draws)
+            lengths = adversarial.path_lengths(images, w_plus, draws.normal(n, *images.shape[1:]))
         mean = mean_over_ranks(lengths.detach().mean())
         self.path_mean.lerp_(mean, recipe.path_decay)
         penalty = (lengths - self.path_mean).square().mean()
         self._descend(optimizer, self.generator, penalty * (recipe.path_weight * recipe.path_every))
         return {"path_length": mean, "path_penalty": mean_over_ranks(penalty.detach())}
+
+    def _r1_step(self, real: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        recipe, n, size = self.recipe, len(real) * self.trainer.world_size, self.generator.output_size
+        images = real.detach().requires_grad_()
+        with self._penalty_precision(self.discriminator):
+            penalty = adversarial.r1_penalty(self.scores(images, self.draws(PENALTY)), images)
+        gamma = 0.0002 * size**2 / n if recipe.r1_gamma is None else recipe.r1_gamma
+        self._descend(optimizer, self.discriminator, penalty * (gamma / 2 * recipe.r1_every))
+        return {"r1": mean_over_ranks(penalty.detach())}
+
+    def _penalty_precision(self, network: HalfPrecision) -> AbstractContextManager[None]:
+        """Context of a penalty that holds a gradient: in full precision on a CPU.
+
+        Differentiating the gradient of a 3x3 convolution takes a convolution whose kernel is as large as an image and
+        whose channels are the batch. PyTorch computes these wrongly in bfloat16 on processors with AMX (seen with 2.15:
+        relative error 1).
+        """
+        return network.full_precision() if self.device.type == "cpu" else nullcontext()
 
     def _due(self, every: int) -> bool:
         return bool(every) and self._step % every == 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,15 @@ class HalfPrecision(nn.Module):
     def use_half(self, resolution: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
         """Run blocks at `resolution` and above in `dtype`; None: everything in the precision of the weights."""
         self.half_from, self.half_dtype = resolution, dtype
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Run every block in the weights' own precision within this context; `use_half` holds again after it."""
+        resolution, self.half_from = self.half_from, None
+        try:
+            yield
+        finally:
+            self.half_from = resolution
 
     def is_half(self, resolution: int) -> bool:
         """Return whether the block at `resolution` runs in half precision."""
