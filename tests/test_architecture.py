@@ -199,7 +199,7 @@ DECLARATIONS = {
     "TypeVar", "ParamSpec", "frozenset", "set", "dict", "tuple", "list", "range", "len", "sorted", "zip", "enumerate",
     "Path", "re.compile", "logging.getLogger", "dataclass", "dataclasses.dataclass", "field", "dataclasses.field",
     "namedtuple", "NewType", "float", "int", "str", "MappingProxyType", "math.log2", "math.sqrt", "math.log", "cast",
-    "np.array", "np.linspace", "torch.no_grad", "torch.inference_mode", "super", "object",
+    "getattr", "np.array", "np.linspace", "torch.no_grad", "torch.inference_mode", "super", "object",
 }  # fmt: skip
 # Names of decorators and of our own declarations (records, registries).
 DECLARING = ("register_", "property", "staticmethod", "classmethod", "lru_cache", "functools.")
