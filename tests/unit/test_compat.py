@@ -28,6 +28,7 @@ MOVED = {
     "lit.grids.source_to_rgb": "data.spec.source_to_rgb",
     "lit.module.LitPSP": "lit.psp.LitPSP",
     "lit.samples.sample_images": "lit.callbacks.samples.sample_images",
+    "models.frozen.freeze": "models.layers.freeze",
 }
 # The rest of what they imported: still in its place.
 KEPT = """

@@ -23,6 +23,7 @@ from psp_lightning.models.protocols import Embedding, Encoder, Generator, Refini
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import record_config
 from psp_lightning.models.stylegan2 import Generator as StyleGAN2
+from psp_lightning.utils import compat
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo.locate import find, shipped
 
@@ -189,7 +190,7 @@ def test_an_embedding_of_version_0_1_0_has_another_class_name(tmp_path):
 
 def test_old_names_lead_to_classes_and_do_not_hide_new_ones(monkeypatch):
     known = {name for table in registry.TABLES.values() for name in table}
-    assert set(registry.RENAMED.values()) <= known and not set(registry.RENAMED) & known
+    assert set(compat.CLASSES.values()) <= known and not set(compat.CLASSES) & known
     mine = type("FaceEmbedding", (nn.Identity,), {"__module__": "mine"})
     monkeypatch.setitem(registry.EMBEDDINGS, "FaceEmbedding", mine)
     assert type(registry.build_described("embedding", {"class": "FaceEmbedding"})) is mine
@@ -207,7 +208,7 @@ def test_shipped_descriptions_are_described_the_same(name):
         expected = description[kind]
         net = registry.build_described(kind, expected)
         found = {"class": type(net).__name__, **net.config}
-        expected = {**expected, "class": registry.RENAMED.get(expected["class"], expected["class"])}
+        expected = {**expected, "class": compat.CLASSES.get(expected["class"], expected["class"])}
     assert found == expected
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from psp_lightning.cli.mistakes import flat
 from psp_lightning.cli.settings import flags, is_sweep, quote, quote_paths, split
 from psp_lightning.utils.atomic import replacing
+from psp_lightning.utils.compat import OVERRIDES
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.reproducibility import arithmetic
 
@@ -63,7 +64,7 @@ def _recorded_settings(run: Path) -> dict[str, str | None]:
     """Return the settings that a run was started with, in this version's words."""
     file = run / "overrides.yaml"
     lines = yaml.safe_load(file.read_text()) if file.is_file() else None
-    settings = dict(split(RENAMED.get(line, line)) for line in lines or ())
+    settings = dict(split(OVERRIDES.get(line, line)) for line in lines or ())
     settings.pop("init_from", None)  # the checkpoint holds the weights by now
     return settings
 
@@ -90,9 +91,7 @@ def _newest(settings: dict[str, str | None], family: str) -> Path | None:
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
 FREE = ("model.compile", "model.checkpointing")  # they change speed and memory, no number
 
-# Version 0.1.0: settings that mean something else now, and groups that have other keys.
-RENAMED = {"callbacks.export=null": "callbacks.export.every_n_steps=null"}
-NEW_KEYS = ("metric.", "callbacks.", "logger.")
+NEW_KEYS = ("metric.", "callbacks.", "logger.")  # groups that have other keys than in version 0.1.0
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from psp_lightning.utils.compat import CLASSES
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.registry import register
 
@@ -20,7 +21,6 @@ GENERATORS: dict[str, type[nn.Module]] = {}
 EMBEDDINGS: dict[str, type[nn.Module]] = {}
 TABLES = {"encoder": ENCODERS, "generator": GENERATORS, "embedding": EMBEDDINGS}
 
-RENAMED = {"FaceEmbedding": "ToyFaceEmbedding"}  # class names in files of older versions
 LARGEST = 1 << 20  # number in a description of one of the library's own networks
 
 
@@ -84,7 +84,7 @@ def build_described(role: str, node: Any) -> Any:
         raise UserError(f"The network's description lacks its {role}.")
     arguments = dict(node)
     name = arguments.pop("class")
-    name = name if name in table else RENAMED.get(name, name)
+    name = name if name in table else CLASSES.get(name, name)
     if name not in table:
         raise UserError(
             f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. An own class must be "

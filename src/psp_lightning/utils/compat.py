@@ -26,6 +26,7 @@ MODULES = {
     "lit.grids": ("data.spec", "lit.callbacks.image_grids"),
     "lit.module": ("lit.psp",),
     "lit.samples": ("lit.callbacks.samples",),
+    "models.frozen": ("models.layers",),
 }
 # Name of 0.1.0 -> its name now, in modules that still exist. Each of them calls `moved` in its `__getattr__`.
 NAMES = {
@@ -34,6 +35,10 @@ NAMES = {
 }
 # Prefix of a state dict's keys -> its prefix now.
 STATE_KEYS = {"average.": "g_ema."}  # of LitGenerator
+# Class that a file names -> its name now.
+CLASSES = {"FaceEmbedding": "ToyFaceEmbedding"}
+# Override that a run recorded -> what says the same now.
+OVERRIDES = {"callbacks.export=null": "callbacks.export.every_n_steps=null"}
 
 
 def moved(module: str, name: str) -> Any:
