@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.models.layers import freeze
-from psp_lightning.models.protocols import GeneratorModule
+from psp_lightning.models.layers import ModuleT, freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import FIR_PADDING, Generator, ModulatedConv, StyledConv, ToRGB
 from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
@@ -26,7 +25,7 @@ from psp_lightning.ops.modulated_conv import modulated_convolution
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # type of autocast by Lightning's precision
 
 
-def freeze_generator(generator: nn.Module, dtype: torch.dtype | None = None) -> GeneratorModule:
+def freeze_generator(generator: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
     """Return a generator in a form that computes faster, with the same class, state-dict keys and methods.
 
     The new module shares the parameters and buffers, which are frozen. What it derives from the weights is computed
@@ -46,7 +45,7 @@ def freeze_generator(generator: nn.Module, dtype: torch.dtype | None = None) -> 
     return _with_layers(plain_generator(generator), frozen)
 
 
-def plain_generator(generator: nn.Module) -> GeneratorModule:
+def plain_generator(generator: ModuleT) -> ModuleT:
     """Return the plain form of what `freeze_generator` returned: the same parameters, still frozen.
 
     Graphs that are compiled or exported, and weights that are trained again, need it.
@@ -60,17 +59,17 @@ def freeze_psp_generator(net: PSP, dtype: torch.dtype | None = None) -> PSP:
     return net
 
 
-def _with_layers(generator: nn.Module, change: Callable[[nn.Module, int], nn.Module]) -> GeneratorModule:
+def _with_layers(generator: ModuleT, change: Callable[[nn.Module, int], nn.Module]) -> ModuleT:
     """Return a frozen copy, one level deep, in which `change(layer, resolution)` stands for each layer."""
     if not isinstance(generator, Generator):
-        return cast(GeneratorModule, freeze(generator))
+        return freeze(generator)
     other = copy.copy(generator)
     other._modules = dict(generator._modules)
     other.__dict__.pop("train", None)  # of the one that was copied
     other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
     other.convs = nn.ModuleList(change(layer, 8 << i // 2) for i, layer in enumerate(generator.convs))
     other.to_rgbs = nn.ModuleList(change(layer, 8 << i) for i, layer in enumerate(generator.to_rgbs))
-    return cast(GeneratorModule, freeze(other))
+    return freeze(other)
 
 
 def _frozen_layer(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
