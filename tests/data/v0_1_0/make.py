@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from psp_lightning.checkpoints.io import load_generator
+from psp_lightning.checkpoints.networks import save_embedding, save_psp
 
 import psp_lightning
 from psp_lightning import PSP
-from psp_lightning.checkpoints.io import load_generator
-from psp_lightning.checkpoints.networks import save_embedding, save_psp
 from psp_lightning.models.embedding import FaceEmbedding
 from psp_lightning.models.registry import ENCODERS
 
