@@ -36,9 +36,8 @@ ALLOWED = {
 EXCEPTIONS = {
     ("optim", "ops"),
 }
-LAZY_EXCEPTIONS = {
-    ("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")
-}  # in a function
+# inside a function only
+LAZY_EXCEPTIONS = {("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")}
 
 FRAMEWORKS = {
     "hydra": ("cli/", "build/"),

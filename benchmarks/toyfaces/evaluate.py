@@ -24,6 +24,7 @@ from benchmarks.toyfaces.faces import HELD_OUT, Faces, draw
 from benchmarks.toyfaces.parser import kinds, load_parser, mean_iou
 from psp_lightning import PSP
 from psp_lightning.data.spec import InputSpec, load_source
+from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.inference.projection import project
 from psp_lightning.lit.callbacks.samples import sample_images, tile
 from psp_lightning.loading import load_embedding, load_generator
@@ -128,7 +129,7 @@ def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
         return mse_per_image(y_hat, y) + 0.1 * perceptual.distance(y_hat, y)
 
     start = time.perf_counter()
-    w_plus = project(generator, targets, average, distance, steps, lr=0.2)
+    w_plus = project(freeze_generator(generator), targets, average, distance, steps, lr=0.2)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         output = generator.synthesis(w_plus)

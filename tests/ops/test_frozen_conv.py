@@ -166,6 +166,8 @@ def test_it_is_the_same_generator_to_whoever_saves_it(frozen, plain, is_frozen):
     assert is_frozen(frozen) and all(isinstance(layer, FrozenStyledConv) for layer in (frozen.conv1, *frozen.convs))
     described = [PSP(nn.Identity(), net).generator for net in (frozen, plain)]
     assert [type(net).__name__ for net in described] == ["Generator"] * 2
+    frozen.synthesis(codes())
+    assert list(frozen.state_dict()) == list(plain.state_dict())
     derived = {name.rpartition(".")[2] for name, _ in frozen.named_buffers() if name not in frozen.state_dict()}
     assert derived == {"prepared_weight", "weight_sq_sum"} | ({"winograd_weight"} if winograd.CHANNELS == 1 else set())
 

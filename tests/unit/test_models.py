@@ -241,7 +241,7 @@ def test_mix_styles():
     assert net.mix_styles(w, None, [5])[:, 5].abs().max() == 0
     assert torch.equal(net.mix_styles(w, inject, []), w)
     for wrong in ([8], [-1]):
-        with pytest.raises(UserError, match="styles 0 to 7"):
+        with pytest.raises(UserError, match="styles from 0 to 7"):
             net.mix_styles(w, inject, wrong)
     with pytest.raises(UserError, match="does not fit"):
         net.mix_styles(w, torch.randn(3, 32), [1])

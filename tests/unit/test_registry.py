@@ -101,7 +101,7 @@ def test_record_config():
     for net in (Narrow(), Narrow(**Narrow().config)):
         assert net.config == {"depth": 7, "size": 21}, "only its own arguments, as the constructor understood them"
     with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
-        Derived(4, widht=3)
+        Derived(4, 3, widht=3)
     with pytest.raises(TypeError, match="missing a required argument: 'width'"):
         Derived(4)
 

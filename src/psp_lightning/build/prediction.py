@@ -23,7 +23,7 @@ from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, co
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec, load_source
-from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
+from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
@@ -193,7 +193,7 @@ def build_prediction(
         dataset = InputDataset(plan.outputs.files, spec, cfg.factor, masks, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode(), naming(cfg, "mix"):
-        inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
+        inject = make_inject(freeze_psp_generator(net), mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
     digest = generator_hash(net.generator) if cfg.latents else None
     module = LitPredictor(
         _for_inference(cfg, net), mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average,
@@ -227,9 +227,12 @@ def build_prediction(
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     """Return the network as the settings of speed want it; autocast takes the plain one."""
     if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
-        net = net.to(memory_format=torch.channels_last)
-        return net if cfg.compile else freeze_psp_generator(net, AUTOCAST.get(cfg.precision))
-    return net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
+        net = freeze_psp_generator(net.to(memory_format=torch.channels_last), AUTOCAST.get(cfg.precision))
+    else:
+        net = net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
+    if cfg.compile:
+        net.generator = plain_generator(net.generator)
+    return net
 
 
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:

@@ -31,8 +31,7 @@ from psp_lightning.checkpoints.file_kinds import NOT_TORCH, explain_request, fil
 from psp_lightning.utils.errors import UserError, clean
 
 Names = Mapping[str, Callable[..., Any]]
-# All that the picklers of torch.save and of NVIDIA's repositories write, protocols 2 to 5.
-# Needed by: large bytearray (its instruction allocates what it claims).
+# What torch.save and NVIDIA write, protocols 2 to 5. Needed by: large bytearray (BYTEARRAY8 allocates what it claims)
 INSTRUCTIONS = (
     "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING "
     "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
@@ -55,8 +54,7 @@ class Refused(Exception):
 class Placeholder:
     """A value that no reader of weights needs, such as a NumPy array."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *_: Any) -> None: ...
 
 
 class _Namespace(dict[str, Any]):

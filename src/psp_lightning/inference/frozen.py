@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.models.layers import freeze
-from psp_lightning.models.protocols import GeneratorModule
+from psp_lightning.models.layers import ModuleT, freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import FIR_PADDING, Generator, ModulatedConv, StyledConv, ToRGB
 from psp_lightning.ops.cpu.frozen_conv import frozen_styled_conv, frozen_to_rgb
-from psp_lightning.ops.cpu.winograd import suits_winograd, winograd_pays, winograd_weight
+from psp_lightning.ops.cpu.winograd import winograd_pays, winograd_weight
 from psp_lightning.ops.dispatch import is_captured, use_op
 from psp_lightning.ops.modulated_conv import modulated_convolution
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # type of autocast by Lightning's precision
 
 
-def freeze_generator(generator: nn.Module, dtype: torch.dtype | None = None) -> GeneratorModule:
+def freeze_generator(generator: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
     """Return a generator in a form that computes faster, with the same class, state-dict keys and methods.
 
     The new module shares the parameters and buffers, which are frozen. What it derives from the weights is computed
@@ -46,7 +45,7 @@ def freeze_generator(generator: nn.Module, dtype: torch.dtype | None = None) -> 
     return _with_layers(plain_generator(generator), frozen)
 
 
-def plain_generator(generator: nn.Module) -> GeneratorModule:
+def plain_generator(generator: ModuleT) -> ModuleT:
     """Return the plain form of what `freeze_generator` returned: the same parameters, still frozen.
 
     Graphs that are compiled or exported, and weights that are trained again, need it.
@@ -60,17 +59,17 @@ def freeze_psp_generator(net: PSP, dtype: torch.dtype | None = None) -> PSP:
     return net
 
 
-def _with_layers(generator: nn.Module, change: Callable[[nn.Module, int], nn.Module]) -> GeneratorModule:
+def _with_layers(generator: ModuleT, change: Callable[[nn.Module, int], nn.Module]) -> ModuleT:
     """Return a frozen copy, one level deep, in which `change(layer, resolution)` stands for each layer."""
     if not isinstance(generator, Generator):
-        return cast(GeneratorModule, freeze(generator))
+        return freeze(generator)
     other = copy.copy(generator)
     other._modules = dict(generator._modules)
     other.__dict__.pop("train", None)  # of the one that was copied
     other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
     other.convs = nn.ModuleList(change(layer, 8 << i // 2) for i, layer in enumerate(generator.convs))
     other.to_rgbs = nn.ModuleList(change(layer, 8 << i) for i, layer in enumerate(generator.to_rgbs))
-    return cast(GeneratorModule, freeze(other))
+    return freeze(other)
 
 
 def _frozen_layer(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -99,7 +98,7 @@ class FrozenConv(ModulatedConv):
     Buffers, which are not saved:
         prepared_weight: the weight in the type that was chosen, (O, I, k, k), or (I, O, k, k) to up-sample.
         weight_sq_sum: (O, I), squared weights summed over the taps, float32 or wider.
-        winograd_weight: (36, O, I) float32, see `winograd_weight`; None where it has no use.
+        winograd_weight: (36, O, I) float32, see `transform`; None before it is needed.
     """
 
     prepared_weight: Tensor
@@ -119,14 +118,19 @@ class FrozenConv(ModulatedConv):
         with torch.autocast(weight.device.type, enabled=False):
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             prepared = weight.detach().to(self.dtype or weight.dtype)
-            transform = not up and prepared.dtype == torch.float32 and suits_winograd(weight)
-            buffers = {
-                "prepared_weight": prepared.transpose(0, 1).contiguous() if up else prepared,
-                "weight_sq_sum": wide.square().sum((2, 3)),
-                "winograd_weight": winograd_weight(weight) if transform else None,
-            }
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+            prepared = prepared.transpose(0, 1).contiguous() if up else prepared
+            self.register_buffer("prepared_weight", prepared, persistent=False)
+            self.register_buffer("weight_sq_sum", wide.square().sum((2, 3)), persistent=False)
+            self.register_buffer("winograd_weight", None, persistent=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def transform(self) -> Tensor:
+        """Return the weight as `winograd_conv` takes it. It has four times the size of the weight, so the first call
+        that needs it computes it; at 1024 px and batch 1 three layers of nine do."""
+        if self.winograd_weight is None:
+            self.winograd_weight = winograd_weight(self.weight)
+        return self.winograd_weight
 
     def serves(self, x: Tensor) -> bool:
         """Return whether the buffers fit a call with x."""
@@ -183,7 +187,7 @@ class FrozenStyledConv(StyledConv):
         if noise is None:
             noise = x.new_empty(batch, 1, height * up, width * up).normal_()
         noise = self.noise["weight"] * noise
-        transform = conv.winograd_weight if winograd_pays(x, conv.weight) else None
+        transform = conv.transform() if conv.blur is None and winograd_pays(x, conv.weight) else None
         constants = (conv.prepared_weight, conv.weight_sq_sum, noise, self.activate["bias"], fir, FIR_PADDING)
         return frozen_styled_conv(x, conv.style(w), *constants, winograd_weight=transform)
 

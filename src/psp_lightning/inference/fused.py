@@ -1,4 +1,4 @@
-"""Encoders for inference alone: BatchNorm folded into convolutions, weights in the order that the processor wants."""
+"""The fast form of a trained encoder: BatchNorm folded into convolutions, weights in the order of the processor."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
     generator = copy.deepcopy(plain_generator(net.generator)).to(memory_format=torch.channels_last)
     if dtype != torch.float32 and isinstance(generator, HalfPrecision):
         generator.use_half(16, dtype)
-    generator = freeze_generator(generator) if pack else generator
+    generator = freeze_generator(generator)
     return PSP(encoder, generator, net.latent_avg, net.start_from_latent_avg, net.source).eval()
 
 
 class FusedEncoder(nn.Module):
-    """What `encoder` gives in eval mode, faster; without gradients, and to be used where it was made.
+    """Compute what `encoder` computes in eval mode, faster, without gradients, and on the device where it was made.
 
-    A BatchNorm directly behind a convolution in an `nn.Sequential` becomes part of it; another one becomes a factor and
+    A BatchNorm directly after a convolution in an `nn.Sequential` becomes part of it; another one becomes a factor and
     a summand. On the CPU the weights are reordered for oneDNN at the first call, not at each. The map2style heads stay
-    separate convolutions: one wide and grouped ones were measured to be slower there.
+    separate convolutions: one wide convolution and a grouped one were measured to be slower there.
 
     Args:
-        encoder: stays as it is; what it holds besides convolutions, BatchNorm and PReLU is shared.
-        dtype: float32 (the result is the encoder's up to rounding) or bfloat16; codes are float32 in any case.
-        pack: reorder weights; not for what torch.compile is to see.
+        encoder: it stays as it is; what it holds besides convolutions, BatchNorm and PReLU is shared.
+        dtype: float32 (equal to the encoder up to rounding) or bfloat16; codes are float32 in both cases.
+        pack: reorder weights; torch.compile cannot read reordered ones.
 
     Raises:
-        UserError: when its config is asked for, or it is moved or cast: make it of the encoder anew.
+        UserError: when its config is read, or it is moved or cast: fuse the plain encoder again.
     """
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype = torch.float32, pack: bool = True) -> None:
@@ -70,7 +70,7 @@ class FusedEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Tensor:
-        """As of the encoder that this was made of, in float32."""
+        """Map the inputs of the encoder to its codes, in float32."""
         half = self.dtype if self.dtype != torch.float32 else None
         with torch.autocast(inputs[0].device.type, dtype=half, enabled=half is not None):
             codes = self.network(*[x.contiguous(memory_format=torch.channels_last) for x in inputs])
@@ -78,7 +78,7 @@ class FusedEncoder(nn.Module):
 
 
 class FoldedConv(nn.Module):
-    """Convolution with constant weights, what follows it folded in."""
+    """Convolution with constant weights into which the BatchNorm after it is folded."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, pack: bool) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class FoldedConv(nn.Module):
 
 
 class Affine(nn.Module):
-    """`x * scale + shift`, a channel each: a BatchNorm in eval mode."""
+    """`x * scale + shift` for each channel: a BatchNorm in eval mode."""
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Affine(nn.Module):
 
 
 class Widened(nn.Module):
-    """A small layer in its weights' own precision."""
+    """A small layer that computes in the precision of its weights."""
 
     def __init__(self, layer: EqualisedLinear) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Widened(nn.Module):
 
 
 def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of a BatchNorm in eval mode; computed in float64, in the statistics' own precision."""
+    """Return scale and shift (C,) of a BatchNorm in eval mode, computed in float64, in the dtype of its statistics."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
     scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
     if norm.weight is not None:
@@ -158,15 +158,15 @@ def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's reordered weights can be used; PyTorch's operators for them are not public ones."""
+    """Return whether oneDNN's reordered weights can be used; PyTorch's operators for them are not public."""
     names = ("_reorder_convolution_weight", "_convolution_pointwise")
-    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    available = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return there and (dtype == torch.float32 or half)
+    return available and (dtype == torch.float32 or half)
 
 
 def _fuse(module: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module:
-    """`module` with its parts replaced; modules that have none to replace are shared or copied one deep."""
+    """Return `module` with its parts replaced; modules without such parts are shared or copied one level deep."""
     if type(module) in CONVOLUTIONS:
         return FoldedConv(module, None, dtype, pack)  # type: ignore[arg-type]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:

@@ -1,4 +1,4 @@
-"""Projection into W+: the codes of given images by optimisation, the slow counterpart of an encoder.
+"""Projection into W+: the codes of given images by optimisation, the slow alternative to an encoder.
 
 Source: Abdal et al., Image2StyleGAN (arXiv:1904.03189), with the learning-rate schedule of StyleGAN2
 (arXiv:1912.04958), appendix D.
@@ -23,14 +23,14 @@ def project(
     steps: int = 500,
     lr: float = 0.1,
 ) -> Tensor:
-    """Codes whose images come near to `images`.
+    """Find codes whose images come near to `images`.
 
     Args:
-        generator: its weights get no gradients; noise is constant.
-        images: (B, C, S, S) in [-1, 1], on the generator's device.
-        latent_avg: (style_dim,) or (n_styles, style_dim), where every search starts.
-        distance: (y_hat, y), both (B, C, S, S), to (B,); each image is its own problem.
-        steps: of Adam.
+        generator: it stays as it is; its noise is constant. The form of `freeze_generator` is faster.
+        images: (B, C, S, S) in [-1, 1], on the device of the generator.
+        latent_avg: (style_dim,) or (n_styles, style_dim), the start of every search.
+        distance: maps (y_hat, y), both (B, C, S, S), to (B,); each image is a problem of its own.
+        steps: number of steps of Adam.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %.
 
     Returns:
@@ -38,19 +38,12 @@ def project(
     """
     start = latent_avg.detach().expand(generator.n_styles, -1)
     w_plus = start[None].repeat(len(images), 1, 1).requires_grad_()
-    required = [p.requires_grad for p in generator.parameters()]
-    generator.requires_grad_(False)
     optimizer = torch.optim.Adam([w_plus], lr=lr, betas=(0.9, 0.999))
-    try:
-        for step in range(steps):
-            t = step / steps
-            fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
-            optimizer.param_groups[0]["lr"] = lr * fall * min(1.0, (t + 1 / steps) / 0.05)
-            loss = distance(generator.synthesis(w_plus), images).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    finally:
-        for p, value in zip(generator.parameters(), required, strict=True):
-            p.requires_grad_(value)
+    for step in range(steps):
+        t = step / steps
+        fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
+        optimizer.param_groups[0]["lr"] = lr * fall * min(1.0, (t + 1 / steps) / 0.05)
+        loss = distance(generator.synthesis(w_plus), images).sum()
+        (w_plus.grad,) = torch.autograd.grad(loss, w_plus)  # and none for the weights
+        optimizer.step()
     return w_plus.detach()

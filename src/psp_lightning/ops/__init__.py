@@ -6,11 +6,10 @@ of `csrc/`, built when they are first needed; `$PSP_OPS` chooses, docs/kernels.m
 
 from psp_lightning.ops.bias_act import fused_leaky_relu
 from psp_lightning.ops.epilogue import modconv_epilogue
-from psp_lightning.ops.modulated_conv import demodulation, modulated_convolution
+from psp_lightning.ops.modulated_conv import modulated_convolution
 from psp_lightning.ops.upfirdn2d import fir_filter, upfirdn2d
 
 __all__ = [
-    "demodulation",
     "fir_filter",
     "fused_leaky_relu",
     "modconv_epilogue",

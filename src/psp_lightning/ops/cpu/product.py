@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
-    """`a @ b + plus` of matrices (M, K) and (K, N), to (M, N), on any device and of any dtype; faster on the CPU in
-    float32. `plus` is a row (N,) or a matrix (M, N).
+    """Return `a @ b + plus` of matrices (M, K) and (K, N), on any device and dtype; faster on the CPU in float32.
 
-    In float32 PyTorch leaves it to MKL, which on processors of other makers than Intel reaches half of what oneDNN does
-    there. oneDNN's operator has no derivative; where one is wanted, it is PyTorch's product.
+    `plus` is a row (N,) or a matrix (M, N). In float32 PyTorch leaves the product to MKL, which on processors of other
+    makers than Intel reaches half the speed of oneDNN. oneDNN's operator has no derivative; where one is wanted, the
+    product is PyTorch's.
     """
     plain = a.dtype != torch.float32 or a.device.type != "cpu" or not has_onednn() or not a.numel() or not b.numel()
     size = (a.shape[0], b.shape[1])
@@ -26,6 +26,6 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def has_onednn() -> bool:
-    """Whether `product` in float32 is oneDNN's; the operator is not a public one of PyTorch's."""
+    """Return whether `product` in float32 is computed by oneDNN; PyTorch's operator for it is not public."""
     on = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     return on and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -8,10 +8,10 @@ SLICE = 1 << 19  # numbers, about
 
 
 def slices(x: Tensor) -> list[tuple[slice, ...]]:
-    """Indices that cut x (B, C, H, W) along H.
+    """Return indices that cut x (B, C, H, W) along H.
 
     Several passes over a tensor of tens of megabytes, made slice by slice, read the memory once; and what lies between
-    two of them needs no memory of the tensor's size.
+    two of them needs no memory of the size of the tensor.
     """
     step = max(1, SLICE // max(1, x.shape[0] * x.shape[1] * x.shape[3]))
     return [(slice(None), slice(None), slice(i, i + step)) for i in range(0, x.shape[2], step)]

@@ -28,19 +28,13 @@ CHANNELS, TILES = 256, 64  # from which it was measured to be faster than oneDNN
 NUMBERS = 1 << 22  # of transformed tiles at a time: less makes the products slow, more falls out of the cache
 
 
-def suits_winograd(weight: Tensor) -> bool:
-    """Return whether `winograd_conv` was made for a weight (O, I, k, k) of this kind and size."""
-    wide = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS
-    return wide and weight.dtype == torch.float32 and weight.device.type == "cpu" and has_onednn()
-
-
 def winograd_pays(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `winograd_conv` was measured to be faster for x (B, I, H, W) and weight (O, I, k, k)."""
-    if x.ndim != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or not suits_winograd(weight):
+    """Return whether `winograd_conv` was made for x (B, I, H, W) and weight (O, I, k, k) of this kind and size."""
+    if x.ndim != 4 or not x.dtype == weight.dtype == torch.float32 or not x.device.type == weight.device.type == "cpu":
         return False
     batch, _, height, width = x.shape
-    fits = height % 4 == width % 4 == 0 and batch * height * width >= 16 * TILES
-    return fits and _is_exact() and not is_captured()
+    sizes = weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS and height % 4 == width % 4 == 0
+    return sizes and batch * height * width >= 16 * TILES and has_onednn() and _is_exact() and not is_captured()
 
 
 def _is_exact() -> bool:
