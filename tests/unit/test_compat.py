@@ -18,10 +18,17 @@ from psp_lightning.utils import compat
 # What README, docs, notebooks and configuration of 0.1.0 imported from places that have changed -> where it is now.
 MOVED = {
     "checkpoints.io.load_generator": "loading.load_generator",
+    "checkpoints.io.load_strict": "checkpoints.strict.load_strict",
+    "checkpoints.io.read": "checkpoints.read.read",
+    "checkpoints.io.save_atomic": "utils.atomic.save_torch",
     "checkpoints.latent_files.read_latents": "latents.files.read_latents",
     "checkpoints.latent_files.save_latents": "latents.files.save_latents",
     "checkpoints.latents.Latents": "latents.codes.Latents",
+    "checkpoints.latents.generator_hash": "checkpoints.weight_files.generator_hash",
+    "checkpoints.latents.load_decoder": "loading.load_decoder",
+    "checkpoints.networks.load_embedding": "loading.load_embedding",
     "checkpoints.networks.save_psp": "checkpoints.weight_files.save_psp",
+    "checkpoints.pretrained.shipped": "zoo.locate.shipped",
     "data.stores.View": "data.stores.PairLayout",
     "data.transforms.load_source": "data.spec.load_source",
     "lit.grids.image_grid": "lit.callbacks.image_grids.image_grid",

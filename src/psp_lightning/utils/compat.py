@@ -19,10 +19,11 @@ PACKAGE = "psp_lightning."
 
 # Module of 0.1.0 -> the modules that hold its names now, searched in this order.
 MODULES = {
-    "checkpoints.io": ("loading", "checkpoints.strict"),
-    "checkpoints.latents": ("latents.codes",),
+    "checkpoints.io": ("loading", "checkpoints.read", "checkpoints.strict"),
+    "checkpoints.latents": ("latents.codes", "loading"),
     "checkpoints.latent_files": ("latents.files",),
-    "checkpoints.networks": ("checkpoints.weight_files",),
+    "checkpoints.networks": ("checkpoints.weight_files", "loading"),
+    "checkpoints.pretrained": ("zoo.locate",),
     "lit.grids": ("data.spec", "lit.callbacks.image_grids"),
     "lit.module": ("lit.psp",),
     "lit.samples": ("lit.callbacks.samples",),
@@ -30,6 +31,8 @@ MODULES = {
 }
 # Name of 0.1.0 -> its name now, in modules that still exist. Each of them calls `moved` in its `__getattr__`.
 NAMES = {
+    "checkpoints.io.save_atomic": "utils.atomic.save_torch",
+    "checkpoints.latents.generator_hash": "checkpoints.weight_files.generator_hash",
     "data.stores.View": "data.stores.PairLayout",
     "data.transforms.load_source": "data.spec.load_source",
 }
