@@ -179,20 +179,20 @@ class _Instructions:
     """The methods of the allowed instructions; each use is counted."""
 
     def __init__(self, budget: _Budget) -> None:
-        self.budget = budget
+        self.budget, self.methods = budget, _methods()
 
     def __getitem__(self, code: int) -> Callable[[_Unpickler], None]:
         self.budget.take("instructions", 1)
-        if code not in METHODS:
+        if code not in self.methods:
             raise ValueError(f"it has the instruction {code}")
-        return METHODS[code]
+        return self.methods[code]
 
 
-METHODS: dict[int, Callable[[_Unpickler], None]] = {
-    code: getattr(_Unpickler, method.__name__)
-    for code, method in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
-    if code in {getattr(pickle, name)[0] for name in INSTRUCTIONS}
-}
+@functools.cache
+def _methods() -> dict[int, Callable[[_Unpickler], None]]:
+    codes = [getattr(pickle, name)[0] for name in INSTRUCTIONS]
+    base = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+    return {code: getattr(_Unpickler, base[code].__name__) for code in codes}
 
 
 def _plain(key: Any) -> Any:
