@@ -147,7 +147,7 @@ def test_a_missing_package_is_named(psp, networks: list[str], tmp_path: Path, mo
         (["steps=many"], ["steps=many", "whole number"]),
         (["steps=0"], ["steps=0", "at least 1"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
-        (["seed=01"], ["seed=01", "trained on"]),
+        (["seed=01"], ["seed=1 ", "trained on"]),
         (["out="], ["out=", "no value"]),
         (["train='a"], ["train='a", "quotation mark"]),
         (["superres=nowhere.ckpt"], ["nowhere.ckpt"]),

@@ -7,16 +7,19 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from psp_lightning.cli.mistakes import guard
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.cli.settings import parse
+from psp_lightning.utils.arguments import whole
+from psp_lightning.utils.errors import UserError
 
 TASKS = ("inversion", "sketch2face", "seg2face", "superres")
 NUMBERS = {"steps": 300, "seed": 100}
 TRAINED_ON = (1, 2, 11)  # seeds of faces: the encoders' and the generator's, of validation, the identity network's
-HELP = """psp-demo [out=demo] [steps=300] [seed=100]
+USAGE = "psp-demo [out=demo]"
+HELP = f"""{USAGE} [steps=300] [seed=100]
 
 Shows on this machine, in a few minutes and without a download, what the package does:
   1. draws 8 faces that no network has seen
@@ -43,43 +46,23 @@ MIXED = 3  # sketches whose mixed outputs are shown
 class Settings:
     """The command line of psp-demo."""
 
-    out: Path = Path("demo")
-    numbers: dict[str, int] = field(default_factory=lambda: dict(NUMBERS))
-    checkpoints: dict[str, str] = field(default_factory=lambda: {task: f"toyfaces/{task}" for task in TASKS})
-    train: list[str] = field(default_factory=list)
+    out: Path
+    numbers: dict[str, int]
+    checkpoints: dict[str, str]
+    train: list[str]
 
 
 def _parse(arguments: list[str]) -> Settings:
-    settings = Settings()
-    names = ["out", *NUMBERS, *TASKS, "train"]
-    for argument in arguments:
-        key, sign, value = argument.partition("=")
-        if not sign or key not in names:
-            raise UserError(
-                f"'{argument}' is no setting.{suggest(key, names)} Settings: {', '.join(names)}, as out=demo."
-            )
-        if not value and key != "train":
-            raise UserError(f"{key}= has no value. psp-demo --help says what it takes.")
-        if key == "out":
-            settings.out = Path(value).expanduser()
-        elif key in TASKS:
-            settings.checkpoints[key] = value
-        elif key == "train":
-            try:
-                settings.train = shlex.split(value)
-            except ValueError:
-                raise UserError(f"train={value}: a quotation mark is not closed.") from None
-        else:
-            least = 0 if key == "seed" else 1
-            try:
-                settings.numbers[key] = int(value)
-            except ValueError:
-                raise UserError(f"{key}={value} is not a whole number.") from None
-            if settings.numbers[key] < least:
-                raise UserError(f"{key}={value} must be at least {least}.")
-            if key == "seed" and settings.numbers[key] in TRAINED_ON:
-                raise UserError(f"seed={value} draws faces that the networks were trained on: choose another.")
-    return settings
+    defaults = {"out": "demo", **NUMBERS, **{task: f"toyfaces/{task}" for task in TASKS}, "train": ""}
+    values = parse(arguments, defaults, [], USAGE)
+    numbers = {"steps": whole("steps", values["steps"], 1), "seed": whole("seed", values["seed"], 0)}
+    if numbers["seed"] in TRAINED_ON:
+        raise UserError(f"seed={numbers['seed']} draws faces that the networks were trained on: choose another.")
+    try:
+        train = shlex.split(values["train"])
+    except ValueError:
+        raise UserError(f"train={values['train']}: a quotation mark is not closed.") from None
+    return Settings(Path(values["out"]).expanduser(), numbers, {task: values[task] for task in TASKS}, train)
 
 
 def _free(out: Path) -> Path:
