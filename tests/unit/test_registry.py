@@ -14,7 +14,8 @@ from torchmetrics import Metric
 
 import psp_lightning
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
-from psp_lightning.checkpoints.weight_files import load_embedding, save_embedding
+from psp_lightning.checkpoints.weight_files import save_embedding
+from psp_lightning.loading import load_embedding
 from psp_lightning.metrics import METRICS, register_metric
 from psp_lightning.models import encoders, registry
 from psp_lightning.models.discriminator import Discriminator
