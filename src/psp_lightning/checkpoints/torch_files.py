@@ -203,7 +203,8 @@ def _plain(key: Any) -> Any:
 
 
 def _tensor(budget: _Budget, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Return a view of a storage. Needed by: huge shape, negative shape, shape of huge numbers."""
+    """Return a view of a storage."""
+    # exact integers, so that safety does not rest on torch's own check: huge shape, negative shape, huge numbers
     numbers = (offset, *size, *stride)
     if len(numbers) > 17 or any(type(n) is not int or not 0 <= n < 1 << 40 for n in numbers):
         raise Refused("a tensor of an impossible shape")
