@@ -3,6 +3,8 @@
 What depends only on the weights is computed once and kept: the weights in the type and order that a convolution takes,
 the sums of their squares, and on the CPU in float32 their Winograd transforms. There a styled layer is one autograd
 function, which keeps one tensor for its derivative and not five (`ops/cpu/frozen_conv.py`).
+
+The buffers of a 1024 px generator (127 MiB) have 133 MiB in float32 at batch 1, see docs/speed.md.
 """
 
 from __future__ import annotations
