@@ -214,9 +214,22 @@ def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
     comparison = command.Comparison("cpu", None, Path(weights["psp"]).parent, rounds=1)
     (Path(weights["psp"]).parent / "psp_32.safetensors").symlink_to(weights["psp"])  # of the small network
     comparison.bfloat16 = False
-    found = comparison.measure(Row("image", "image to image", "image", 32, 2))
+    found = command.measure(comparison, Row("image", "image to image", "image", 32, 2))
     assert found["sides"][FLOAT32]["runs"] == 1 and found["sides"][FLOAT32]["floor"] > 0
     assert "no bfloat16" in found["sides"][BFLOAT16]["not_measured"]
+
+
+@pytest.mark.slow
+def test_a_change_is_measured_against_an_earlier_checkout(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """This checkout against itself: nothing differs, and the ratio is a number."""
+    assert command.main(["--before", str(command.ROOT), "--quick", "--only", "generator-32", "--rounds", "1"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| generator-32 | float32"))
+    cells = [cell.strip() for cell in row.split("|")]
+    assert float(cells[5].split()[0]) > 0 and cells[7] == "0.0e+00", row
+    with pytest.raises(SystemExit, match="no checkout of this repository"):
+        command.main(["--before", str(tmp_path), "--only", "encoder"])
+    with pytest.raises(SystemExit, match="--before goes with"):
+        command.main(["--before", str(command.ROOT), "--out", str(tmp_path)])
 
 
 # --- the reference's side
@@ -276,9 +289,9 @@ def test_stand_in_takes_turns_and_must_agree(
     row = Row("generator", "generator", "generator", 32, apart=error == 0)
     if message is not None:
         with pytest.raises(WorkerError, match=message):
-            comparison.measure(row)
+            command.measure(comparison, row)
         return
-    found = comparison.measure(row)
+    found = command.measure(comparison, row)
     assert found["agreement"][FLOAT32]["output"] < 1e-4
     assert found["sides"][REFERENCE]["runs"] == found["sides"][FLOAT32]["runs"] == 2
     assert (
@@ -315,7 +328,7 @@ def test_a_reference_without_memory_leaves_ours_alone(weights: dict[str, str], t
     network = clone / "models" / "psp.py"
     network.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n" + network.read_text())
     comparison = command.Comparison("cpu", clone, Path(weights["psp"]).parent, rounds=1)
-    found = comparison.measure(Row("generator", "generator", "generator", 32, sides=(FLOAT32,)))
+    found = command.measure(comparison, Row("generator", "generator", "generator", 32, sides=(FLOAT32,)))
     assert found["sides"][REFERENCE] == {"not_measured": "out of memory"}
     assert found["sides"][FLOAT32]["runs"] == 1 and "faster" not in found["sides"][FLOAT32]
     table = report.table({"generator": found}, [Row("generator", "generator", "generator", 32)])

@@ -19,14 +19,14 @@ from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.cuda import toolchain as _toolchain
 from psp_lightning.utils.errors import UserError
 
+pytestmark = pytest.mark.serial
+
 ARCH = ["8.0"]
 # What a process of a test does: build with a fake compiler, which notes that it ran, and say what came out.
 WORKER = """
 import os, sys
 from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.cuda import toolchain as _toolchain
-
-pytestmark = pytest.mark.serial
 _toolchain.missing = lambda: ""
 open(os.environ["ARRIVED"], "a").write("x")
 _jit.build_command = lambda scratch: [sys.executable, "-c", {compiler!r}, str(scratch)]

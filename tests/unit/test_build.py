@@ -1,4 +1,4 @@
-"""Parts of build.py that the commands' tests do not reach."""
+"""Parts of build/ that the commands' tests do not reach."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from psp_lightning.build.training import load_backbone
+from psp_lightning._conf import config_root
+from psp_lightning.build.training import build_data, build_module, load_backbone
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.utils.devices import check_launched
@@ -39,3 +41,15 @@ def test_torchrun_with_another_number_of_devices_is_refused(monkeypatch: pytest.
     check_launched(2)
     with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices says 1"):
         check_launched(1)
+
+
+@pytest.mark.parametrize(("width", "last"), [(4, False), (8, True)])
+def test_narrow_encoders_are_not_trained_in_channels_last(width: int, last: bool) -> None:
+    """With few channels oneDNN's gradient of a strided 1x1 convolution writes outside its memory in that order."""
+    settings = ["generator=seeded", "generator.max_channels=16", f"encoder.width={width}", "loss=[l2]",
+                "data.train.n=2", "data.val.n=1", "model.latent_avg_samples=16", "paths.output_dir=."]  # fmt: skip
+    with initialize_config_dir(config_root(), version_base="1.3"):
+        cfg = compose("train", settings)
+    convolution = build_module(cfg, build_data(cfg)).net.encoder.input_layer[0].weight
+    assert convolution.shape[0] == width
+    assert convolution.is_contiguous(memory_format=torch.channels_last) is last

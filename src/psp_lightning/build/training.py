@@ -28,6 +28,10 @@ from psp_lightning.zoo.locate import find
 
 log = logging.getLogger(__name__)
 
+# Channels from which an encoder is trained in channels_last. With fewer, the gradient of a strided 1x1 convolution
+# writes outside its memory in that order (oneDNN of torch 2.15, in_channels of 2 and 4, a batch of two).
+WIDE = 8
+
 
 def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     """Build trainer, module and data of a run.
@@ -164,6 +168,8 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
             log_every=cfg.trainer.log_every_n_steps,
             source_is_target=getattr(data, "source_is_target", False),
         )
+    if getattr(net.encoder, "widths", [WIDE])[0] < WIDE:
+        return module
     return module.to(memory_format=torch.channels_last)  # in which convolutions run faster
 
 
