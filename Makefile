@@ -9,7 +9,8 @@ WORKERS ?= 2
 FACENET := facenet-pytorch==2.6.0
 
 # golden values, ops, resume, determinism: what depends on the processor's instructions
-PROCESSOR_TESTS := tests/parity tests/ops tests/integration/test_resume.py tests/integration/test_determinism.py
+PROCESSOR_TESTS := tests/parity $(addprefix tests/ops/test_,frozen_conv.py library.py training_ops.py winograd.py) \
+	tests/integration/test_resume.py tests/integration/test_determinism.py
 CPUINFO := /proc/cpuinfo
 
 .PHONY: help install demo test test-fast test-processors lint clean

@@ -121,7 +121,7 @@ def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules
             run_block(block, psp, tiny)
     if title == "A loss":
         columns = (place / "runs/inversion/edges/csv/metrics.csv").read_text().splitlines()[0].split(",")
-        promised = re.findall(r"`((?:train|val)/\w+)`", text)
+        promised = re.findall(r"`((?:train|val)/\w+)`", "\n".join(text.splitlines()[start:end]))
         lacking = set(promised) - set(columns)
         assert promised and not lacking, f"the page names the columns {sorted(lacking)}, the log has {columns}"
     if title == "An encoder":
