@@ -32,10 +32,6 @@ ALLOWED = {
     "optim": set(),
     "utils": set(),
 }  # fmt: skip
-# (unit, imported module): to be removed, each with the arrow that it turns around
-EXCEPTIONS = {
-    ("optim", "ops"),
-}
 # inside a function only
 LAZY_EXCEPTIONS = {("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")}
 
@@ -124,7 +120,7 @@ def test_import_directions():
         allowed = {"utils", unit(path)} | ALLOWED[unit(path)]
         for target, line, lazy in ours(path):
             head = target.split(".")[0]
-            stated = (unit(path), target) in EXCEPTIONS or (lazy and (relative(path), target) in LAZY_EXCEPTIONS)
+            stated = lazy and (relative(path), target) in LAZY_EXCEPTIONS
             if is_unit(head) and head not in allowed and not stated:
                 offenders.append(f"{relative(path)}:{line} imports {target}, which {unit(path)} may not know")
     refuse(offenders)

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from psp_lightning.inference.frozen import FrozenConv, FrozenStyledConv, freeze_generator, plain_generator
+from psp_lightning.inference.frozen import (
+    FrozenConv,
+    FrozenStyledConv,
+    autocast_dtype,
+    freeze_generator,
+    plain_generator,
+)
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator, ModulatedConv, StyledConv
@@ -233,6 +239,30 @@ def test_the_plain_form_comes_back(frozen, plain, is_frozen):
     assert isinstance(frozen.conv1, FrozenStyledConv), "the frozen form stays as it is"
     again.requires_grad_(True).synthesis(codes()).sum().backward()
     assert all(layer.conv.weight.grad is not None for layer in again.convs)
+
+
+def test_weights_that_are_trained_or_replaced_take_the_plain_layers(frozen, plain):
+    other = {name: torch.randn_like(value) for name, value in plain.named_parameters()}
+
+    def image(net):
+        return torch.func.functional_call(net, other, (torch.zeros(2, net.z_dim),))
+
+    torch.testing.assert_close(image(frozen), image(plain))
+    frozen.requires_grad_(True).synthesis(codes()).sum().backward()
+    lacking = [name for name, p in frozen.named_parameters() if p.grad is None and not name.startswith("style.")]
+    assert not lacking, lacking
+
+
+def test_a_hook_on_one_form_does_not_fire_on_the_other(plain):
+    frozen, seen = freeze_generator(plain), []
+    frozen.register_forward_hook(lambda *_: seen.append(1))
+    plain(torch.zeros(1, plain.z_dim))
+    assert not seen
+
+
+def test_type_of_autocast():
+    assert autocast_dtype("bf16-mixed", True) == autocast_dtype("16-mixed", True) == torch.bfloat16
+    assert autocast_dtype("16-mixed", False) == torch.float16 and autocast_dtype("32-true", False) is None
 
 
 def test_settings_of_the_frozen_form_go_with_both(frozen):

@@ -179,6 +179,14 @@ def test_checkpoint_is_plain_and_atomic(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_what_was_read_is_given_out_once_and_for_its_path_only(tmp_path: Path) -> None:
+    torch.save({"from": "file"}, tmp_path / "other.ckpt")
+    torch.save({"from": "file"}, tmp_path / "last.ckpt")
+    plugin = AtomicCheckpointIO(tmp_path / "last.ckpt", {"from": "memory"})
+    files = ("other.ckpt", "last.ckpt", "last.ckpt")
+    assert [plugin.load_checkpoint(tmp_path / name)["from"] for name in files] == ["file", "memory", "file"]
+
+
 def test_random_state_round_trip() -> None:
     import random
 

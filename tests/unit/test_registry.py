@@ -228,3 +228,16 @@ def test_public_names():
     assert psp_lightning.PSP is PSP and psp_lightning.register_metric is register_metric
     with pytest.raises(AttributeError, match="no attribute 'PSPP'"):
         psp_lightning.PSPP  # noqa: B018
+
+
+def test_a_derived_generator_has_arguments_of_its_own():
+    class Own(StyleGAN2):
+        @record_config
+        def __init__(self, output_size: int, mode: str = "a", dropout: float = 0.0, **kwargs: Any) -> None:
+            super().__init__(output_size, **kwargs)
+
+    net = Own(8, max_channels=4, style_dim=4)
+    assert net.config["mode"] == "a" and net.config["dropout"] == 0.0
+    assert Own(**net.config).config == net.config
+    with pytest.raises(UserError, match="max_channels=0"):
+        Own(8, max_channels=0)

@@ -23,7 +23,7 @@ from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, co
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec, load_source
-from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator, plain_generator
+from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
@@ -108,7 +108,8 @@ def _check_settings(cfg: DictConfig) -> None:
             raise UserError(f"{key}={cfg[key]} must be true or false.")
     _check_speed(cfg)
     if cfg.latents not in (True, False, "safetensors"):
-        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.")
+        gone = " Version 0.1.0 also wrote npz; such files can still be read." if cfg.latents == "npz" else ""
+        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.{gone}")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
         raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
     if cfg.mask.kind is not None:
@@ -227,7 +228,8 @@ def build_prediction(
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     """Return the network as the settings of speed want it; autocast takes the plain one."""
     if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
-        net = freeze_psp_generator(net.to(memory_format=torch.channels_last), AUTOCAST.get(cfg.precision))
+        dtype = autocast_dtype(cfg.precision, computes_on_cpu(cfg.accelerator))
+        net = freeze_psp_generator(net.to(memory_format=torch.channels_last), dtype)
     else:
         net = net.for_inference(torch.bfloat16 if cfg.precision == "bf16" else torch.float32, pack=not cfg.compile)
     if cfg.compile:

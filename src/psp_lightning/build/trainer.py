@@ -16,7 +16,7 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.instantiate import import_plugins, instantiate
-from psp_lightning.checkpoints.read import read
+from psp_lightning.checkpoints.read import is_plain, read
 from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ProgressBar
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.utils.arguments import number, whole
@@ -79,7 +79,10 @@ def quiet() -> None:
 
 
 def read_resumed(path: Path | None, key: str, command: str) -> Checkpoint | None:
-    """Read the checkpoint that a run continues from, None for a new run; Lightning is given what was read.
+    """Read the checkpoint that a run continues from, None for a new run.
+
+    Lightning is given what was read. Where a user's callback saved something that is not plain, Lightning reads the
+    file itself and refuses it with its own message.
 
     Raises:
         UserError: the file has no `key`: `command` did not write it.
@@ -127,7 +130,7 @@ def build_trainer(
             default_root_dir=cfg.paths.output_dir,
             callbacks=build_callbacks(cfg, own),
             logger=build_loggers(cfg, resume),
-            plugins=[AtomicCheckpointIO(resume)],
+            plugins=[AtomicCheckpointIO(cfg.resume, resume if is_plain(resume) else None)],
             enable_model_summary=False,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
@@ -147,7 +150,7 @@ def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
 
 def build_loggers(cfg: DictConfig, resume: Checkpoint | None) -> list[Logger]:
     """Build the selected loggers; those of a resumed run go on from its checkpoint."""
-    loggers = [instantiate(cfg, f"logger.{name}") for name in cfg.logger or ()]
+    loggers = [instantiate(cfg, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node]
     for logger in loggers:
         if resume is not None and isinstance(logger, CsvLog):
             logger.keep_until(resume["global_step"])

@@ -15,7 +15,7 @@ from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.build.trainer import Training, build_trainer, prepare, read_resumed
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
-from psp_lightning.inference.frozen import AUTOCAST, freeze_psp_generator
+from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import AverageBatchNorm
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
@@ -24,6 +24,7 @@ from psp_lightning.models.checkpointing import checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, whole
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.memory import computes_on_cpu
 from psp_lightning.zoo.locate import find
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         checkpoint_units(net.encoder)
     if cfg.model.compile:
         net.encoder.compile()  # in place: the keys of the state dict stay clean
-    return freeze_psp_generator(net, AUTOCAST.get(cfg.trainer.precision))
+    on_cpu = computes_on_cpu(cfg.trainer.accelerator)
+    return freeze_psp_generator(net, autocast_dtype(cfg.trainer.precision, on_cpu))
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:

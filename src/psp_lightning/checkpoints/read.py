@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psp_lightning.checkpoints.file_kinds import file_kind
 from psp_lightning.checkpoints.safetensors_io import read_described
-from psp_lightning.checkpoints.torch_files import read_torch
+from psp_lightning.checkpoints.torch_files import Placeholder, read_torch
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 
@@ -82,6 +82,15 @@ def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Any] | None, dict[s
     """
     kind = file_kind(path)
     return read_described(path, *kinds) if kind == "safetensors" else (None, read_checkpoint(path, kind))
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether everything that was read is here, and no `Placeholder` stands for an object of another library."""
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(is_plain, value))
+    return not isinstance(value, Placeholder)
 
 
 def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
     """Predict the share of this rank; return the manifest's records of all ranks."""
     from psp_lightning.build.prediction import build_prediction
-    from psp_lightning.lit.psp import gather
+    from psp_lightning.lit.distributed import gather
 
     trainer, module, loader, writer = build_prediction(cfg, plan)
     trainer.predict(module, loader, return_predictions=False)

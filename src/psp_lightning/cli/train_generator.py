@@ -40,7 +40,8 @@ def train_generator_job(cfg: DictConfig) -> None:
 
     training = fit(cfg, build_generator_training, announce, "psp-train-generator", log)
     if training is not None and training.trainer.is_global_zero:
-        log.info("done: step %d; %s/generator.safetensors", training.trainer.global_step, run)
+        file = os.path.join(run, "generator.safetensors")
+        log.info("done: step %d; %s", training.trainer.global_step, file if os.path.exists(file) else run)
 
 
 @hydra.main(

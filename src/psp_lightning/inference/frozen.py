@@ -4,7 +4,7 @@ What depends only on the weights is computed once and kept: the weights in the t
 the sums of their squares, and on the CPU in float32 their Winograd transforms. There a styled layer is one autograd
 function, which keeps one tensor for its derivative and not five (`ops/cpu/frozen_conv.py`).
 
-The buffers of a 1024 px generator (127 MiB) have 133 MiB in float32 at batch 1, see docs/speed.md.
+A 1024 px generator has 127 MiB of weights; what is derived from them takes 133 MiB more, in float32 and at batch 1.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from psp_lightning.ops.cpu.winograd import winograd_pays, winograd_weight
 from psp_lightning.ops.dispatch import is_captured, use_op
 from psp_lightning.ops.modulated_conv import modulated_convolution
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # type of autocast by Lightning's precision
+
+def autocast_dtype(precision: object, on_cpu: bool) -> torch.dtype | None:
+    """Return the type in which autocast computes under one of Lightning's precisions; None where it is off."""
+    if precision == "16-mixed" and not on_cpu:
+        return torch.float16
+    return torch.bfloat16 if precision in ("16-mixed", "bf16-mixed") else None  # a CPU takes bfloat16 for both
 
 
 def freeze_generator(generator: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
     """Return a generator in a form that computes faster, with the same class, state-dict keys and methods.
 
     The new module shares the parameters and buffers, which are frozen. What it derives from the weights is computed
-    again when it loads a state dict, is moved or cast. It is not when a weight changes in another way, so nobody may do
-    that; `plain_generator` gives the form for it.
+    again when this module itself loads a state dict, is moved or cast. Nobody may change a weight in place, also not
+    through another module that shares it; `plain_generator` gives the form for that. Where a parameter is replaced or
+    requires a gradient again, the plain layers compute.
 
     Args:
         generator: a `Generator`; another network is only frozen. A frozen form is prepared anew.
-        dtype: the type in which autocast will compute. None means that of the weights, and from the resolution of
-            `use_half` on that of `use_half`. Calls in another type, and captured graphs, use the plain layers.
+        dtype: the type in which autocast will compute, by default the type of the weights. From the resolution of
+            `use_half` on, its type is taken. Calls in another type, and captured graphs, use the plain layers.
     """
 
     def frozen(layer: nn.Module, resolution: int) -> nn.Module:
@@ -66,6 +72,7 @@ def _with_layers(generator: ModuleT, change: Callable[[nn.Module, int], nn.Modul
     if not isinstance(generator, Generator):
         return freeze(generator)
     other = copy.copy(generator)
+    other.__dict__ |= {key: copy.copy(value) for key, value in generator.__dict__.items() if "_hooks" in key}
     other._modules = dict(generator._modules)
     other.__dict__.pop("train", None)  # of the one that was copied
     other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
@@ -116,6 +123,7 @@ class FrozenConv(ModulatedConv):
     @torch.no_grad()
     def prepare(self) -> None:
         """Compute the buffers from the weight."""
+        self.__dict__["prepared_from"] = self.weight
         weight, up = self.weight, self.blur is not None
         with torch.autocast(weight.device.type, enabled=False):
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -136,7 +144,10 @@ class FrozenConv(ModulatedConv):
 
     def serves(self, x: Tensor) -> bool:
         """Return whether the buffers fit a call with x."""
-        return not is_captured() and active_dtype(x) == self.prepared_weight.dtype
+        weight = self.weight
+        unchanged = weight is self.__dict__["prepared_from"] and not weight.requires_grad
+        same_device = weight.device == self.prepared_weight.device
+        return unchanged and same_device and not is_captured() and active_dtype(x) == self.prepared_weight.dtype
 
     def style(self, w: Tensor) -> Tensor:
         """Return the scale of each input channel (B, in_channels) with the equalised learning rate in it, which is
@@ -180,7 +191,8 @@ class FrozenStyledConv(StyledConv):
     conv: FrozenConv
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, clamp: float | None = None) -> Tensor:
-        conv, learned = self.conv, noise is not None and noise.requires_grad
+        conv, values = self.conv, (noise, self.noise["weight"], self.activate["bias"])
+        learned = any(value is not None and value.requires_grad for value in values)
         if clamp is not None or learned or not on_cpu(x) or not conv.serves(x):
             return super().forward(x, w, noise, clamp)
         x = x.to(conv.prepared_weight.dtype)

@@ -21,7 +21,7 @@ CONVOLUTIONS = (nn.Conv2d, StridedConv)  # a user's own subclass may compute any
 
 
 def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
-    """See `PSP.for_inference`."""
+    """Return a copy of `net` that encodes and decodes faster; `PSP.for_inference` says what it takes and gives."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"for_inference takes torch.float32 or torch.bfloat16, not {dtype}.")
     encoder: nn.Module = net.encoder

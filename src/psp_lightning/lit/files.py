@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint through a temporary file beside it: a crash or a full disk leaves the former one intact.
 
     Args:
-        loaded: content of the checkpoint that the run continues from, where it has been read already.
+        path: the checkpoint that the run continues from.
+        content: what it holds, where it has been read already; it is given out once, and for this path only.
     """
 
-    def __init__(self, loaded: dict[str, Any] | None = None) -> None:
-        self._loaded = loaded
+    def __init__(self, path: str | os.PathLike[str] | None = None, content: dict[str, Any] | None = None) -> None:
+        self._path, self._content = None if path is None else os.path.abspath(path), content
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        content, self._loaded = self._loaded, None
-        return super().load_checkpoint(path, *args, **kwargs) if content is None else content
+        if self._content is None or os.path.abspath(path) != self._path:
+            return super().load_checkpoint(path, *args, **kwargs)
+        content, self._content = self._content, None
+        return content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

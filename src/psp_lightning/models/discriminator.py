@@ -112,7 +112,13 @@ class Discriminator(HalfPrecision):
         super().__init__()
         if input_size < 8 or input_size & (input_size - 1):
             raise UserError(f"Discriminator input_size={input_size}: it must be a power of two, 8 or more.")
-        for name, value in self.config.items():
+        counts = {
+            "channel_base": channel_base,
+            "max_channels": max_channels,
+            "image_channels": image_channels,
+            "group": group,
+        }
+        for name, value in counts.items():
             if value < 1:
                 raise UserError(f"Discriminator {name}={value}: it must be 1 or more.")
         self.input_size, self.group = input_size, group

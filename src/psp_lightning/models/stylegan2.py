@@ -148,11 +148,16 @@ class Generator(HalfPrecision):
         if output_size < 8 or output_size & (output_size - 1):
             raise UserError(f"Generator output_size={output_size}: it must be a power of two, 8 or more.")
         z_dim = style_dim if z_dim is None else z_dim
-        self.config["z_dim"] = z_dim
-        if channels is None:
-            del self.config["channels"]
-        for name, value in self.config.items():
-            if name != "channels" and value < 1:
+        if type(self) is Generator:  # the config of a derived class holds the arguments of that class
+            self.config["z_dim"] = z_dim
+            if channels is None:
+                del self.config["channels"]
+        counts = {
+            "style_dim": style_dim, "n_mapping": n_mapping, "channel_multiplier": channel_multiplier, "z_dim": z_dim,
+            "max_channels": max_channels, "image_channels": image_channels, "channel_base": channel_base,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if value < 1:
                 raise UserError(f"Generator {name}={value}: it must be 1 or more.")
         self.output_size, self.style_dim, self.z_dim = output_size, style_dim, z_dim
         log_size = output_size.bit_length() - 1
@@ -164,7 +169,7 @@ class Generator(HalfPrecision):
         layers = [EqualisedLinear(n, m, 0, lr_multiplier=0.01, activation=True) for n, m in itertools.pairwise(lengths)]
         self.style = nn.Sequential(PixelNorm(), *layers)
         rule = [channel_base * channel_multiplier // 2**i for i in range(2, log_size + 1)]
-        widths = self.config.get("channels") or [max(1, min(max_channels, width)) for width in rule]  # at 4, 8, ... px
+        widths = [max(1, min(max_channels, width)) for width in rule] if channels is None else list(map(int, channels))
         self.input = nn.ParameterDict({"input": torch.randn(1, widths[0], 4, 4)})
         self.conv1 = StyledConv(widths[0], widths[0], style_dim)
         self.to_rgb1 = ToRGB(widths[0], image_channels, style_dim, up=False)

@@ -1,7 +1,7 @@
 """Tensor operations of StyleGAN2.
 
 Plain PyTorch on the CPU and wherever no CUDA compiler exists: any device, any order of derivative. On CUDA the kernels
-of `csrc/`, built when they are first needed; `$PSP_OPS` chooses, docs/kernels.md explains.
+of `cuda/csrc/`, built when they are first needed; `$PSP_OPS` chooses, docs/kernels.md explains.
 """
 
 from psp_lightning.ops.bias_act import fused_leaky_relu

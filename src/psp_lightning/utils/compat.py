@@ -29,7 +29,8 @@ MODULES = {
     "lit.samples": ("lit.callbacks.samples",),
     "models.frozen": ("models.layers",),
 }
-# Name of 0.1.0 -> its name now, in modules that still exist. Each of them calls `moved` in its `__getattr__`.
+# Name of 0.1.0 -> its name now. A module that still exists calls `moved` in its `__getattr__`; one that is gone needs a
+# line in MODULES too.
 NAMES = {
     "checkpoints.io.save_atomic": "utils.atomic.save_torch",
     "checkpoints.latents.generator_hash": "checkpoints.weight_files.generator_hash",
@@ -41,7 +42,9 @@ STATE_KEYS = {"average.": "g_ema."}  # of LitGenerator
 # Class that a file names -> its name now.
 CLASSES = {"FaceEmbedding": "ToyFaceEmbedding"}
 # Override that a run recorded -> what says the same now.
-OVERRIDES = {"callbacks.export=null": "callbacks.export.every_n_steps=null"}
+OVERRIDES = {
+    f"callbacks.export={value}": "callbacks.export.every_n_steps=null" for value in ("null", "false", "False", "")
+}
 
 
 def moved(module: str, name: str) -> Any:

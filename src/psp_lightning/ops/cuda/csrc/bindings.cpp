@@ -1,5 +1,5 @@
 // PyTorch's side of the kernels: operators in the namespace psp_lightning_cuda that fill tensors which the caller made.
-// ops/_kernels.py prepares their arguments (type, order in memory, broadcasting); what it gets wrong ends here in an
+// ops/cuda/launch.py prepares their arguments (type, order in memory, broadcasting); what it gets wrong ends here in an
 // error and not in a wrong address. Each runs on its first tensor's device and that device's current stream.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
