@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from psp_lightning.utils import compat
 
 if TYPE_CHECKING:
+    from psp_lightning.build.from_python import fit as fit
     from psp_lightning.data.spec import InputSpec as InputSpec
     from psp_lightning.data.toyfaces import ToyFaces as ToyFaces
     from psp_lightning.latents.codes import Latents as Latents
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "PSP": "models.psp",
+    "fit": "build.from_python",
     "InputSpec": "data.spec",
     "Latents": "latents.codes",
     "ToyFaces": "data.toyfaces",
