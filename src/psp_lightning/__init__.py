@@ -1,6 +1,6 @@
 """pixel2style2pixel (arXiv:2008.00951) as a PyTorch Lightning library with Hydra configs.
 
-Importing this package imports nothing heavy: each public name is loaded when it is first used.
+Importing this package is cheap: each public name is loaded on first use.
 """
 
 from __future__ import annotations

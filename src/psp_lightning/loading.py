@@ -1,7 +1,7 @@
-"""The one door to networks in files: runs, files of ours, shipped weights, and released files of others.
+"""Load networks from files: runs, self-describing files, shipped weights, and released checkpoints of other projects.
 
-A path is resolved once and its file is read once. Files of ours are understood by `checkpoints/weight_files.py`,
-others by `importers/published.py`. NVIDIA's pickles are converted first, see `importers/imports.py`.
+A path is resolved once and its file is read once. `checkpoints/weight_files.py` interprets this library's files,
+`importers/published.py` those of others. NVIDIA's pickles must be converted first, see `importers/imports.py`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psp_lightning.checkpoints import weight_files
 from psp_lightning.checkpoints.read import read_weights, resolve, select
 from psp_lightning.checkpoints.safetensors_io import read_described
-from psp_lightning.checkpoints.strict import build_and_load, first, wrap_errors
-from psp_lightning.checkpoints.weight_files import (
-    restore_embedding,
-    restore_generator,
-    restore_psp,
-    restore_trained,
-    trained_state,
-)  # fmt: skip
-from psp_lightning.importers.published import generator_tensors, infer_generator, is_generator_state, load_released
+from psp_lightning.checkpoints.strict import first, wrap_errors
+from psp_lightning.importers.published import build_generator, generator_tensors, is_generator_state, load_released
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError, suggest
@@ -35,12 +29,11 @@ def load_psp(path: str | os.PathLike[str], device: str | torch.device = "cpu") -
     """Load a trained pSp network in eval mode.
 
     Args:
-        path: a run folder (best checkpoint, else the last), a checkpoint of ours, a safetensors file of `save_psp`, a
-            released pSp, e4e or ReStyle `.pt`, or the name of shipped weights, as `toyfaces/inversion`.
-        device: where the network goes.
+        path: a run folder (its best checkpoint, otherwise its last), a psp-train checkpoint, a safetensors file of
+            `save_psp`, a released pSp, e4e or ReStyle `.pt`, or the name of shipped weights like `toyfaces/inversion`.
 
     Raises:
-        UserError: `path` holds something else; the message says what.
+        UserError: `path` contains something else; the message says what.
     """
     path = resolve(path)
     return _psp(path, *read_weights(path, "psp")).eval().to(device)
@@ -50,48 +43,46 @@ def load_pretrained(name: str, device: str | torch.device = "cpu") -> PSP:
     """Load a shipped pSp network in eval mode.
 
     Args:
-        name: as `toyfaces/inversion`; no path.
-        device: where the network goes.
+        name: for example `toyfaces/inversion`; not a path.
 
     Raises:
-        UserError: an unknown name, with the known ones; shipped weights of something else.
+        UserError: no shipped pSp network has this name; the message lists them.
     """
     known = [entry.name for entry in locate.shipped().values() if entry.kind == "psp"]
     if name not in known:
         options = ", ".join(known) or "none"
-        raise UserError(f"No pSp network of this package is called {name!r}.{suggest(name, known)} Known: {options}.")
+        raise UserError(f"No shipped pSp network is called {name!r}.{suggest(name, known)} Known: {options}.")
     path = locate.find_shipped(name)
-    return restore_psp(path, *read_described(path, "psp")).eval().to(device)
+    return weight_files.restore_psp(path, *read_described(path, "psp")).eval().to(device)
 
 
 def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | None]:
-    """Load a StyleGAN2 generator and its average latent, where the file has one.
+    """Load a StyleGAN2 generator and, if the file has one, its average latent.
 
     Args:
-        path: a safetensors file of `save_generator`, or the run folder in which psp-train-generator wrote one; a
-            converted generator (`g_ema`, published PyTorch layout); any checkpoint that `load_psp` reads; the name of
-            shipped weights, as `toyfaces/generator`.
+        path: a safetensors file of `save_generator`, or a psp-train-generator run folder with one; a converted
+            generator (`g_ema`, published PyTorch layout); any checkpoint that `load_psp` reads; or the name of shipped
+            weights such as `toyfaces/generator`.
 
     Returns:
-        The generator in eval mode on the CPU, size and widths read off the tensors, and latent_avg (style_dim,) or
-        (n_styles, style_dim), or None.
+        The generator in eval mode on the CPU, with size and widths inferred from the tensors, and latent_avg
+        (style_dim,) or (n_styles, style_dim), or None.
 
     Raises:
-        UserError: `path` holds no generator.
+        UserError: `path` contains no generator.
     """
     path = resolve(path, generator=True)
-    generator, average = _generator(path, *read_weights(path, "generator", "psp"))
-    return generator.eval(), average
+    return restore_any_generator(path, *read_weights(path, "generator", "psp"))
 
 
 def load_decoder(path: str | os.PathLike[str]) -> PSP:
-    """Load the network of a checkpoint for its generator; a generator alone becomes one without an encoder.
+    """Load a network that is used for its generator: a pSp network, or a generator wrapped without an encoder.
 
     Args:
-        path: as in `load_psp` and `load_generator`.
+        path: see `load_psp` and `load_generator`.
 
     Raises:
-        UserError: as `load_psp`.
+        UserError: see `load_psp`.
     """
     path = resolve(path, generator=True)
     description, content = read_weights(path, "psp", "generator")
@@ -99,10 +90,10 @@ def load_decoder(path: str | os.PathLike[str]) -> PSP:
         if description is None or description["kind"] == "psp":
             return _psp(path, description, content).eval()
         refused = None
-    except UserError as error:  # an encoder that is not built here may still come with a generator that is
+    except UserError as error:  # an unsupported encoder may still come with a supported generator
         refused = error
     try:
-        generator, average = _generator(path, description, content)
+        generator, average = restore_any_generator(path, description, content)
     except UserError as error:
         raise refused or error from None
     return PSP(nn.Identity(), generator, average, start_from_latent_avg=average is not None).eval()
@@ -112,41 +103,40 @@ def load_embedding(path: str | os.PathLike[str]) -> Any:
     """Load an embedding in eval mode on the CPU.
 
     Args:
-        path: a file of `save_embedding`, or the name of shipped weights, as `toyfaces/identity`.
+        path: a file of `save_embedding`, or the name of shipped weights such as `toyfaces/identity`.
 
     Raises:
-        UserError: no such file; it is damaged, of another kind, names a class that is not registered, or does not fit
-            its description.
+        UserError: the file does not exist, is damaged or of another kind, names a class that is not registered, or
+            does not fit its description.
     """
     path = resolve(path)
-    return restore_embedding(path, *read_described(path, "embedding")).eval()
+    return weight_files.restore_embedding(path, *read_described(path, "embedding")).eval()
 
 
 def _psp(path: Path, description: Mapping[str, Any] | None, content: Mapping[str, Any]) -> PSP:
-    """Make the pSp network of what `read_weights` gave."""
+    """Build a pSp network from the result of `read_weights`."""
     if description is not None:
-        return restore_psp(path, description, content)
+        return weight_files.restore_psp(path, description, content)
     with wrap_errors(path):
-        return restore_trained(content) if "psp" in content else load_released(content)
+        return weight_files.restore_trained(content) if "psp" in content else load_released(content)
 
 
-def _generator(
+def restore_any_generator(
     path: Path, description: Mapping[str, Any] | None, content: Mapping[str, Any]
 ) -> tuple[Generator, Tensor | None]:
-    """Make the generator of what `read_weights` gave, and its average latent."""
+    """Build a generator and its average latent from the result of `read_weights`; see `load_generator`."""
     if description is not None:
-        return restore_generator(path, description, content)
+        generator, average = weight_files.restore_generator(path, description, content)
+        return generator.eval(), average
     with wrap_errors(path):
         if "psp" in content:
-            trained = trained_state(content)
+            trained = weight_files.trained_state(content)
             state, average = select(trained, "generator."), trained.get("latent_avg")
         else:
             state, average = generator_tensors(content), content.get("latent_avg")
         if not is_generator_state(state):
-            raise UserError(f"this holds no StyleGAN2 generator; its keys are: {first(map(str, state)) or 'none'}.")
-        config = infer_generator(state)
-        # noise maps are missing in early converted files
-        generator = build_and_load(lambda: Generator(**config), state, "the generator", ["noises.*"])
+            raise UserError(f"this contains no StyleGAN2 generator; its keys are: {first(map(str, state)) or 'none'}.")
+        generator = build_generator(state)
         if average is not None and (not isinstance(average, Tensor) or average.shape[-1:] != (generator.style_dim,)):
             raise UserError(f"its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")
-    return generator, average
+    return generator.eval(), average

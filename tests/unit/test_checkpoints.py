@@ -346,12 +346,12 @@ def contents():
     wide = {**state, "encoder.latlayer1.bias": torch.zeros(7)}
     own = lightning_checkpoint(network())
     return {
-        "list": ([1, 2], "holds a list"),
-        "tensor": (torch.zeros(3), "holds a Tensor"),
-        "nothing": ({}, "no pSp checkpoint"),
-        "another": ({"state_dict": {"layer1.0.weight": torch.zeros(2)}}, r"no pSp checkpoint.*layer1\.0\.weight"),
+        "list": ([1, 2], "contains a list"),
+        "tensor": (torch.zeros(3), "contains a Tensor"),
+        "nothing": ({}, "not a pSp checkpoint"),
+        "another": ({"state_dict": {"layer1.0.weight": torch.zeros(2)}}, r"not a pSp checkpoint.*layer1\.0\.weight"),
         "bare_state": ({"fc.weight": torch.zeros(2)}, r"fc\.weight"),
-        "only_encoder": ({"state_dict": {k: v for k, v in state.items() if k[0] == "e"}}, "no pSp checkpoint"),
+        "only_encoder": ({"state_dict": {k: v for k, v in state.items() if k[0] == "e"}}, "not a pSp checkpoint"),
         "state_is_list": ({"state_dict": [1]}, "'state_dict' is a list"),
         "missing_key": ({**good, "state_dict": broken}, r"body\.1\.res_layer\.1\.weight"),
         "extra_key": ({**good, "state_dict": {**state, "encoder.more": torch.zeros(1)}}, "1 unexpected: encoder.more"),

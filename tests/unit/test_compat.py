@@ -1,6 +1,7 @@
 """Names and files of version 0.1.0 under today's names."""
 
 import importlib
+import runpy
 import subprocess
 import sys
 import warnings
@@ -94,6 +95,15 @@ def test_nothing_else_is_found() -> None:
         importlib.import_module("psp_lightning.checkpoints.ia")
     with pytest.raises(ImportError, match="cannot import name 'Vista'"):
         from psp_lightning.data.stores import Vista  # noqa: F401
+
+
+def test_a_module_that_left_the_package_names_its_replacement() -> None:
+    """0.1.0's documentation ran it with `python -m`."""
+    message = "no longer part of the package.*python -m benchmarks.toyfaces.records"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        from psp_lightning.checkpoints.release import release  # noqa: F401
+    with pytest.raises(ImportError, match=message):
+        runpy.run_module("psp_lightning.checkpoints.release")
 
 
 def test_old_names_cost_nothing_until_they_are_used() -> None:

@@ -182,7 +182,7 @@ def test_a_part_that_is_whole(server, folder, monkeypatch):
 def test_wrong_hash(server, folder, monkeypatch):
     behaviour, url = server
     record(monkeypatch, url, "0" * 64)
-    with pytest.raises(UserError, match=f"SHA-256 {DIGEST[:16]}.*published is 000.*it was deleted") as error:
+    with pytest.raises(UserError, match=f"SHA-256 {DIGEST[:16]}.*but 000.* is published; it was deleted") as error:
         download.get("mine")
     assert names(folder) <= {".w.pth.lock"}, "nothing of the wrong file stays"
     assert str(folder / "w.pth") in str(error.value) and "curl" in str(error.value)
@@ -200,7 +200,7 @@ def test_trust_on_first_use(server, folder, monkeypatch):
     assert known["mine"]["sha256"] == DIGEST and known["mine"]["bytes"] == len(DATA)
     assert "as recorded on" in download.get("mine")[1] and download.recorded() == known
     (folder / "w.pth").write_bytes(DATA[:-1] + b"x")
-    with pytest.raises(UserError, match="not the file that was recorded for 'mine'.*take the entry 'mine' out"):
+    with pytest.raises(UserError, match="not the file that was recorded for 'mine'.*delete the entry 'mine'"):
         download.get("mine")
     (folder / download.KNOWN).write_text("{")
     with pytest.raises(UserError, match="known_files.json is damaged"):
@@ -334,7 +334,7 @@ def test_drive(folder, monkeypatch):
         raise RuntimeError("Cannot retrieve the public link of the file.\nYou may have had many accesses.")
 
     stand_in(monkeypatch, refuses)
-    with pytest.raises(UserError, match="as too many people downloaded it.*Cannot retrieve.*\nBy hand"):
+    with pytest.raises(UserError, match="too many people have downloaded it.*Cannot retrieve.*\nBy hand"):
         download.get("mine")
 
 

@@ -295,3 +295,17 @@ def test_a_checkpoint_without_weights_is_not_taken_for_a_run(tmp_path: Path) -> 
     torch.save({"generator": {}}, file := tmp_path / "half.ckpt")
     with pytest.raises(UserError, match=r"half\.ckpt"):
         _start_from(build(), str(file))
+
+
+def test_a_checkpoint_of_another_command_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psp_lightning.build import generator_training
+    from psp_lightning.checkpoints import read as reading
+
+    module, other, read = build(), build(), []
+    with torch.no_grad():
+        other.generator.input["input"].fill_(2.0)
+    torch.save({"g_ema": other.generator.state_dict()}, file := tmp_path / "other.ckpt")
+    real = reading.read_torch
+    monkeypatch.setattr(reading, "read_torch", lambda *arguments: read.append(arguments[0]) or real(*arguments))
+    generator_training._start_from(module, str(file))
+    assert read == [file] and bool((module.g_ema.input["input"] == 2).all())

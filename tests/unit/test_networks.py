@@ -130,7 +130,7 @@ def test_what_float16_cannot_hold_is_not_stored(tmp_path):
     net = network()
     with torch.no_grad():
         net.encoder.input_layer[0].weight[0] = 1e6
-    with pytest.raises(UserError, match=r"encoder\.input_layer\.0\.weight holds values up to 1e\+06"):
+    with pytest.raises(UserError, match=r"encoder\.input_layer\.0\.weight has values up to 1e\+06"):
         save_psp(tmp_path / "p.safetensors", net, dtype=torch.float16)
     save_psp(tmp_path / "p.safetensors", net)
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
@@ -181,16 +181,16 @@ def wrong_files() -> dict[str, tuple[bytes, str]]:
         "deep description": (raw(described("[" * 100_000)), "damaged"),
         "long header": (raw(b"{" + b" " * (5 << 20) + b"}"), "a header of"),
         "length without header": (struct.pack("<Q", 1 << 26) + b"{}", "a header of"),
-        "NaN": (raw(described('{"kind": "psp", "format": 1, "psp": NaN}')), "holds NaN"),
-        "infinity": (raw(described('{"kind": "psp", "format": 1, "psp": 1e999}')), "holds 1e999"),
+        "NaN": (raw(described('{"kind": "psp", "format": 1, "psp": NaN}')), "contains NaN"),
+        "infinity": (raw(described('{"kind": "psp", "format": 1, "psp": 1e999}')), "contains 1e999"),
         "many digits": (raw(described('{"kind": "psp", "format": ' + "9" * 5000 + "}")), "more than 20 digits"),
         "no JSON": (raw(described("psp")), "damaged"),
-        "a list": (raw(described([1])), "another format"),
-        "of tomorrow": (raw(described({**good, "format": 2})), "another format"),
+        "a list": (raw(described([1])), "a different format"),
+        "of tomorrow": (raw(described({**good, "format": 2})), "a different format"),
         "kind": (raw(described({**good, "kind": "x" * 10_000 + "\x1b[31m"})), "is of kind 'xxx"),
         "kind is a list": (raw(described({**good, "kind": ["psp"]})), "is of kind"),
         "foreign": (raw({"model.\x1b[31mweight": tensor([1], 4)}, four), r"without psp_lightning's.*model\.\\x1b"),
-        "nothing": (raw({}), "it holds nothing"),
+        "nothing": (raw({}), "it contains nothing"),
         "weight is NaN": (raw(described(good, a=tensor([1], 4)), struct.pack("<f", float("nan"))), "not finite in 'a'"),
         "complex": (raw(described(good, a=tensor([1], 8, "C64")), bytes(8)), "complex numbers in 'a'"),
         "no psp": (raw(described({"kind": "psp", "format": 1})), "description has format"),

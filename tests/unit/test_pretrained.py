@@ -104,13 +104,13 @@ def test_unknown_names(folder, load):
 
 def test_from_pretrained_takes_networks_only(folder):
     for name in ("toyfaces/generator", "inversion", str(folder / "inversion.safetensors")):
-        with pytest.raises(UserError, match="No pSp network.*Known: toyfaces/inversion."):
+        with pytest.raises(UserError, match="No shipped pSp network.*Known: toyfaces/inversion."):
             PSP.from_pretrained(name)
 
 
 def test_another_generator_is_an_error(folder):
     save_generator(folder / "generator.safetensors", generator(7), ORIGIN, HALF)
-    with pytest.raises(UserError, match=r"toyfaces/generator \(.*were changed.*Install psp-lightning again"):
+    with pytest.raises(UserError, match=r"toyfaces/generator \(.*were changed.*Reinstall psp-lightning"):
         load_psp("toyfaces/inversion")
     with pytest.raises(UserError, match=r"inversion\.safetensors was made for another toyfaces/generator"):
         write_records(folder)
@@ -126,7 +126,7 @@ def test_another_generator_is_an_error(folder):
 def test_files_name_shipped_weights_only(folder):
     described = {**network(generator()).describe(), "generator": {"file": str(folder / "generator.safetensors")}}
     save_described(folder.parent / "x.safetensors", "psp", {"latent_avg": torch.zeros(8, 16)}, {"psp": described})
-    with pytest.raises(UserError, match=r"x\.safetensors: There is no file or folder .*no weights of this name"):
+    with pytest.raises(UserError, match=r"x\.safetensors: There is no file or folder .*no weights of that name"):
         load_psp(folder.parent / "x.safetensors")
 
 

@@ -123,7 +123,7 @@ def test_released_files(tmp_path, encoder_type):
         ({"n_iters_per_batch": 0}, {}, "iterations=0: it must be 1 to 100"),
         ({"n_iters_per_batch": 10**9}, {}, "description does not fit its encoder: iterations"),
         ({"n_iters_per_batch": "5"}, {}, "iterations=5: it must be 1 to 100"),
-        ({}, {"latent_avg": None}, "holds no 'latent_avg'"),
+        ({}, {"latent_avg": None}, "has no 'latent_avg'"),
     ],
 )
 def test_released_files_that_are_wrong(tmp_path, opts, change, message):

@@ -16,7 +16,7 @@ from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.data.datamodules import ImageDataModule
 from psp_lightning.lit.distributed import UnwrappedDDP
 from psp_lightning.lit.generator import LitGenerator, Recipe
-from psp_lightning.loading import load_generator
+from psp_lightning.loading import load_generator, restore_any_generator
 from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.arguments import choice, whole
@@ -96,28 +96,25 @@ def build_networks(cfg: DictConfig, size: int) -> tuple[Generator, Discriminator
     return generator, discriminator
 
 
-def _checkpoint_of(path: str) -> dict[str, Any] | None:
-    """Return the content of a checkpoint that psp-train-generator wrote, None for another kind of file."""
-    place = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
-    if place.suffix != ".ckpt" or not place.is_file():
-        return None
-    content = read(place)
-    return content if {"generator", "state_dict"} <= content.keys() else None
-
-
 def _start_from(module: LitGenerator, path: str) -> None:
     """Load first weights: all networks of a run, or a generator for generator and average.
 
     Raises:
         UserError: the file holds networks of another shape, or none.
     """
-    if (content := _checkpoint_of(path)) is not None:
+    folder = Path(path).is_dir()
+    file = Path(path) / "checkpoints" / "last.ckpt" if folder else Path(path)
+    content = read(file) if file.suffix == ".ckpt" and file.is_file() else None
+    if content is not None and {"generator", "state_dict"} <= content.keys():
         try:
             module.load_weights(content["state_dict"])
         except UserError as error:
             raise UserError(f"init_from={path}: {error}") from None
         return
-    start, _ = load_generator(path)
+    if content is None or folder:  # a folder may contain a better choice than last.ckpt
+        start, _ = load_generator(path)
+    else:
+        start, _ = restore_any_generator(file, None, content)
     mine = module.generator
     differing = [key for key in SHAPE if start.config.get(key) != mine.config.get(key)]
     widths = {key: value.shape for key, value in start.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Tell what a file is instead of weights, from its first bytes or from what its pickle asks for."""
+"""Recognise the kind of a file from its first bytes, or from the names in its pickle."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from psp_lightning.utils.errors import UserError
 
-LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before zip archives
+LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before it wrote zip archives
 MAX_HEADER = 1 << 27  # bytes of a safetensors header
 
-# Each sentence continues "PATH is".
+# Each text continues "PATH is".
 NOT_TORCH = {
     "safetensors": "a safetensors file, but a checkpoint written by torch.save is needed here.",
-    "pickle": "a pickle, not a checkpoint written by torch.save; nothing in it was run. A network-*.pkl of NVIDIA's "
-    "StyleGAN2 becomes a file for this library with `psp-weights import FILE out=generator.safetensors`.",
+    "pickle": "a pickle, not a checkpoint written by torch.save; nothing in it was run. Convert a network-*.pkl of "
+    "NVIDIA's StyleGAN2 with `psp-weights import FILE out=generator.safetensors`.",
 }
 BY_SUFFIX = {
     ".npz": "a NumPy archive (.npz), not a checkpoint of a network.",
-    ".onnx": "an ONNX model, a compiled graph: take the file of weights that it was made from.",
+    ".onnx": "an ONNX model, which is a compiled graph: use the weights that it was made from.",
 }
 BY_FIRST_BYTES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`.",
@@ -26,8 +26,8 @@ BY_FIRST_BYTES = {
     b"\x89HDF": "an HDF5 file (Keras or TensorFlow), not a PyTorch checkpoint.",
 }
 WEB_PAGE = (
-    "an HTML page, not a checkpoint: the download gave a web page (a login, a quota or a confirmation page). Download "
-    "it again, for example with `psp-weights get`, gdown or in a browser."
+    "an HTML page, not a checkpoint: the download returned a web page (a login, a quota or a confirmation page). "
+    "Download it again, for example with `psp-weights get`, gdown or a browser."
 )
 
 
@@ -35,7 +35,8 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     """Return `"safetensors"`, `"zip"`, `"legacy torch"`, `"pickle"` or `"unknown"`.
 
     Raises:
-        UserError: the file cannot be opened, is empty, or is of a known kind without weights; says what to do.
+        UserError: the file cannot be opened, is empty, or is of a known kind without usable weights; the message says
+            what to do.
     """
     try:
         with open(path, "rb") as file:
@@ -51,7 +52,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     if head.startswith(LEGACY_TORCH):
         return "legacy torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_HEADER:
-        return "safetensors"  # before pickles: the header's length may begin with a pickle's first byte
+        return "safetensors"  # checked before pickles, whose first byte may also begin the header's length
     return "pickle" if head.startswith(b"\x80") else "unknown"
 
 
@@ -66,26 +67,22 @@ def _other_kind(head: bytes, suffix: str) -> str:
 
 
 def explain_request(asks_for: str) -> str:
-    """Say what a file is whose pickle asks for something that it does not get.
-
-    Args:
-        asks_for: the name of a class or function, or a description.
-    """
+    """Explain what kind of file has a pickle that asks for `asks_for`: a class, a function, or a description."""
     if asks_for.startswith(("dnnlib.tflib", "tfutil.", "network.")):
         return (
-            f"it is a TensorFlow pickle, as of StyleGAN or StyleGAN2 ({asks_for}). Convert it in its own environment, "
-            "a StyleGAN2 with legacy.py of NVlabs/stylegan2-ada-pytorch (--source, --dest) or convert_weight.py of "
-            "rosinality/stylegan2-pytorch, and import what that writes. StyleGAN1 has another generator and cannot be "
+            f"it is a TensorFlow pickle of StyleGAN or StyleGAN2 ({asks_for}). Convert a StyleGAN2 in its own "
+            "environment with legacy.py of NVlabs/stylegan2-ada-pytorch (--source, --dest) or convert_weight.py of "
+            "rosinality/stylegan2-pytorch, then import the result. StyleGAN1 has a different generator and cannot be "
             "used."
         )
     if asks_for.startswith("__torch__."):
         return (
             f"it is a TorchScript program ({asks_for}), not a checkpoint of weights. Save the state_dict() of the "
-            "network that it was made from."
+            "original network."
         )
     if asks_for.startswith(("torch.nn.", "torch.jit", "torch_utils.", "models.", "model.", "training.")):
         return (
-            f"it holds whole Python objects ({asks_for}), not weights. Load it where it was made and save its "
+            f"it contains whole Python objects ({asks_for}), not weights. Load it in its own environment and save its "
             "state_dict() with torch.save."
         )
     if " " in asks_for:

@@ -1,4 +1,4 @@
-"""Find a checkpoint and read what it holds. Nothing in a file is run."""
+"""Find and read checkpoints. No code from a file is run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 
 RUN_FILES = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt")
-RUN_GENERATOR = "generator.safetensors"  # what psp-train-generator leaves in its run folder
+RUN_GENERATOR = "generator.safetensors"  # written by psp-train-generator
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
 def resolve(path: str | os.PathLike[str], generator: bool = False) -> Path:
-    """Return the file that `path` means.
+    """Return the file that `path` refers to.
 
     Args:
-        path: the file itself, a run folder (its best checkpoint, else the last), or, where no such file or folder
-            exists, the name of shipped weights, as `toyfaces/inversion`.
-        generator: take `generator.safetensors` of a run folder where it exists.
+        path: a file; a run folder, of which the best or otherwise the last checkpoint is used; or, if neither exists,
+            the name of shipped weights such as `toyfaces/inversion`.
+        generator: prefer a run folder's `generator.safetensors`.
 
     Raises:
-        UserError: nothing is there, or a folder without a checkpoint.
+        UserError: nothing exists at `path`, or it is a folder without a checkpoint.
     """
     name, path = os.fspath(path), Path(path).expanduser()
     if path.is_dir():
@@ -37,7 +37,7 @@ def resolve(path: str | os.PathLike[str], generator: bool = False) -> Path:
             if (path / file).is_file():
                 return path / file
         hidden = f" It hides the shipped weights {name}." if name in locate.shipped() else ""
-        raise UserError(f"{path} is a folder without a checkpoint: looked for {', '.join(RUN_FILES[:2])}.{hidden}")
+        raise UserError(f"{path} is a folder without a checkpoint: it has no {' or '.join(RUN_FILES[:2])}.{hidden}")
     if not path.exists():
         if locate.is_shipped_name(name):
             return locate.find_shipped(name)
@@ -48,44 +48,43 @@ def resolve(path: str | os.PathLike[str], generator: bool = False) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of torch.save: a dict of plain values and tensors, which are on the CPU.
+    """Read a checkpoint of torch.save: a dict of plain values and CPU tensors.
 
     Args:
-        path: as in `resolve`.
+        path: see `resolve`.
 
     Raises:
-        UserError: anything else; the message says what the file is instead.
+        UserError: the file is something else; the message says what.
     """
     return read_checkpoint(resolve(path))
 
 
 def read_checkpoint(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """Read as `read` does, from a file; `kind`: what `file_kind` said, where it was asked."""
+    """Read a file as `read` does; `kind` is the result of `file_kind`, if it is known already."""
     content = read_torch(path, kind)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dict.")
+        raise UserError(f"{path} contains a {type(content).__name__}, not the dict of a checkpoint.")
     return content
 
 
 def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Read a file of weights: one of ours in safetensors, or a checkpoint of torch.save.
+    """Read a self-describing safetensors file or a checkpoint of torch.save.
 
     Args:
-        path: the file.
-        kinds: kinds of safetensors files to accept; none: all.
+        kinds: the accepted kinds of safetensors files; all if none is given.
 
     Returns:
-        The description and the tensors of a safetensors file; None and the dict of a checkpoint.
+        The description and tensors of a safetensors file, or None and the dict of a checkpoint.
 
     Raises:
-        UserError: as in `read` and `read_described`.
+        UserError: see `read` and `read_described`.
     """
     kind = file_kind(path)
     return read_described(path, *kinds) if kind == "safetensors" else (None, read_checkpoint(path, kind))
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether everything that was read is here, and no `Placeholder` stands for an object of another library."""
+    """Return whether no `Placeholder` replaces an object of another library in what was read."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
@@ -94,11 +93,7 @@ def is_plain(value: Any) -> bool:
 
 
 def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
-    """Return the state dict under `key`, or `content` itself, without the prefixes of wrappers.
-
-    Raises:
-        UserError: `key` holds no dict.
-    """
+    """Return the dict at `key`, by default `content`, without wrappers' prefixes; anything else is a UserError."""
     state = content.get(key, content)
     if not isinstance(state, Mapping):
         raise UserError(f"its {key!r} is a {type(state).__name__}, not a dict of tensors.")
@@ -110,7 +105,7 @@ def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str,
 
 
 def select(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose key starts with `prefix`, without it."""
+    """Return the tensors whose key starts with `prefix`, with the prefix removed."""
     return {
         key[len(prefix) :]: value
         for key, value in state.items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
@@ -20,18 +22,18 @@ NetT = TypeVar("NetT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_strict` did with each key."""
+    """The result of `load_strict` for each key."""
 
     what: str
-    matched: tuple[str, ...] = field(default=())
-    adapted: tuple[str, ...] = field(default=())
-    missing: tuple[str, ...] = field(default=())
-    unexpected: tuple[str, ...] = field(default=())
-    refused: tuple[str, ...] = field(default=())
+    matched: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def loaded(self) -> int:
-        """Number of tensors that were loaded."""
+        """The number of loaded tensors."""
         return len(self.matched) + len(self.adapted)
 
     def __str__(self) -> str:
@@ -45,21 +47,17 @@ class LoadReport:
         return text
 
     def rows(self, depth: int = 1) -> list[tuple[str, int, str]]:
-        """Return part of the network (the first `depth` pieces of a key), number of tensors, what became of them."""
-        counts: dict[tuple[str, str], int] = {}
+        """Return (part of the network, number of tensors, result); a part is the first `depth` pieces of a key."""
         results = {
             "matched": self.matched, "adapted": self.adapted, "left as it was": self.missing,
             "not used": self.unexpected, "refused": self.refused,
         }  # fmt: skip
-        for result, keys in results.items():
-            for key in keys:
-                part = ".".join(key.split(".")[:depth])
-                counts[part, result] = counts.get((part, result), 0) + 1
+        counts = Counter((".".join(key.split(".")[:depth]), result) for result, keys in results.items() for key in keys)
         return [(part, count, result) for (part, result), count in counts.items()]
 
 
 class WeightsMismatch(UserError):
-    """Weights that do not fit their network; `report` says which."""
+    """Weights that do not fit their network; `report` lists them."""
 
     def __init__(self, message: str, report: LoadReport) -> None:
         super().__init__(message)
@@ -67,7 +65,7 @@ class WeightsMismatch(UserError):
 
 
 def first(names: Iterable[str], n: int = 5) -> str:
-    """List the first names, for a message."""
+    """Return the first `n` names as text for a message."""
     names = list(names)
     return ", ".join(map(clean, names[:n])) + (", ..." if len(names) > n else "")
 
@@ -80,19 +78,18 @@ def load_strict(
     what: str = "",
     adapt: Iterable[str] = (),
 ) -> LoadReport:
-    """Load `state` into `module`; every difference that is not allowed by name is an error.
+    """Load `state` into `module`; any difference that is not explicitly allowed is an error.
 
     Args:
-        module: changed only when everything fits.
-        state: key to tensor.
-        allow_missing: shell patterns of keys that `state` may lack; they keep their values.
+        module: changed only if everything fits.
+        allow_missing: shell patterns of keys that `state` may lack; the module keeps its values.
         allow_unexpected: shell patterns of keys that `module` may lack; they are ignored.
-        what: name for messages; default: the module's class.
+        what: name of the network in messages, by default the class of `module`.
         adapt: shell patterns of convolution weights that may have another number of input channels, see
             `adapt_channels`.
 
     Raises:
-        WeightsMismatch: listing the first missing, unexpected and mismatched keys.
+        WeightsMismatch: the message lists the first missing, unexpected and mismatched keys.
     """
     report = compare(module, state, allow_missing, allow_unexpected, what, adapt)
     own = module.state_dict()
@@ -103,23 +100,17 @@ def load_strict(
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Change a convolution's weight to another number of input channels.
+    """Change the number of input channels of a convolution's weight (O, I, k, k).
 
-    Args:
-        weight: (O, I, k, k).
-        channels: of the new input. One: the sum over the old ones, so that a grey image gives what it gave as RGB.
-            Fewer: the first ones. More: zeros for the new ones, so that at first they change nothing.
+    One channel becomes the sum of the old ones: a grey image gives what it gave as RGB. Otherwise the first channels
+    are kept, and added ones start at zero, where they have no effect.
 
     Returns:
         (O, channels, k, k).
     """
-    given = weight.shape[1]
     if channels == 1:
         return weight.sum(1, keepdim=True)
-    if channels <= given:
-        return weight[:, :channels].clone()
-    more = weight.new_zeros(weight.shape[0], channels - given, *weight.shape[2:])
-    return torch.cat([weight, more], dim=1)
+    return F.pad(weight, (0, 0, 0, 0, 0, channels - weight.shape[1]))
 
 
 def compare(
@@ -130,7 +121,7 @@ def compare(
     what: str = "",
     adapt: Iterable[str] = (),
 ) -> LoadReport:
-    """Return what `load_strict` would do, with its errors; change nothing."""
+    """Return the report of `load_strict`, or raise its errors, without changing `module`."""
     what = what or type(module).__name__
     own = module.state_dict()
     allow_missing, allow_unexpected, adapt = tuple(allow_missing), tuple(allow_unexpected), tuple(adapt)
@@ -164,7 +155,7 @@ def compare(
 
 
 def _differ_in_channels(given: Any, own: Tensor) -> bool:
-    """Tell whether two weights of convolutions differ only in their input channels."""
+    """Return whether two convolution weights differ only in their input channels."""
     if not isinstance(given, Tensor) or given.ndim != 4 or own.ndim != 4:
         return False
     return (given.shape[0], *given.shape[2:]) == (own.shape[0], *own.shape[2:])
@@ -180,9 +171,9 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 @contextlib.contextmanager
 def wrap_errors(path: Path) -> Iterator[None]:
-    """Turn what a nonsensical file does to the code that interprets it into one message; keep the random state."""
+    """Turn any error that a nonsensical file causes into one message; keep the random state."""
     try:
-        with torch.random.fork_rng(devices=[]):  # building a network draws first weights, which are then replaced
+        with torch.random.fork_rng(devices=[]):  # building a network draws initial weights
             yield
     except WeightsMismatch as error:
         raise WeightsMismatch(f"Checkpoint {path}: {error}", error.report) from None
@@ -190,7 +181,7 @@ def wrap_errors(path: Path) -> Iterator[None]:
         raise UserError(f"Checkpoint {path}: {str(error)[:1500]}") from None
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise UserError(
-            f"Checkpoint {path} does not hold what it seems to ({type(error).__name__}: {clean(str(error), 300)})."
+            f"Checkpoint {path} has unexpected contents ({type(error).__name__}: {clean(str(error), 300)})."
         ) from error
 
 
@@ -198,28 +189,26 @@ def build_and_load(
     make: Callable[[], NetT],
     state: Mapping[str, Any],
     what: str,
-    allow_missing: Iterable[str] = (),
-    adapt: Iterable[str] = (),
+    allow_missing: Sequence[str] = (),
+    adapt: Sequence[str] = (),
 ) -> NetT:
-    """Build the network that a file describes, with the file's tensors.
+    """Build the network that a file describes and load the file's tensors.
 
-    A description is only text and may ask for anything. The network is therefore built without memory first and
-    compared with the tensors, which exist.
+    A description may ask for a network of any size. It is therefore first built on the meta device, without memory,
+    and compared with the tensors, which do exist.
 
     Args:
-        make: builds the network.
         state, what, allow_missing, adapt: see `load_strict`.
 
     Raises:
         UserError: the tensors do not fit the described network.
     """
-    allow_missing, adapt = tuple(allow_missing), tuple(adapt)
     with _at_most(modules=20 * len(state) + 10_000, tensors=2 * len(state) + 2_000):
         try:
             with torch.device("meta"):
                 sketch = make()
         except UserError as error:
-            if "meta" not in str(error):  # an own class may compute while it is built
+            if "meta" not in str(error):  # a custom class may compute while it is built
                 raise
         else:
             compare(sketch, state, allow_missing, what=what, adapt=adapt)
@@ -230,24 +219,20 @@ def build_and_load(
 
 @contextlib.contextmanager
 def _at_most(modules: int, tensors: int) -> Iterator[None]:
-    """Stop the construction of networks with more parts than that."""
-    count = {"modules": modules, "tensors": tensors}
+    """Raise a UserError when more modules or tensors are registered in the block."""
+    left = {"modules": modules, "tensors": tensors}
 
-    def used(kind: str) -> Callable[..., None]:
+    def counter(kind: str) -> Callable[..., None]:
         def hook(*args: Any) -> None:
-            count[kind] -= 1
-            if count[kind] < 0:
+            left[kind] -= 1
+            if left[kind] < 0:
                 raise UserError("its description asks for a network far larger than its tensors.")
 
         return hook
 
-    handles = [
-        registration.register_module_module_registration_hook(used("modules")),
-        registration.register_module_parameter_registration_hook(used("tensors")),
-        registration.register_module_buffer_registration_hook(used("tensors")),
-    ]
-    try:
+    with (
+        registration.register_module_module_registration_hook(counter("modules")),
+        registration.register_module_parameter_registration_hook(counter("tensors")),
+        registration.register_module_buffer_registration_hook(counter("tensors")),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,10 +1,11 @@
-"""Read files of `torch.save` and pickles of tensors without running anything that they ask for.
+"""Read files of `torch.save` and pickles of tensors without running any code that they ask for.
 
-A pickle is a program. Here it can build plain containers and values, tensors, and what the functions of a caller make:
-each name that it asks for is looked up in a table, and nothing is ever imported. Its time and memory are bounded too,
-which `torch.load(weights_only=True)` does not do. The base is Python's unpickler in Python, which can be restricted.
+A pickle is a program. Here it can only build plain containers and values, tensors, and the results of functions that a
+caller allows: each name that it asks for is looked up in a table, and nothing is imported. Time and memory are bounded
+too, which `torch.load(weights_only=True)` does not do. The reader restricts Python's own unpickler, in its pure-Python
+form.
 
-A comment `Needed by: NAME` names the file of tests/unit/hostile_files.py that does harm without the guard.
+A comment `Needed by: NAME` names the file of tests/unit/hostile_files.py that would do harm without that check.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from psp_lightning.checkpoints.file_kinds import NOT_TORCH, explain_request, fil
 from psp_lightning.utils.errors import UserError, clean
 
 Names = Mapping[str, Callable[..., Any]]
-# What torch.save and NVIDIA write, protocols 2 to 5. Needed by: large bytearray (BYTEARRAY8 allocates what it claims)
+# Used by torch.save and NVIDIA in protocols 2 to 5. Needed by: large bytearray (BYTEARRAY8 allocates what it claims)
 INSTRUCTIONS = (
     "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINSTRING "
     "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINUNICODE SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
@@ -44,15 +45,15 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }  # fmt: skip
-COPIES, ROOM = 4, 1 << 20  # parts of a file may be used more than once (g and g_ema may be one), but not for ever
+COPIES, ROOM = 4, 1 << 20  # parts of a file may be used several times (g and g_ema may share), but not without limit
 
 
 class Refused(Exception):
-    """The pickle asks for something that it does not get; the message is its name or a description."""
+    """A forbidden request of a pickle; the message is its name or a description."""
 
 
 class Placeholder:
-    """A value that no reader of weights needs, such as a NumPy array."""
+    """A stand-in for a value that no reader of weights needs, such as a NumPy array."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -63,15 +64,15 @@ class _Namespace(dict[str, Any]):
 
 class _NumPyType:
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code, self.order = code, "="  # the pickle sets the order later
+        self.code, self.order = code, "="  # the pickle sets the byte order later
 
 
 class _Budget:
-    """What a file of `size` bytes may still take; all its pickles share it."""
+    """The resources that a file of `size` bytes may still use, shared by all its pickles."""
 
     def __init__(self, size: int) -> None:
         self.left = {
-            "instructions": 1_000_000,  # a StyleGAN2 of 1024 px has a tenth of that. Needed by: many instructions
+            "instructions": 1_000_000,  # ten times those of a StyleGAN2 of 1024 px. Needed by: many instructions
             "bytes in storages": size + ROOM,  # Needed by: overlapping parts
             "bytes in tensors": COPIES * size + ROOM,  # Needed by: stretched weights, a tensor under many names
             "items in arguments": COPIES * size + ROOM,  # Needed by: long text again and again
@@ -80,15 +81,15 @@ class _Budget:
     def take(self, kind: str, amount: int, hint: str = "") -> None:
         self.left[kind] -= amount
         if self.left[kind] < 0:
-            raise Refused(f"more {kind} than such a file has{hint}")
+            raise Refused(f"more {kind} than are allowed for this file{hint}")
 
     def take_tensor(self, shape: tuple[int, ...], itemsize: int) -> None:
-        clone = "a tensor that expand() made or that has many names has to be saved with torch.save after .clone()"
-        self.take("bytes in tensors", math.prod(shape) * itemsize, f": {clone} (shape {tuple(shape)})")
+        hint = "a tensor made by expand() or stored under many names must be saved with torch.save after .clone()"
+        self.take("bytes in tensors", math.prod(shape) * itemsize, f": {hint} (shape {tuple(shape)})")
 
 
 class _Memo(dict[int, Any]):
-    """The values that a pickle uses again. Needed by: a tensor under many names."""
+    """The values that a pickle reuses. Needed by: a tensor under many names."""
 
     def __init__(self, budget: _Budget) -> None:
         self.budget = budget
@@ -101,9 +102,10 @@ class _Memo(dict[int, Any]):
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-    """Build plain values from a stream of pickle instructions, which may call the functions in `names`.
+    """An unpickler that builds plain values and may call only the functions in `names`.
 
-    For each storage that it mentions, `storages` gets a flat tensor, not yet filled; None: it may mention none.
+    For each storage that the pickle mentions, an uninitialised flat tensor is added to `storages`. If that is None, the
+    pickle may mention none.
     """
 
     stack: list[Any]
@@ -126,7 +128,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         raise Refused(clean(full, 200))
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """Return a storage, which lies outside the pickle."""
+        """Return a storage, whose values are outside the pickle."""
         if self.storages is None or not isinstance(pid, tuple) or len(pid) not in (5, 6):
             raise Refused("an object outside the file (a persistent id)")  # Needed by: long storage id
         kind, dtype, key, _, numel, view = (*pid, None)[:6]
@@ -149,7 +151,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     load_newobj = load_reduce
 
     def load_build(self) -> None:
-        """Set the attributes of a namespace and the byte order of a NumPy type; no others are needed."""
+        """Set a namespace's attributes or a NumPy type's byte order; everything else is ignored."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _NumPyType) and isinstance(state, tuple):
             target.order = state[1]
@@ -176,7 +178,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
 
 class _Instructions:
-    """The methods of the allowed instructions; each use is counted."""
+    """The dispatch table of the allowed instructions, which counts each use."""
 
     def __init__(self, budget: _Budget) -> None:
         self.budget, self.methods = budget, _methods()
@@ -184,7 +186,7 @@ class _Instructions:
     def __getitem__(self, code: int) -> Callable[[_Unpickler], None]:
         self.budget.take("instructions", 1)
         if code not in self.methods:
-            raise ValueError(f"it has the instruction {code}")
+            raise ValueError(f"it has the unknown instruction {code}")
         return self.methods[code]
 
 
@@ -196,7 +198,7 @@ def _methods() -> dict[int, Callable[[_Unpickler], None]]:
 
 
 def _plain(key: Any) -> Any:
-    """Return a key whose hash takes no time and cannot be chosen, as those of text differ from process to process."""
+    """Return a key with a cheap hash that an attacker cannot make collide; raise `Refused` for any other."""
     if type(key) in (str, bytes, bool, type(None)) or (type(key) is int and key.bit_length() < 60):
         return key
     raise Refused(f"a key of the type {type(key).__name__}")  # Needed by: endless tuple as a key, numbers of one hash
@@ -204,7 +206,7 @@ def _plain(key: Any) -> Any:
 
 def _tensor(budget: _Budget, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return a view of a storage."""
-    # exact integers, so that safety does not rest on torch's own check: huge shape, negative shape, huge numbers
+    # checked in exact integers, not only by torch: huge shape, negative shape, huge numbers
     numbers = (offset, *size, *stride)
     if len(numbers) > 17 or any(type(n) is not int or not 0 <= n < 1 << 40 for n in numbers):
         raise Refused("a tensor of an impossible shape")
@@ -220,7 +222,7 @@ def _dict(items: Any = ()) -> dict[Any, Any]:
 
 
 def _number(dtype: Any, data: Any) -> Any:
-    """Return a NumPy scalar as a number of Python."""
+    """Return a NumPy scalar as a Python number."""
     if not (isinstance(dtype, _NumPyType) and dtype.order in "<>=|" and re.fullmatch("[fiub][1248]", dtype.code)):
         raise Refused("a NumPy scalar of an unknown kind")
     return np.frombuffer(data, dtype.order + dtype.code)[0].item()
@@ -233,12 +235,12 @@ def _allowed(budget: _Budget) -> dict[str, Callable[..., Any]]:
         "torch._utils._rebuild_tensor_v2": functools.partial(_tensor, budget),
         "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-        # a stream of torch.save, which may call nothing
+        # a stream of torch.save, which may call no function
         "torch.storage._load_from_bytes": lambda data: _read_stream(io.BytesIO(data), budget, {}),
         "torch.Size": tuple,
         "torch.device": Placeholder,
         "argparse.Namespace": lambda *_: _Namespace(),
-        # how protocol 2 stores bytes. Needed by: slow codec, which names another encoding
+        # how protocol 2 stores bytes. Needed by: slow codec, which asks for another encoding
         "_codecs.encode": lambda text, *_: text.encode("latin1"),
         "numpy.dtype": _NumPyType,
         "numpy.ndarray": Placeholder,
@@ -254,7 +256,7 @@ def _allowed(budget: _Budget) -> dict[str, Callable[..., Any]]:
 
 
 def _read_archive(file: Any, budget: _Budget, names: Names) -> Any:
-    """Return the content of a zip archive: `FOLDER/data.pkl`, whose storages are the parts `FOLDER/data/KEY`."""
+    """Read a zip archive: `FOLDER/data.pkl`, with the storages in `FOLDER/data/KEY`."""
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     folder = next((name[:-8] for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
@@ -264,7 +266,7 @@ def _read_archive(file: Any, budget: _Budget, names: Names) -> Any:
 
     def part(name: str) -> bytes:
         entry = entries[folder + name]
-        if entry.compress_type != zipfile.ZIP_STORED:  # nothing is decompressed, so that a part fits into the file
+        if entry.compress_type != zipfile.ZIP_STORED:  # a decompressed part could be larger than the file
             raise Refused(f"{clean(name, 60)} to be decompressed, which no file of torch.save needs")
         header = file[entry.header_offset : entry.header_offset + 30]
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
@@ -274,30 +276,28 @@ def _read_archive(file: Any, budget: _Budget, names: Names) -> Any:
         return data
 
     if f"{folder}byteorder" in entries and part("byteorder") != b"little":  # Needed by: big-endian, zip
-        raise Refused("numbers of another byte order")
+        raise Refused("numbers in another byte order")
     storages: dict[str, Tensor] = {}
     content = _Unpickler(io.BytesIO(part("data.pkl")), budget, names, storages).load()
     for key, storage in storages.items():
         _fill(storage, part(f"data/{key}"))
     wrong = [name for name, match in matches.items() if not match]
-    if 0 < len(wrong) < len(matches):  # not all: torch.save can be told to leave the checksums out
-        raise ValueError(
-            f"{len(wrong)} of its {len(matches)} parts do not have their checksum, the first is {wrong[0]}"
-        )
+    if 0 < len(wrong) < len(matches):  # if all differ, torch.save was told to leave the checksums out
+        raise ValueError(f"{len(wrong)} of its {len(matches)} parts do not match their checksums, first {wrong[0]}")
     return content
 
 
 def _read_stream(file: Any, budget: _Budget, names: Names) -> Any:
-    """Return the content of the format before zip archives: five pickles, then each storage's length and values."""
+    """Read the format before zip archives: five pickles, then the length and values of each storage."""
     storages: dict[str, Tensor] = {}
     magic, protocol, machine, content, keys = (_Unpickler(file, budget, names, storages).load() for _ in range(5))
     if (magic, protocol) != (0x1950A86A20F9469CFC6C, 1001):
-        raise ValueError("it does not begin as the files of torch.save do")
+        raise ValueError("it does not begin like a file of torch.save")
     if isinstance(machine, dict) and machine.get("little_endian") is False:  # Needed by: big-endian, legacy
-        raise Refused("numbers of another byte order")
+        raise Refused("numbers in another byte order")
     # Needed by: tensors without values, endless tuple as the key of a storage
     if set(map(_plain, keys)) != storages.keys():
-        raise ValueError("its storages are not those of its tensors")
+        raise ValueError("its storages do not match its tensors")
     for key in keys:
         length = int.from_bytes(file.read(8), "little")
         _fill(storages[key], file.read(length * storages[key].itemsize))
@@ -312,13 +312,13 @@ def _fill(storage: Tensor, data: bytes) -> None:
 
 
 def read_torch(path: str | os.PathLike[str], kind: str | None = None) -> Any:
-    """Return what a file of `torch.save` holds, in either of its formats: plain containers and values, CPU tensors.
+    """Read a file of `torch.save` in either of its formats, as plain containers, plain values and CPU tensors.
 
-    Parameters become tensors, namespaces dicts, NumPy arrays `Placeholder`s. All of it has memory of its own.
-    `kind` is what `file_kind` said, where the caller asked already.
+    Parameters become tensors, namespaces become dicts, and NumPy arrays become `Placeholder`s. No tensor shares memory
+    with the file. `kind` is the result of `file_kind`, if it is known already.
 
     Raises:
-        UserError: the file is of another kind, damaged, or asks for anything else. Nothing in it was run.
+        UserError: the file is of another kind, is damaged, or asks for anything else. Nothing in it was run.
     """
     kind = kind or file_kind(path)
     if kind in NOT_TORCH:
@@ -329,14 +329,14 @@ def read_torch(path: str | os.PathLike[str], kind: str | None = None) -> Any:
 
 
 def read_pickle(path: str | os.PathLike[str], names: Names) -> Any:
-    """Return what a bare pickle holds, as `read_torch` does; `names`: functions for more names that it may call."""
+    """Read a bare pickle as `read_torch` does; `names` are further functions that it may call."""
     with _opened(path) as (data, budget):
         return _Unpickler(data, budget, {**_allowed(budget), **names}).load()
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[mmap.mmap, _Budget]]:
-    """Give a file's bytes, not yet in memory, and its budget; turn whatever goes wrong with them into one message."""
+    """Yield a memory map of a file and its budget; turn any error into one message."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data, _Budget(len(data))

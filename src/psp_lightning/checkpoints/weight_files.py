@@ -1,4 +1,4 @@
-"""Networks of ours in files: self-describing safetensors (see `checkpoints/safetensors_io.py`) and runs' checkpoints.
+"""Save and restore this library's networks: self-describing safetensors (see `safetensors_io.py`) and checkpoints.
 
 | kind | tensors | description |
 |---|---|---|
@@ -6,8 +6,8 @@
 | `psp` | `encoder.*`, `latent_avg`, and `generator.*` unless another file has it | `psp`: as `PSP.describe()` |
 | `embedding` | the network's | `embedding`: class and arguments |
 
-Every description has `origin`: training data, licence and whatever else its writer knows. A `save_*` writes a file, a
-`restore_*` makes a network of what was read from one.
+Each description also has `origin`: training data, licence and further facts from its writer. A `save_*` function writes
+a file, a `restore_*` function builds a network from what was read.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from psp_lightning.zoo import locate
 
 LATENT_SAMPLES, LATENT_SEED = 100_000, 0
 COMPUTED = f"mean of {LATENT_SAMPLES} mapped draws, seed {LATENT_SEED}"
-CHANNELS = ("channel_multiplier", "channel_base", "max_channels", "channels")  # ways to write what the shapes tell
-NET, GENERATOR = "net.", "generator."  # prefix of the PSP in a training module, of the generator in a PSP
+CHANNELS = ("channel_multiplier", "channel_base", "max_channels", "channels")  # settings that the shapes imply
+NET, GENERATOR = "net.", "generator."  # prefixes of the PSP in a training module and of the generator in a PSP
 
 
 def save_generator(
@@ -45,21 +45,20 @@ def save_generator(
     dtype: torch.dtype | None = None,
     latent_avg: tuple[Tensor, str] | None = None,
 ) -> None:
-    """Write `generator` as a self-describing safetensors file.
+    """Write a generator as a self-describing safetensors file.
 
-    The file holds the weights in the published layout; `latent_avg`, by default the mean w of 100,000 draws with a
-    fixed seed; size, channels, depth, style_dim, value range, and `origin`.
+    The file contains the weights in the published layout, `latent_avg`, size, channels, depth, style_dim, value range
+    and `origin`.
 
     Args:
-        path: the file.
-        generator: the network.
-        origin: plain values, as training data and images shown; `made_by` (a command) and `licence` become the record
-            of a shipped file.
-        dtype: of the stored weights; None keeps theirs.
-        latent_avg: (style_dim,) or (n_styles, style_dim) and a few words on where it comes from.
+        origin: JSON values, such as the training data and the number of images shown. `made_by` (a command) and
+            `licence` become the record of a shipped file.
+        dtype: of the stored weights; None keeps their dtypes.
+        latent_avg: the average (style_dim,) or (n_styles, style_dim), and a few words on its origin. By default it is
+            the mean w of 100,000 draws with a fixed seed.
 
     Raises:
-        UserError: a weight that `dtype` cannot hold.
+        UserError: a weight is too large for `dtype`.
         OSError: the file cannot be written.
     """
     average, made = latent_avg or (generator.latent_average(LATENT_SAMPLES, LATENT_SEED), COMPUTED)
@@ -82,21 +81,25 @@ def save_psp(
     """Write a pSp network as a self-describing safetensors file.
 
     Args:
-        path: the file.
-        net: the network.
-        origin: as in `save_generator`.
-        dtype: of the stored weights; None keeps theirs. Running statistics always keep theirs.
-        generator_file: name of shipped weights, as `toyfaces/generator`. The file then refers to them, with their
-            SHA-256, and leaves the generator out; None stores everything.
+        origin: see `save_generator`.
+        dtype: of the stored weights; None keeps their dtypes. Running statistics always keep theirs.
+        generator_file: name of shipped weights such as `toyfaces/generator`. The file then refers to them, with their
+            SHA-256, instead of containing the generator.
 
     Raises:
-        UserError: unknown `generator_file`, or not the generator of `net`; a weight that `dtype` cannot hold.
+        UserError: `generator_file` is unknown or is not the generator of `net`, or a weight is too large for `dtype`.
         OSError: the file cannot be written.
     """
     described, tensors = net.describe(), net.state_dict()
     if generator_file is not None:
         shipped, digest = _shipped_generator(generator_file)
-        _check_same(net.generator, shipped, generator_file)
+        own, other = net.generator.state_dict(), shipped.state_dict()
+        same = {k: t.shape for k, t in own.items()} == {k: t.shape for k, t in other.items()}
+        # equal up to rounding to float16
+        if not same or not all(torch.allclose(own[k].cpu(), other[k], rtol=1e-3, atol=1e-6) for k in own):
+            raise UserError(
+                f"generator_file={generator_file}: that is not the generator of this network. Leave generator_file out."
+            )
         described["generator"] = {"file": generator_file, "sha256": digest}
         tensors = {name: t for name, t in tensors.items() if not name.startswith(GENERATOR)}
     save_described(path, "psp", tensors, {"psp": described, "origin": dict(origin or {})}, dtype)
@@ -108,7 +111,7 @@ def save_embedding(
     origin: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write an embedding (see `register_embedding`); arguments and errors as in `save_generator`."""
+    """Write an embedding (see `register_embedding`); arguments and errors are as in `save_generator`."""
     described = {"class": type(network).__name__, **network.config}  # type: ignore[dict-item]
     facts = {"embedding": described, "origin": dict(origin or {})}
     save_described(path, "embedding", network.state_dict(), facts, dtype)
@@ -117,11 +120,11 @@ def save_embedding(
 def restore_generator(
     path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Generator, Tensor | None]:
-    """Make the generator of a file of `save_generator` or `save_psp`.
+    """Build the generator of a file that `save_generator` or `save_psp` wrote.
 
     Args:
         path: the file, for messages.
-        description, tensors: what `read_described` gave.
+        description, tensors: the result of `read_described`.
 
     Returns:
         The generator, and latent_avg (style_dim,) or (n_styles, style_dim), or None.
@@ -143,25 +146,29 @@ def restore_generator(
 
 
 def restore_psp(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PSP:
-    """Make the network of a file of `save_psp`; arguments as in `restore_generator`.
+    """Build the network of a file that `save_psp` wrote; arguments are as in `restore_generator`.
 
     Raises:
-        UserError: the tensors do not fit the description; the shipped generator that the file was made for is not the
-            one of this installation.
+        UserError: the tensors do not fit the description, or the file needs a different shipped generator than the
+            installed one.
     """
     with wrap_errors(path):
         described: Any = description.get("psp")
-        generator = _named_generator(described.get("generator")) if isinstance(described, Mapping) else None
+        node = described.get("generator") if isinstance(described, Mapping) else None
+        generator = None
+        if isinstance(node, Mapping) and "file" in node:
+            generator, found = _shipped_generator(str(node["file"]))
+            if node.get("sha256") != found:
+                raise UserError(
+                    f"it was made for another {node['file']} (SHA-256 {str(node.get('sha256'))[:16]}...) than the "
+                    f"installed one ({found[:16]}...). Use both from the same version of psp-lightning."
+                )
         missing = [] if generator is None else [GENERATOR + "*"]
         return build_and_load(lambda: PSP.from_description(described, generator), tensors, "PSP", missing)
 
 
 def restore_trained(content: Mapping[str, Any]) -> PSP:
-    """Make the network of a psp-train checkpoint, which `read` gave.
-
-    Raises:
-        UserError: its weights do not fit its description.
-    """
+    """Build the network of a psp-train checkpoint; raise a UserError if its weights do not fit its description."""
     check_tree(content["psp"], "description")
     return build_and_load(lambda: PSP.from_description(content["psp"]), trained_state(content), "PSP")
 
@@ -172,21 +179,24 @@ def trained_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def restore_embedding(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    """Make the embedding of a file of `save_embedding`; arguments and errors as in `restore_generator`."""
+    """Build the embedding of a file that `save_embedding` wrote; arguments and errors are as in `restore_generator`."""
     with wrap_errors(path):
         node = description.get("embedding")
         return build_and_load(lambda: build_described("embedding", node), tensors, "the described embedding")
 
 
 def generator_hash(generator: nn.Module) -> str:
-    """Return the SHA-256 of what turns a code into an image, 64 hexadecimal digits.
+    """Return the SHA-256 of everything that determines how a generator turns a code into an image.
 
-    Hashed, in this order: the class name and the settings that shapes do not tell (`config` without the channel table
-    and without None) as JSON with sorted keys; then for each parameter, by name in code-point order, its name and
-    shape as JSON and its values rounded to float16 (half to even, -0 as 0), little-endian, in row-major order. Names
-    and shapes are those of the state dict. Rounding makes it the same for weights stored as float32 or float16, in
-    any file; weights that differ by less are the same generator. Buffers are left out: filters are constants, and the
-    noise maps, which some files lack, give texture and no meaning to a code.
+    The digest, 64 hexadecimal digits, covers in this order:
+
+    - the class name and `config` without channel settings and None values, as JSON with sorted keys;
+    - each parameter, sorted by name in code-point order: its name and shape in the state dict as JSON, then its values
+      rounded to float16 (half to even, -0 as 0), little-endian, in row-major order.
+
+    Because of the rounding, weights stored as float32 and float16 have the same hash, and weights that differ by less
+    count as the same generator. Buffers are left out: filters are constants, and noise maps, which some files lack,
+    add texture but do not change the meaning of a code.
     """
     config = {k: v for k, v in generator.config.items() if k not in CHANNELS and v is not None}  # type: ignore[union-attr,operator]
     digest = hashlib.sha256(json.dumps({"class": type(generator).__name__, **config}, sort_keys=True).encode())
@@ -200,28 +210,7 @@ def generator_hash(generator: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _named_generator(node: Any) -> Generator | None:
-    """Load the shipped generator that a description refers to; None where it describes its own."""
-    if not isinstance(node, Mapping) or "file" not in node:
-        return None
-    generator, found = _shipped_generator(str(node["file"]))
-    if node.get("sha256") != found:
-        raise UserError(
-            f"it was made for another {node['file']} (SHA-256 {str(node.get('sha256'))[:16]}...) than the one of this "
-            f"installation ({found[:16]}...): take both from the same version of psp-lightning."
-        )
-    return generator
-
-
 def _shipped_generator(name: str) -> tuple[Generator, str]:
-    """Load a shipped generator; also its SHA-256."""
+    """Load a shipped generator and its SHA-256."""
     file = locate.find_shipped(name)
     return restore_generator(file, *read_described(file, "generator", "psp"))[0], locate.sha256(file)
-
-
-def _check_same(own: nn.Module, shipped: nn.Module, name: str) -> None:
-    """Raise where the generators differ by more than the rounding to float16."""
-    a, b = own.state_dict(), shipped.state_dict()
-    same = {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
-    if not same or not all(torch.allclose(a[k].cpu(), b[k], rtol=1e-3, atol=1e-6) for k in a):
-        raise UserError(f"generator_file={name}: that is not the generator of this network; leave it out.")

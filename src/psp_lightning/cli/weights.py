@@ -151,7 +151,7 @@ def verify(arguments: list[str]) -> None:
     name, _ = _parse(arguments, "psp-weights verify FILE_OR_NAME", {})
     from psp_lightning.checkpoints.file_kinds import file_kind
     from psp_lightning.checkpoints.read import read_weights, resolve
-    from psp_lightning.checkpoints.safetensors_io import read_described, read_tensors
+    from psp_lightning.checkpoints.safetensors_io import read_described, read_description
     from psp_lightning.importers.imports import import_file
     from psp_lightning.zoo import download, locate
 
@@ -167,7 +167,7 @@ def verify(arguments: list[str]) -> None:
         print(f"SHA-256 {locate.sha256(file)}: no public file of this name is known.")
     if entry is not None and not entry.name.startswith(("psp_", "e4e_", "stylegan2_")):
         read_weights(file)  # a network of a loss, which is no file that is imported
-    elif file_kind(file) == "safetensors" and (read_tensors(file)[0] or {}).get("kind") == "embedding":
+    elif file_kind(file) == "safetensors" and read_description(file).get("kind") == "embedding":
         read_described(file)
         print("embedding: the identity network of a domain")
     else:

@@ -1,11 +1,11 @@
 """Import NVIDIA's StyleGAN2 generators (stylegan2-ada-pytorch, and the StyleGAN2 of the stylegan3 repository).
 
-Their layout and ours hold the same network. Different are the names; weights that are scaled in use, with gains that
-the layers of the pickle state; noise and biases without axes of size one; a filter for each layer; and labels, which
-ours does not have.
+NVIDIA's layout describes the same network as the published one. It differs in the names; in weights that are scaled at
+run time, with gains stored in the pickled layers; in noise and biases without axes of size one; in one filter per
+layer; and in labels, which the published layout does not have.
 
-Source: names, shapes and gains of NVlabs/stylegan2-ada-pytorch, commit d72cc7d; images and codes checked against it
-(`ada_*` of tests/golden). `Needed by: NAME` names a file of tests/unit/hostile_files.py.
+Source: names, shapes and gains of NVlabs/stylegan2-ada-pytorch, commit d72cc7d. Images and codes were checked against
+it (`ada_*` in tests/golden). `Needed by: NAME` names a file of tests/unit/hostile_files.py.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from psp_lightning.importers.published import LARGEST_BLOCKS
 from psp_lightning.models.stylegan2 import FIRFilter
 from psp_lightning.utils.errors import UserError, clean
 
-LR_MULTIPLIER = 0.01  # of the mapping layers in our layout
-NETWORKS = ("G_ema", "G")  # in order of preference: averaged weights make the better images
-MANY, LONG = 100_000, 200  # modules and tensors of a network, letters of their paths: more than any generator has
+LR_MULTIPLIER = 0.01  # of the mapping layers in the published layout
+NETWORKS = ("G_ema", "G")  # in order of preference: averaged weights make better images
+MANY, LONG = 100_000, 200  # limits on modules plus tensors of a network, and on letters of their paths
 
 
 @dataclass
 class NvidiaGenerator:
-    """A generator out of a pickle.
+    """A converted generator.
 
     Attributes:
         state: tensors in the published layout.
-        latent_avg: (style_dim,), or None where the pickle has none.
-        facts: what its description is to record: the pickle's network, label, activation clamp.
-        adapted: by part of the state, what was done besides renaming.
-        notes: what a user should know, one sentence each.
+        latent_avg: (style_dim,), or None if the pickle has none.
+        facts: for the description: the pickle's network, label and activation clamp.
+        adapted: changes besides renaming, by part of the state.
+        notes: sentences for the user.
     """
 
     state: dict[str, Tensor]
@@ -53,7 +53,7 @@ class NvidiaGenerator:
 
 @dataclass(frozen=True)
 class PickledNetwork:
-    """A network as its pickle describes it: the name of its class and its attributes."""
+    """A network as pickled: the name of its class and its attributes."""
 
     class_name: str
     state: dict[str, Any]
@@ -65,9 +65,9 @@ class PickledNetwork:
 
 
 def read_nvidia(path: str | os.PathLike[str]) -> Any:
-    """Return what a pickle holds, with its networks as `PickledNetwork`s.
+    """Read a pickle, with its networks as `PickledNetwork`s.
 
-    In the pickle a network is a call with the Python source of its class, which is thrown away, and its attributes.
+    A pickled network is a call with its attributes and the Python source of its class. The source is discarded.
 
     Raises:
         UserError: the pickle is damaged or asks for anything else. Nothing in it was run.
@@ -78,36 +78,45 @@ def read_nvidia(path: str | os.PathLike[str]) -> Any:
 def _pickled_network(meta: Any) -> PickledNetwork:
     name, state = (meta.get("class_name"), meta.get("state")) if isinstance(meta, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(state, dict):
-        raise Refused("a persistent object that is no network")
+        raise Refused("a persistent object that is not a network")
     return PickledNetwork(clean(name, 200), state)
 
 
 def convert_nvidia(content: Any, label: int | None = None) -> NvidiaGenerator:
-    """Convert the generator in what `read_nvidia` returned.
+    """Convert the generator in the result of `read_nvidia`.
 
     Args:
-        content: a dict with `G_ema` (else `G`), or a network itself.
-        label: class whose images the generator is to make, where it takes labels; it becomes part of the weights, see
-            `_bake_label`.
+        content: a dict with `G_ema` or `G`, or a network.
+        label: the class to generate, for a conditional generator; it becomes part of the weights, see `_bake_label`.
 
     Raises:
-        UserError: no generator of StyleGAN2, with what it is; one of an architecture that ours is not; a `label` that
-            is missing, too many or out of range; tensors that do not fit each other.
+        UserError: the content is not a StyleGAN2 generator (the message says what it is), the architecture is not
+            supported, `label` is missing, superfluous or out of range, or the tensors do not fit together.
     """
-    name, network = _pick(content)
+    if isinstance(content, PickledNetwork):
+        name, network = content.class_name, content
+    elif isinstance(content, Mapping):
+        networks = {str(k): v for k, v in content.items() if isinstance(v, PickledNetwork)}
+        name = next((name for name in NETWORKS if name in networks), "")
+        if not name:
+            keys = first([f"{k} ({v.class_name})" for k, v in networks.items()] or map(str, content), 8) or "nothing"
+            raise UserError(f"this pickle contains no network G_ema or G; it contains {keys}.")
+        network = networks[name]
+    else:
+        raise UserError(f"this pickle contains a {type(content).__name__}, not NVIDIA's dict of networks.")
     result = _convert(_flatten(network), name, network.class_name, label)
     if name == "G":
-        result.notes.append("it has no G_ema: the weights of the last training step are taken, not their average.")
+        result.notes.append("it has no G_ema: the weights of the last training step are used instead of their average.")
     return result
 
 
 def is_nvidia_state(state: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of a StyleGAN2 or StyleGAN3 of NVIDIA's, under any prefix."""
+    """Return whether the keys are those of NVIDIA's StyleGAN2 or StyleGAN3, under any prefix."""
     return any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in state)
 
 
 def convert_nvidia_state(state: Mapping[str, Any], label: int | None = None) -> NvidiaGenerator:
-    """Convert a state dict in NVIDIA's layout, with gains as the constructors make them; else as `convert_nvidia`."""
+    """Convert a state dict in NVIDIA's layout, with its constructors' gains; otherwise like `convert_nvidia`."""
     prefix = next(m[1] or "" for m in (re.match(r"(.*\.)?synthesis\.", key) for key in state) if m)
     tensors = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)}
     if any(len(name) > LONG for name in tensors):  # Needed by: a name of dots
@@ -116,31 +125,18 @@ def convert_nvidia_state(state: Mapping[str, Any], label: int | None = None) -> 
     return _convert(_Network({"": {}, **{key[:end]: {} for key, end in ends}}, tensors), "G_ema", "state dict", label)
 
 
-def _pick(content: Any) -> tuple[str, PickledNetwork]:
-    if isinstance(content, PickledNetwork):
-        return content.class_name, content
-    if isinstance(content, Mapping):
-        for name in NETWORKS:
-            if isinstance(content.get(name), PickledNetwork):
-                return name, content[name]
-        networks = [f"{k} ({v.class_name})" for k, v in content.items() if isinstance(v, PickledNetwork)]
-        keys = first(networks or map(str, content), 8) or "nothing"
-        raise UserError(f"this pickle holds no network G_ema or G; it holds {keys}.")
-    raise UserError(f"this pickle holds a {type(content).__name__}, not NVIDIA's dict of networks.")
-
-
 @dataclass
 class _Network:
-    """The attributes of a network's modules, by path with a dot at its end, and its tensors, until they are taken."""
+    """A flattened network: its modules' attributes by path, each ending with a dot, and its tensors not yet taken."""
 
     modules: dict[str, dict[str, Any]]
     tensors: dict[str, Tensor]
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """Return the float32 tensor `name`; `shape`: expected sides, None for any.
+        """Remove and return a tensor as float32; each side of `shape` is its expected size, or None for any.
 
         Raises:
-            UserError: it is missing, of another shape, or not finite.
+            UserError: the tensor is missing, has another shape, or is not finite.
         """
         if name not in self.tensors:
             raise UserError(f"its {name} is missing.")
@@ -150,14 +146,14 @@ class _Network:
             raise UserError(f"its {name} has shape {tuple(tensor.shape)}, expected ({wanted}).")
         tensor = tensor.to(torch.float32, copy=True)
         if not bool(tensor.isfinite().all()):
-            raise UserError(f"its {name} holds values that are not finite: its weights cannot be used.")
+            raise UserError(f"its {name} has values that are not finite: its weights cannot be used.")
         return tensor
 
     def attribute(self, module: str, name: str, default: Any = None) -> Any:
         return self.modules.get(module, {}).get(name, default)
 
     def gain(self, module: str, name: str, default: float) -> float:
-        """Return a layer's factor: the pickle's, else as its constructor would make it."""
+        """Return a layer's gain, by default its constructor's."""
         value = self.attribute(module, name, default)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
             raise UserError(f"its {module}{name} is {_show(value)}, not a positive number.")
@@ -166,10 +162,10 @@ class _Network:
     def check_activation(self, module: str) -> None:
         activation = self.attribute(module, "activation", "lrelu")
         if activation != "lrelu":
-            raise UserError(f"its {module}activation is {_show(activation)}; ours has lrelu only.")
+            raise UserError(f"its {module}activation is {_show(activation)}; only lrelu is supported.")
 
     def check_filter(self, module: str) -> None:
-        """Take a layer's filter, which must be the published one."""
+        """Take a layer's filter and check that it is the published one."""
         name = f"{module}resample_filter"
         if name in self.tensors:
             kernel = self.take(name, None, None)
@@ -197,43 +193,39 @@ def _flatten(network: PickledNetwork) -> _Network:
     sizes = {id(tensor): tensor.numel() for tensor in flat.tensors.values()}
     # Needed by: a layer again and again
     if sum(tensor.numel() for tensor in flat.tensors.values()) > COPIES * sum(sizes.values()) + ROOM:
-        raise UserError("its modules share tensors, so that it would be far larger than its file.")
+        raise UserError("its modules share tensors, which would make it far larger than its file.")
     return flat
 
 
 def _show(value: Any) -> str:
-    """Return a short text for a value. Needed by: endless activation, endless gain (their texts have no end)."""
+    """Return a short text for a value. Needed by: endless activation, endless gain (their repr is endless)."""
     plain = type(value) in (str, int, float, bool, NoneType)
     return clean(repr(value), 40) if plain else f"a {type(value).__name__}"
 
 
 def _convert(network: _Network, name: str, class_name: str, label: int | None) -> NvidiaGenerator:
-    _check_kind(network, class_name)
+    if any(re.match(r"synthesis\.(input|L\d+_\d+_\d+)\.", path) for path in network.modules):
+        raise UserError(
+            "this is a StyleGAN3 generator (Fourier input, alias-free layers). pSp needs a StyleGAN2: train one in the "
+            "stylegan3 repository with --cfg=stylegan2, or use an existing one."
+        )
+    if "mapping." not in network.modules or "synthesis.b4." not in network.modules:
+        names = first([path[:-1] for path in network.modules if path.count(".") == 1], 6) or "nothing"
+        raise UserError(
+            f"this is not a StyleGAN2 generator but a {class_name} with {names}. The StyleGAN2 networks of "
+            "stylegan2-ada-pytorch and stylegan3 are supported."
+        )
     result = NvidiaGenerator({}, None, {"network": name})
     _mapping(network, result, label)
     _synthesis(network, result)
     if network.tensors:
         count, names = len(network.tensors), first(network.tensors)
-        raise UserError(f"{count} of its tensors belong to no StyleGAN2 generator known here: {names}.")
+        raise UserError(f"{count} of its tensors belong to no known StyleGAN2 generator: {names}.")
     return result
 
 
-def _check_kind(network: _Network, class_name: str) -> None:
-    if any(re.match(r"synthesis\.(input|L\d+_\d+_\d+)\.", path) for path in network.modules):
-        raise UserError(
-            "this is a StyleGAN3 generator (Fourier input, alias-free layers). pSp needs a StyleGAN2 one: train or "
-            "take one of that kind, in the stylegan3 repository with --cfg=stylegan2."
-        )
-    if "mapping." not in network.modules or "synthesis.b4." not in network.modules:
-        names = first([path[:-1] for path in network.modules if path.count(".") == 1], 6) or "nothing"
-        raise UserError(
-            f"this is no StyleGAN2 generator: a {class_name} of {names}. Supported are the StyleGAN2 networks of "
-            "stylegan2-ada-pytorch and stylegan3."
-        )
-
-
 def _linear(network: _Network, name: str, in_features: int | None, lr: float) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a linear layer, scaled for a layer of ours with the learning rate multiplier `lr`."""
+    """Return weight and bias of a linear layer, scaled for a published layer with learning rate multiplier `lr`."""
     weight = network.take(f"{name}weight", None, in_features)
     bias = network.take(f"{name}bias", weight.shape[0])
     width = weight.shape[1]
@@ -248,7 +240,12 @@ def _mapping(network: _Network, result: NvidiaGenerator, label: int | None) -> N
         raise UserError("its mapping network has no layers fc0, fc1, ...")
     embedding = network.tensors.get("mapping.embed.weight")
     classes = 0 if embedding is None else int(embedding.shape[-1])
-    _check_label(classes, label)
+    if classes and label is None:
+        raise UserError(f"it is conditional: choose one class per import, label=0 to label={classes - 1}.")
+    if not classes and label is not None:
+        raise UserError(f"it takes no labels: leave out label={label}.")
+    if classes and not 0 <= (label or 0) < classes:
+        raise UserError(f"label={label}: its classes are 0 to {classes - 1}.")
     layers = []
     for i in range(depth):
         network.check_activation(f"mapping.fc{i}.")
@@ -261,41 +258,34 @@ def _mapping(network: _Network, result: NvidiaGenerator, label: int | None) -> N
     for i, (weight, bias) in enumerate(layers):
         if weight.shape[0] != w_dim or (i and weight.shape[1] != w_dim):
             raise UserError(
-                f"its mapping layer fc{i} has shape {tuple(weight.shape)}, ours have the width of w, {w_dim}."
+                f"its mapping layer fc{i} has shape {tuple(weight.shape)}, but w has {w_dim} numbers: layers of other "
+                "widths are not supported."
             )
         result.state[f"style.{i + 1}.weight"], result.state[f"style.{i + 1}.bias"] = weight, bias
     if "mapping.w_avg" in network.tensors:
         result.latent_avg = network.take("mapping.w_avg", w_dim)
         if classes:
             result.notes.append(
-                "latent_avg is the pickle's w_avg, over all labels; latent_avg=computed gives the one of this label."
+                "latent_avg is the pickle's w_avg over all labels; latent_avg=computed gives this label's average."
             )
-
-
-def _check_label(classes: int, label: int | None) -> None:
-    if classes and label is None:
-        raise UserError(f"it takes labels: choose the class with label=0 to label={classes - 1}, one for each import.")
-    if not classes and label is not None:
-        raise UserError(f"it takes no labels: leave label={label} out.")
-    if classes and not 0 <= (label or 0) < classes:
-        raise UserError(f"label={label}: its classes are 0 to {classes - 1}.")
 
 
 def _bake_label(network: _Network, weight: Tensor, bias: Tensor, label: int) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the first mapping layer for one label.
 
-    The network feeds it `[norm(z), norm(embed(label))]`, each half normalised on its own. The second half is constant,
-    so that its product with the weight is a bias. Our layer is `lr / sqrt(width) * weight`, of the narrower width.
+    The layer's input is `[norm(z), norm(embed(label))]`, with each half normalised separately. The second half is
+    constant, so its product with the weight becomes a bias. The published layer computes with
+    `lr / sqrt(width) * weight`, where the width is that of z.
     """
     embed_weight, embed_bias = _linear(network, "mapping.embed.", None, 1.0)
-    # the weight of the label's column as it is used, plus the bias
+    # the label's column as scaled at run time, plus the bias
     embedding = embed_weight[:, label] / math.sqrt(embed_weight.shape[1]) + embed_bias
     embedding = embedding * (embedding.square().mean() + 1e-8).rsqrt()
     width = weight.shape[1]
     z_dim = width - embedding.numel()
     if z_dim < 1:
-        raise UserError("it makes images from labels without z: ours needs z.")
-    constant = weight[:, z_dim:] @ embedding / math.sqrt(width)  # lr is in both, our layer multiplies the bias by it
+        raise UserError("it makes images from labels without z, which is not supported.")
+    constant = weight[:, z_dim:] @ embedding / math.sqrt(width)  # the layer multiplies both weight and bias by lr
     return weight[:, :z_dim] * math.sqrt(z_dim / width), bias + constant
 
 
@@ -318,7 +308,7 @@ def _synthesis(network: _Network, result: NvidiaGenerator) -> None:
         architecture = network.attribute(block, "architecture", "skip")
         if architecture != "skip" or f"{block}skip." in network.modules:
             raise UserError(
-                f"its architecture is {_show(architecture)}; ours is 'skip', as in all published generators."
+                f"its architecture is {_show(architecture)}; only 'skip' is supported, as in all published generators."
             )
         network.check_filter(block)
         if index == 0:
@@ -357,7 +347,7 @@ def _convolution(
 def _to_rgb(network: _Network, result: NvidiaGenerator, theirs: str, ours: str, w_dim: int) -> None:
     state = result.state
     weight = network.take(f"{theirs}weight", None, None, 1, 1)
-    # their gain is a factor of the style; ours scales the weight by the same number
+    # NVIDIA's gain scales the style; scaling the weight has the same effect
     gain = network.gain(theirs, "weight_gain", 1 / math.sqrt(weight.shape[1])) * math.sqrt(weight.shape[1])
     state[f"{ours}.conv.weight"] = weight[None] * gain
     affine, affine_bias = _linear(network, f"{theirs}affine.", w_dim, 1.0)

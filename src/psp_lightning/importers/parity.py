@@ -1,4 +1,4 @@
-"""Prove an import: compare what the imported network gives with what the original gave."""
+"""Compare the outputs of an imported network with those of the original."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from psp_lightning.utils.errors import UserError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 INPUTS = ("z", "w", "w_plus", "source")
-RELATIVE = 1e-4  # of float values, to the largest of them
-LEVELS = 1.0  # of 256, mean over an image of 8 bits: room for the float16 and the rounding of the original
-LIMIT = 1 << 31  # bytes of the given values
+RELATIVE = 1e-4  # largest difference of float values, relative to the largest value
+LEVELS = 1.0  # mean difference of 8-bit images, of 256: allows for float16 and rounding in the original
+LIMIT = 1 << 31  # bytes of an unpacked .npz
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest and the mean difference of one quantity, and the bound on `measured`."""
+    """The differences of one quantity; `measured` (`largest` or `mean`) must be within `bound`."""
 
     name: str
     largest: float
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Tell whether the difference is within its bound."""
+        """Whether the difference is within its bound."""
         return (self.largest if self.measured == "largest" else self.mean) <= self.bound
 
     def __str__(self) -> str:
@@ -59,22 +59,22 @@ def parity(
     tolerance: float | None = None,
     label: int | None = None,
 ) -> list[Comparison]:
-    """Compare a network with given values.
+    """Compare the outputs of a network with given values.
 
     Args:
-        file: anything that `import_file` reads.
-        against: an `.npz` with one of `z` (B, z_dim), `w` (B, style_dim), `w_plus` (B, n_styles, style_dim), `source`
-            (B, C, H, W; pSp networks), with `image` (B, C, H, W) float in about [-1, 1], or uint8 with the channels
-            first or last; besides `z` also `w`; `psi` as a number, `noise` as `const` or `none`. Or an image of
-            NVIDIA's `generate.py --seeds=SEED --trunc=PSI --noise-mode=const`.
-        seed: of an image: z is `RandomState(seed).randn(1, z_dim)`.
-        psi: truncation towards the average latent, where the file has none.
-        tolerance: of float values, relative to the largest (default 1e-4); of 8-bit ones, mean difference in levels of
-            256 (default 1).
-        label: class of a conditional NVIDIA generator, as in `import_file`.
+        file: see `import_file`.
+        against: an `.npz` with one of `z` (B, z_dim), `w` (B, style_dim), `w_plus` (B, n_styles, style_dim) or, for pSp
+            networks, `source` (B, C, H, W); and with `image` (B, C, H, W), float in about [-1, 1], or uint8 with the
+            channels first or last. It may also contain `w` beside `z`, a number `psi`, and `noise`: `const` or `none`.
+            Or an image of NVIDIA's `generate.py --seeds=SEED --trunc=PSI --noise-mode=const`.
+        seed: of an image, whose z is `RandomState(seed).randn(1, z_dim)`.
+        psi: truncation towards the average latent, if the `.npz` has none.
+        tolerance: for float values, relative to the largest value (default 1e-4); for 8-bit values, the mean
+            difference in levels of 256 (default 1).
+        label: see `import_file`.
 
     Raises:
-        UserError: values that are missing or do not fit the network.
+        UserError: values are missing or do not fit the network.
     """
     imported, path = import_file(file, label), Path(against).expanduser()
     if path.suffix.lower() in IMAGES:
@@ -88,7 +88,7 @@ def parity(
             if array.dtype.kind not in kind or not array.size or (kind == "fiu" and not np.isfinite(array).all()):
                 raise UserError(f"against={path}: {name} is empty, not finite, or of a wrong type ({array.dtype}).")
         if np.asarray(values["psi"]).size > 1:
-            raise UserError(f"against={path}: psi is one number, not {np.asarray(values['psi']).size}.")
+            raise UserError(f"against={path}: psi must be one number, not {np.asarray(values['psi']).size}.")
     computed = _compute(imported, values, path)
     return [_compare(name, computed[name], np.asarray(values[name]), tolerance, path) for name in computed]
 
@@ -107,7 +107,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > LIMIT:
-                raise UserError(f"against={path} would unpack to more than {LIMIT >> 30} GiB: give fewer images.")
+                raise UserError(f"against={path} would unpack to more than {LIMIT >> 30} GiB: use fewer images.")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files if name in (*INPUTS, "image", "psi", "noise")}
     except UserError:
@@ -116,42 +116,40 @@ def _read_npz(path: Path) -> dict[str, Any]:
         raise UserError(f"against={path} does not exist.") from None
     except Exception as error:  # a damaged archive fails in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"against={path} is no .npz of arrays, or it is damaged ({reason[:200]}).") from None
+        raise UserError(f"against={path} is damaged or not an .npz of arrays ({reason[:200]}).") from None
 
 
 @torch.no_grad()
 def _compute(imported: Imported, values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Compute what the network gives for the inputs: `image`, and `w` where z and w are given."""
+    """Compute the network's `image` for the inputs, and `w` if both z and w are given."""
     generator = imported.generator
     given = [name for name in INPUTS if name in values and not (name == "w" and "z" in values)]
     if len(given) != 1:
         raise UserError(f"against={path}: it needs exactly one of {', '.join(INPUTS)}; it has {given or 'none'}.")
     if "image" not in values and not (given == ["z"] and "w" in values):
-        raise UserError(f"against={path}: it lacks 'image', what the original gave.")
+        raise UserError(f"against={path}: it lacks 'image', the output of the original.")
     name = given[0]
     x = torch.from_numpy(np.array(values[name], dtype=np.float32))
     mode = str(values.get("noise", "const"))
     if mode not in ("const", "none"):
-        raise UserError(f"against={path}: noise={mode!r}; comparable are 'const' (the stored maps) and 'none'.")
+        raise UserError(f"against={path}: noise={mode!r} must be 'const' (the stored maps) or 'none'.")
     noise: Noise = "const" if mode == "const" else [torch.zeros(1, 1, side, side) for side in generator.noise_sides()]
     result: dict[str, Tensor] = {}
     if name == "source":
         if not isinstance(imported.net, PSP):
-            raise UserError(f"against={path}: it has 'source', but the file holds a generator without an encoder.")
-        codes = imported.net.encode(x)
-    else:
+            raise UserError(f"against={path}: it has 'source', but the network is a generator without an encoder.")
+        x = imported.net.encode(x)
+    elif name == "z":
+        x = generator.mapping(x)
         psi = float(np.asarray(values["psi"]).item())
-        if name == "z":
-            x = generator.mapping(x)
-            if psi != 1 and x.ndim == 2:
-                average = imported.latent_avg if not isinstance(imported.net, PSP) else imported.net.latent_avg
-                average = generator.latent_average() if average is None else average
-                x = generator.truncate(x if average.ndim == 1 else x[:, None], average, psi)
-            if "w" in values:
-                result["w"] = x
-        codes = x
+        if psi != 1 and x.ndim == 2:
+            average = imported.latent_avg if not isinstance(imported.net, PSP) else imported.net.latent_avg
+            average = generator.latent_average() if average is None else average
+            x = generator.truncate(x if average.ndim == 1 else x[:, None], average, psi)
+        if "w" in values:
+            result["w"] = x
     if "image" in values:
-        result["image"] = torch.cat([generator.synthesis(row, noise) for row in codes.split(1)])
+        result["image"] = torch.cat([generator.synthesis(row, noise) for row in x.split(1)])
     return result
 
 
@@ -173,7 +171,7 @@ def _compare(name: str, found: Tensor, given: np.ndarray, tolerance: float | Non
 def _tensor(given: np.ndarray, found: Tensor, name: str, path: Path) -> Tensor:
     if tuple(given.shape) != tuple(found.shape) or given.dtype.kind not in "fiu":
         raise UserError(
-            f"against={path}: its {name} has shape {tuple(given.shape)} ({given.dtype}), the network gives "
+            f"against={path}: its {name} has shape {tuple(given.shape)} ({given.dtype}), but the network's has "
             f"{tuple(found.shape)}."
         )
     return torch.from_numpy(given.astype(np.float64))

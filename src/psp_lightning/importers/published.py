@@ -1,6 +1,6 @@
-"""Convert released files of other implementations: their names, key layouts and options become ours.
+"""Convert released files of other implementations: their names, key layouts and options.
 
-Everything is read off the tensors where they tell it, because old files lack options (`output_size`, `learn_in_w`).
+Everything possible is inferred from the tensors, because old files lack options (`output_size`, `learn_in_w`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from psp_lightning.checkpoints.strict import build_and_load, first
 from psp_lightning.models.encoders import IMAGE_CHANNELS
 from psp_lightning.models.irse import BLOCKS
 from psp_lightning.models.psp import PSP
+from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError, check_tree, clean
 
 State = dict[str, Tensor]
 
-# encoder_type of pSp (commit 5cfff38) and e4e (99ea505) -> class name in our registry
+# encoder_type of pSp (commit 5cfff38) and e4e (99ea505) -> class name in this library's registry
 ENCODER_NAMES: dict[str, str] = {
     "GradualStyleEncoder": "GradualStyleEncoder",
     "BackboneEncoderUsingLastLayerIntoW": "EncoderIntoW",
@@ -31,7 +32,7 @@ ENCODER_NAMES: dict[str, str] = {
     "SingleStyleCodeEncoder": "EncoderIntoW",
 }
 
-# encoder_type of ReStyle (commit 5e80276), which looks at the source and the last output, several times
+# encoder_type of ReStyle (commit 5e80276), which sees the source and its last output, in several passes
 RESTYLE = {"BackboneEncoder": "ReStyleEncoder", "ProgressiveBackboneEncoder": "ReStyleEncoder4Editing"}
 RESTYLE_RESNET = ("ResNetBackboneEncoder", "ResNetProgressiveBackboneEncoder", "ResNetGradualStyleEncoder")
 
@@ -45,25 +46,25 @@ SOURCE_KINDS: dict[str, str] = {
     "celebs_super_resolution": "lowres",
 }
 
-LARGEST_BLOCKS = 10  # for 4096 pixels
+LARGEST_BLOCKS = 10  # up-sampling blocks, for 4096 pixels
 
 
 def is_generator_state(state: Mapping[str, Any]) -> bool:
-    """Tell whether the keys are a StyleGAN2 generator's in the published PyTorch layout."""
+    """Return whether the keys are those of a StyleGAN2 generator in the published PyTorch layout."""
     return {"input.input", "conv1.conv.weight", "to_rgb1.bias", "style.1.weight"} <= set(state)
 
 
 def infer_generator(state: State) -> dict[str, Any]:
     """Infer the constructor arguments of `Generator` from the shapes of its state dict (published layout).
 
-    Channels that follow no `min(max_channels, channel_base * channel_multiplier // r)` are listed (`channels`).
+    Channels that do not follow `min(max_channels, channel_base * channel_multiplier // r)` are listed in `channels`.
 
     Raises:
-        UserError: for images of more than 4096 pixels.
+        UserError: the images are larger than 4096 pixels.
     """
     n_blocks = len([k for k in state if re.fullmatch(r"to_rgbs\.\d+\.bias", k)])
     if n_blocks > LARGEST_BLOCKS:
-        raise UserError(f"its {n_blocks} up-sampling blocks would make images of {4 << n_blocks} pixels and more.")
+        raise UserError(f"its {n_blocks} up-sampling blocks would make images of {4 << n_blocks} pixels or more.")
     widths = {4: int(state["conv1.conv.weight"].shape[1])}
     for i in range(n_blocks):
         widths[8 << i] = int(state[f"convs.{2 * i}.conv.weight"].shape[1])
@@ -83,13 +84,13 @@ def infer_generator(state: State) -> dict[str, Any]:
 
 
 def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
-    """Find `channel_base` and `channel_multiplier` that give these channels by resolution; None where none do."""
+    """Return the `channel_base` and `channel_multiplier` that give these channels by resolution, if any do."""
     largest = max(widths.values())
-    # where every layer has the largest width several multipliers fit; 2 is the published one
+    # if every layer has the largest width, several multipliers fit; 2 is the published one
     for multiplier in (2, 1, *range(3, 65)):
         if all(width == min(largest, 16384 * multiplier // r) for r, width in widths.items()):
             return 16384, multiplier
-    # other bases: each layer narrower than the largest allows a range of them, the others ask for enough
+    # other bases: layers narrower than the largest allow a range of them, the others require a minimum
     low = max(width * r if width > 1 else 1 for r, width in widths.items())
     if all(width == max(1, min(largest, low // r)) for r, width in widths.items()):
         return low, 1
@@ -97,7 +98,7 @@ def _channel_rule(widths: Mapping[int, int]) -> tuple[int, int] | None:
 
 
 def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str:
-    """Tell which repository an encoder comes from: `pSp`, `e4e` or `ReStyle`, whose encoders make several passes."""
+    """Return which repository an encoder comes from: `pSp`, `e4e` or `ReStyle`, whose encoders run several passes."""
     kind = opts.get("encoder_type")
     one_map = "styles.0.linear.weight" in encoder_state and "latlayer1.weight" not in encoder_state
     if "n_iters_per_batch" in opts or kind in (*RESTYLE, *RESTYLE_RESNET) or "conv1.weight" in encoder_state or one_map:
@@ -106,30 +107,30 @@ def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str
 
 
 def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str | None:
-    """Say in a clause what this library lacks of a ReStyle encoder; None: it can be built, or is not ReStyle's."""
+    """Return a clause that says why a ReStyle encoder is not supported; None if it is, or is not ReStyle's."""
     kind = opts.get("encoder_type")
     if repository(encoder_state, opts) != "ReStyle":
         return None
     if kind in RESTYLE_RESNET or "conv1.weight" in encoder_state:
-        return "its encoder has a ResNet-34 for body, which this library does not build"
+        return "its encoder has a ResNet-34 as its body, which this library does not support"
     if opts.get("dataset_type") == "cars_encode":
-        return "its sources are of 256x192 pixels, and this library takes squares"
+        return "its sources have 256x192 pixels, and this library needs squares"
     if kind in RESTYLE:
         return None
     if "latlayer1.weight" in encoder_state:
-        return "its encoder is pSp's, run in several passes, which this library does with ReStyle's own encoders alone"
+        return "its encoder is pSp's in several passes, which this library supports only for ReStyle's own encoders"
     return f"its opts do not say which encoder it has (encoder_type: {' or '.join(RESTYLE)})"
 
 
 def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, Any]:
-    """Infer the description ("class" and constructor arguments) of an encoder from the shapes of its state dict.
+    """Infer an encoder's description ("class" and constructor arguments) from the shapes of its state dict.
 
     Args:
         state: keys as in the released files, without `encoder.`.
-        encoder_type: pSp's name of the class; None tells it from the keys.
+        encoder_type: pSp's name of the class; if None, it is inferred from the keys.
 
     Raises:
-        UserError: for a class that this library does not have.
+        UserError: this library does not have the class.
     """
     if encoder_type is None:
         if "styles.0.linear.weight" in state:
@@ -173,18 +174,17 @@ def infer_encoder(state: State, encoder_type: str | None = None) -> dict[str, An
 
 
 def convert_source(opts: Mapping[str, Any], in_channels: int, input_size: int) -> dict[str, Any]:
-    """Convert options to what the network takes as source, the plain values of an `InputSpec`.
+    """Convert a file's options to the plain values of an `InputSpec`.
 
     Args:
-        opts: the file's options; `dataset_type`, `label_nc` and `resize_factors` are read, each may be missing.
-        in_channels, input_size: of its encoder; the channels decide where `dataset_type` is missing or unknown.
+        opts: `dataset_type`, `label_nc` and `resize_factors` are used; each may be missing.
+        in_channels, input_size: of the encoder; if `dataset_type` is missing or unknown, the channels decide.
     """
-    kind = SOURCE_KINDS.get(str(opts.get("dataset_type")))
-    if kind is None:
-        kind = {3: "rgb", 1: "sketch"}.get(in_channels, "labels")
+    by_channels = {3: "rgb", 1: "sketch"}.get(in_channels, "labels")
+    kind = SOURCE_KINDS.get(str(opts.get("dataset_type")), by_channels)
     source: dict[str, Any] = {"kind": kind, "size": input_size}
     if kind == "labels":
-        # the released segmentation weights were trained on label maps that were resized bilinearly
+        # the released segmentation networks were trained on bilinearly resized label maps
         source |= {"n_classes": int(opts.get("label_nc") or in_channels), "interpolation": "legacy_bilinear"}
     if kind == "lowres":
         source["factors"] = _factors(opts.get("resize_factors"))
@@ -199,35 +199,47 @@ def _factors(value: Any) -> list[int]:
 
 
 def load_released(content: Mapping[str, Any], in_channels: int | None = None) -> PSP:
-    """Make the network of a released pSp, e4e or ReStyle checkpoint.
+    """Build the network of a released pSp, e4e or ReStyle checkpoint.
 
     Args:
-        content: what `read` gave.
-        in_channels: of the encoder, where it is not to be what the file has; its first layer is adapted, see
-            `psp_lightning.checkpoints.strict.adapt_channels`.
+        content: the result of `checkpoints.read.read`.
+        in_channels: new number of input channels; the encoder's first layer is adapted, see
+            `checkpoints.strict.adapt_channels`.
 
     Raises:
-        UserError: something else, with what it is; an encoder that is not built here; tensors that do not fit each
-            other.
+        UserError: the checkpoint is something else (the message says what), has an unsupported encoder, or has tensors
+            that do not fit together.
     """
     state = tensors_of(content)
     encoder_state, decoder_state = select(state, "encoder."), select(state, "decoder.")
     if not encoder_state or not is_generator_state(decoder_state):
-        raise UserError(f"this is no pSp checkpoint. {_what_else(content, state)}")
+        what = f"It has no encoder.* and decoder.* tensors; its keys are: {first(map(str, state)) or 'none'}."
+        if "g_ema" in content or is_generator_state(state):
+            what = "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
+        raise UserError(f"this is not a pSp checkpoint. {what}")
     opts = read_options(content)
     if reason := why_not_built(encoder_state, opts):
         raise UserError(
-            f"this is a ReStyle checkpoint: {reason}. Its generator and average latent: psp-weights import FILE out=..."
+            f"this is a ReStyle checkpoint: {reason}. Import only its generator and average latent with `psp-weights "
+            "import FILE out=...`."
         )
-    encoder, adapted = _describe_encoder(encoder_state, opts, in_channels)
+    encoder = infer_encoder(encoder_state, opts.get("encoder_type"))
+    restyle = opts.get("encoder_type") in RESTYLE
+    if restyle and "n_iters_per_batch" in opts:
+        encoder["iterations"] = opts["n_iters_per_batch"]
+    adapted = in_channels not in (None, encoder["in_channels"])
+    if adapted and restyle:
+        raise UserError(f"in_channels={in_channels} is not for ReStyle's encoders, which also take an image.")
+    if adapted:
+        encoder["in_channels"] = in_channels
     generator = infer_generator(decoder_state)
     average = latent_average(content)
-    # ReStyle always starts from the average, whatever the option says
-    start = opts.get("encoder_type") in RESTYLE or bool(opts.get("start_from_latent_avg", average is not None))
+    # ReStyle always starts from the average, regardless of the option
+    start = restyle or bool(opts.get("start_from_latent_avg", average is not None))
     if start and average is None:
-        raise UserError("it starts from the average latent but holds no 'latent_avg'.")
+        raise UserError("it starts from the average latent but has no 'latent_avg'.")
     source = convert_source({} if adapted else opts, encoder["in_channels"], encoder["input_size"])
-    if adapted and source["kind"] == "labels":  # new to the network: no reason for the old way of resizing
+    if adapted and source["kind"] == "labels":  # the network never saw label maps, so no legacy resizing
         source["interpolation"] = "nearest"
     description = {
         "format": 1,
@@ -250,25 +262,8 @@ def load_released(content: Mapping[str, Any], in_channels: int | None = None) ->
     )
 
 
-def _describe_encoder(state: State, opts: Mapping[str, Any], in_channels: int | None) -> tuple[dict[str, Any], bool]:
-    """Describe the encoder as `infer_encoder` does; also whether its first layer is to be adapted."""
-    described = infer_encoder(state, opts.get("encoder_type"))
-    restyle = opts.get("encoder_type") in RESTYLE
-    if restyle and "n_iters_per_batch" in opts:
-        described["iterations"] = opts["n_iters_per_batch"]
-    if in_channels in (None, described["in_channels"]):
-        return described, False
-    if restyle:
-        raise UserError(f"in_channels={in_channels} is not for ReStyle's encoders, which take an image as well.")
-    return {**described, "in_channels": in_channels}, True
-
-
 def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the training options of a released checkpoint.
-
-    Raises:
-        UserError: they are no dict, or a larger one than any options.
-    """
+    """Return the training options of a released checkpoint; raise a UserError if they are not a dict or too large."""
     opts = content.get("opts", {})
     if not isinstance(opts, Mapping):
         raise UserError(f"its 'opts' are a {type(opts).__name__}, not a dict.")
@@ -277,25 +272,20 @@ def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def latent_average(content: Mapping[str, Any]) -> Tensor | None:
-    """Return `latent_avg` of a checkpoint, None where it has none.
-
-    Raises:
-        UserError: it is no tensor.
-    """
+    """Return `latent_avg` of a checkpoint, None if it has none; raise a UserError if it is not a tensor."""
     average = content.get("latent_avg")
     if average is not None and not isinstance(average, Tensor):
         raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
     return average
 
 
+def build_generator(state: State) -> Generator:
+    """Build a generator from its tensors (published layout); noise maps, which early files lack, may be missing."""
+    config = infer_generator(state)
+    return build_and_load(lambda: Generator(**config), state, "the generator", ["noises.*"])
+
+
 def generator_tensors(content: Mapping[str, Any]) -> State:
-    """Return the tensors of the generator in a released or converted checkpoint, whatever they are."""
+    """Return the generator's tensors in a released or converted checkpoint, without checking them."""
     state = tensors_of(content, "g_ema" if "g_ema" in content else "state_dict")
     return select(state, "decoder.") or select(state, "")
-
-
-def _what_else(content: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    if "g_ema" in content or is_generator_state(state):
-        return "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
-    keys = first(str(key) for key in state) or "none"
-    return f"It has no encoder.* and decoder.* tensors; its keys are: {keys}."

@@ -45,6 +45,8 @@ CLASSES = {"FaceEmbedding": "ToyFaceEmbedding"}
 OVERRIDES = {
     f"callbacks.export={value}": "callbacks.export.every_n_steps=null" for value in ("null", "false", "False", "")
 }
+# Module of 0.1.0 that has left the package -> what replaces it.
+REMOVED = {"checkpoints.release": "Run `python -m benchmarks.toyfaces.records FOLDER` in the repository."}
 
 
 def moved(module: str, name: str) -> Any:
@@ -83,8 +85,10 @@ class _OldModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        known = fullname.startswith(PACKAGE) and fullname.removeprefix(PACKAGE) in MODULES
-        return ModuleSpec(fullname, self) if known else None
+        old = fullname.removeprefix(PACKAGE) if fullname.startswith(PACKAGE) else ""
+        if old in REMOVED:
+            raise ModuleNotFoundError(f"{fullname} is no longer part of the package. {REMOVED[old]}", name=fullname)
+        return ModuleSpec(fullname, self) if old in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
         module.__getattr__ = lambda name: moved(module.__name__, name)  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
-"""Get public weights: resumed, whole or not there, compared with a digest.
+"""Download public weights: resumable, atomic, and checked against a digest.
 
-Files on Google Drive come through gdown, which knows its confirmation pages. Others come through urllib with ranges of
-bytes: `torch.hub.download_url_to_file` starts again from the first byte when a connection is cut.
+Files on Google Drive are downloaded with gdown, which handles Drive's confirmation pages. All others are downloaded
+with urllib and byte ranges, because `torch.hub.download_url_to_file` restarts from the first byte when a connection is
+cut.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import datetime
 import errno
 import http.client
-import importlib
 import json
 import os
 import shutil
@@ -30,29 +30,30 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 from psp_lightning.zoo.records import Record
 
-KNOWN = "known_files.json"  # in the weights folder: digests recorded at the first download of a file
-ATTEMPTS, PAUSE, TIMEOUT = 5, 0.5, 30.0  # tries without progress, seconds before the second one, seconds of silence
-CHUNK = 1 << 20
-PAGE_LIMIT = 1 << 16
+KNOWN = "known_files.json"  # in the weights folder: digests recorded when a file is first seen
+ATTEMPTS = 5  # without progress
+PAUSE = 0.5  # seconds before the second attempt; doubles with each one
+TIMEOUT = 30.0  # seconds without data
+CHUNK, PAGE_LIMIT = 1 << 20, 1 << 16  # bytes
 QUOTA = ("quota", "too many users", "download limit", "many accesses")
 Progress = Callable[[int, int | None], None]
 
 
 def get(name: str, offline: bool = False, url: str | None = None, progress: Progress | None = None) -> tuple[Path, str]:
-    """Return the file of public weights in the weights folder; download it where it is missing.
+    """Return a file of public weights in the weights folder, downloading it if it is missing.
 
     Args:
-        name: key of `RECORDS`.
-        offline: download nothing.
-        url: another place to get the file from.
-        progress: called with the bytes so far and in all.
+        name: a key of `RECORDS`.
+        offline: never download.
+        url: download from here instead of the published address.
+        progress: called with the bytes so far and the total, if it is known.
 
     Returns:
-        The file, and in a sentence what it was compared with.
+        The file, and a sentence that says what its digest was compared with.
 
     Raises:
-        UserError: no such weights; offline and not there; no connection, no space, a page instead of data, another
-            digest. Says how to place the file by hand.
+        UserError: unknown name; missing file and `offline`; no connection, a full disk, a web page instead of the
+            file, a wrong digest. The message says how to place the file by hand.
     """
     entry, folder = locate.record(name), locate.weights_dir()
     download = _Download(entry, url or entry.url, folder, progress)
@@ -64,19 +65,21 @@ def get(name: str, offline: bool = False, url: str | None = None, progress: Prog
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             if error.errno == errno.ENOSPC:
-                reason = "no space left on the disk; the next download goes on from the part that is there"
+                reason = "no space left on the disk; the next attempt resumes the partial download"
             raise download.failure(f"{error.filename or folder}: {reason}") from None
     return download.target, check(entry, download.target)
 
 
 def check(entry: Record, file: Path) -> str:
-    """Compare a file with the digest of its record, else with the one recorded when it was first seen.
+    """Compare a file with its published digest or, if none is published, with the one recorded at first sight.
+
+    If neither exists, the digest is recorded now.
 
     Returns:
-        A sentence that says which; a file without either is recorded now.
+        A sentence that says what the file was compared with.
 
     Raises:
-        UserError: it differs.
+        UserError: the digests differ.
     """
     locate.verify(entry.name, file)
     found = locate.sha256(file)
@@ -93,23 +96,23 @@ def check(entry: Record, file: Path) -> str:
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from None
         return (
-            f"SHA-256 {found}: its publisher gives none, so that it was recorded in {path} and is compared from now on "
+            f"SHA-256 {found}: no published digest exists. This one was recorded in {path} and is checked from now on "
             "(trust on first use)."
         )
     if before["sha256"] != found:
         raise UserError(
             f"{file} is not the file that was recorded for {entry.name!r} on {before.get('recorded')}: SHA-256 "
-            f"{found[:16]}..., recorded {before['sha256'][:16]}... in {path}. Where the new file is meant, take the "
-            f"entry {entry.name!r} out of that file."
+            f"{found[:16]}..., recorded {before['sha256'][:16]}... in {path}. To accept the new file, delete the entry "
+            f"{entry.name!r} there."
         )
-    return f"SHA-256 {found}: as recorded on {before.get('recorded')} (its publisher gives none)."
+    return f"SHA-256 {found}: as recorded on {before.get('recorded')} (no published digest exists)."
 
 
 def recorded() -> dict[str, dict[str, Any]]:
-    """Return SHA-256, size, address and day of the weights without a published digest, by name, when first seen.
+    """Return the entries of `known_files.json` by name: sha256, bytes, url, recorded (a date).
 
     Raises:
-        UserError: a damaged record.
+        UserError: the file is damaged.
     """
     path = locate.weights_dir() / KNOWN
     try:
@@ -120,7 +123,7 @@ def recorded() -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, TypeError, KeyError):
         good = False
     if not good:
-        raise UserError(f"{path} is damaged. It holds the digests of downloaded weights: mend it or delete it.")
+        raise UserError(f"{path} is damaged. It contains the digests of downloaded weights: repair or delete it.")
     return known
 
 
@@ -130,7 +133,7 @@ class _Cut(Exception):
 
 @dataclass
 class _Download:
-    """One file on its way into `folder`; its part, and the tag that tells it from a later file, lie beside it."""
+    """A download into `folder`, with the partial file and its ETag beside the target."""
 
     entry: Record
     url: str
@@ -143,45 +146,45 @@ class _Download:
         self.tag, self.lock = self.folder / f".{name}.part.tag", self.folder / f".{name}.lock"
 
     def failure(self, reason: str) -> UserError:
-        """Make the error that says what happened and how to place the file by hand."""
+        """Return an error with the reason and how to place the file by hand."""
         return UserError(
             f"Weights {self.entry.name!r}: {reason}.\n"
             f"By hand (licence: {self.entry.licence}): open {self.entry.url} in a browser, or run\n"
             f"  {self.entry.command(self.folder)}\n"
-            f"and put the file at {self.target}; another folder: set PSP_WEIGHTS."
+            f"and put the file at {self.target}. Set PSP_WEIGHTS to use another folder."
         )
 
     def run(self) -> None:
-        """Download the file, unless another process does or did."""
+        """Download the file, unless another process has done so meanwhile; raise a UserError if that fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.lock, timeout=0):
                 if not self.target.is_file():
                     self._fetch()
         except Timeout:
-            raise self.failure("another process is downloading it: wait for it") from None
+            raise self.failure("another process is downloading it; wait until it has finished") from None
 
     def _fetch(self) -> None:
         (self._from_drive if "drive.google.com" in self.url else self._from_server)()
-        self._refuse_page()
+        self._reject_page()
         expected, found = self.entry.sha256, locate.sha256(self.part)
         if expected is not None and not found.startswith(expected):
             self._drop()
             raise self.failure(
-                f"what {self.url} gave has SHA-256 {found[:16]}..., published is {expected}; it was deleted"
+                f"the file from {self.url} has SHA-256 {found[:16]}..., but {expected} is published; it was deleted"
             )
         os.replace(self.part, self.target)
         self.tag.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # Windows deletes no open file
+        with contextlib.suppress(OSError):  # Windows cannot delete open files
             self.lock.unlink()
 
     def _drop(self) -> None:
-        """Delete what was downloaded: it is not the file, and nothing may go on from it."""
+        """Delete the partial file, because it is not the wanted one."""
         self.part.unlink(missing_ok=True)
         self.tag.unlink(missing_ok=True)
 
-    def _refuse_page(self) -> None:
-        """Delete the part and raise where it is a web page and no data."""
+    def _reject_page(self) -> None:
+        """Delete the partial file and raise if it is empty or a web page."""
         with open(self.part, "rb") as file:
             head = file.read(PAGE_LIMIT)
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -189,32 +192,30 @@ class _Download:
             return
         self._drop()
         if not head:
-            raise self.failure("the server gave an empty file")
+            raise self.failure("the server sent an empty file")
         if any(word.encode() in start for word in QUOTA):
-            raise self.failure("the server says that too many people downloaded the file; try again in a day")
-        raise self.failure("the server gave a web page instead of the file (a login or a confirmation)")
+            raise self.failure("the server says that too many people have downloaded the file; try again in a day")
+        raise self.failure("the server sent a web page instead of the file (a login or a confirmation)")
 
     def _from_drive(self) -> None:
         try:
-            gdown: Any = importlib.import_module("gdown")
+            import gdown
         except ImportError:
             raise self.failure(
-                "it lies on Google Drive, which needs gdown: pip install 'psp-lightning[download]'"
+                "it is on Google Drive, which needs gdown: pip install 'psp-lightning[download]'"
             ) from None
         try:
             got = gdown.download(id=self.entry.drive_id, output=str(self.part), quiet=True, resume=True)
         except OSError:
             raise
-        except Exception as error:  # gdown's own exceptions, of which versions differ, and those of requests
+        except Exception as error:  # the classes of gdown's exceptions differ between versions
             text = str(error)
             reason = (text.strip().splitlines() or [type(error).__name__])[0][:200]
             if any(word in text.lower() for word in QUOTA):
-                reason = (
-                    f"Google Drive refuses it for now, as too many people downloaded it ({reason}); try again in a day"
-                )
-            raise self.failure(f"gdown could not get it: {reason}") from None
+                reason = f"too many people have downloaded it from Google Drive ({reason}); try again in a day"
+            raise self.failure(f"gdown could not download it: {reason}") from None
         if got is None or not self.part.is_file():
-            raise self.failure("gdown could not get it; the file may have moved")
+            raise self.failure("gdown could not download it; the file may have moved")
 
     def _from_server(self) -> None:
         failures, before = 0, -1
@@ -227,13 +228,13 @@ class _Download:
                 reason = f"{error.code} {error.reason}"
             except (_Cut, http.client.HTTPException, ConnectionError, TimeoutError, urllib.error.URLError) as error:
                 reason = str(getattr(error, "reason", None) or error or type(error).__name__)
-            except ValueError as error:  # no such kind of address
+            except ValueError as error:  # unknown kind of URL
                 raise self.failure(f"{self.url}: {error}") from None
             size = self._size()
-            failures = 1 if size > before >= 0 else failures + 1  # a cut after some progress does not count up
+            failures = 1 if size > before >= 0 else failures + 1  # progress resets the count
             before = size
             if failures >= ATTEMPTS:
-                kept = f"; {size} bytes are kept and will be gone on from" if size else ""
+                kept = f"; {size} bytes are kept for the next attempt" if size else ""
                 raise self.failure(f"{self.url}: {reason}, {failures} times{kept}")
             time.sleep(PAUSE * 2 ** (failures - 1))
 
@@ -241,7 +242,7 @@ class _Download:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def _request(self) -> None:
-        """Ask for the rest of the file, where the server still has the one that the part is of, else for all of it."""
+        """Resume if the server's file is unchanged, otherwise restart."""
         start = self._size()
         headers = {"User-Agent": "psp-lightning", "Accept-Encoding": "identity"}
         request = urllib.request.Request(self.url, headers=headers)
@@ -254,28 +255,27 @@ class _Download:
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise
-            # nothing after what is there: the part is whole, or of another file
-            if (error.headers.get("Content-Range") or "").rpartition("/")[2] == str(start):
+            # the server has nothing after these bytes: the partial file is complete, or belongs to another file
+            if error.headers.get("Content-Range", "").rpartition("/")[2] == str(start):
                 return
             self.part.unlink()
             raise _Cut("the file on the server has changed") from None
         with answer:
-            told: Message = answer.headers
             if answer.status != 206:
                 start = 0
-            elif not (told.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 self.part.unlink()
-                raise _Cut("the server goes on from another place")
-            if "html" in (told.get("Content-Type") or ""):
+                raise _Cut("the server resumed at another position")
+            if "html" in answer.headers.get("Content-Type", ""):
                 self.part.write_bytes(answer.read(PAGE_LIMIT))
-                self._refuse_page()
-            length = told.get("Content-Length") or ""
+                self._reject_page()
+            length = answer.headers.get("Content-Length", "")
             self._write(answer, start, start + int(length) if length.isdigit() else None)
 
     def _write(self, answer: Any, start: int, total: int | None) -> None:
-        """Write the bytes of an answer to the part, from `start` on."""
+        """Append an answer to the partial file, or write it anew if `start` is 0."""
         if total is not None and (free := shutil.disk_usage(self.folder).free) < total - start:
-            raise OSError(errno.ENOSPC, f"{total - start} bytes are missing, {free} are free", os.fspath(self.folder))
+            raise OSError(errno.ENOSPC, f"{total - start} bytes are needed, {free} are free", os.fspath(self.folder))
         if not start:
             self._keep_tag(answer.headers)
         with open(self.part, "ab" if start else "wb") as file:
@@ -290,7 +290,7 @@ class _Download:
             raise _Cut(f"the connection was cut after {start} of {total} bytes")
 
     def _keep_tag(self, headers: Message) -> None:
-        """Keep what tells this file of the server from a later one: its ETag, else its date."""
+        """Store the server's ETag or modification date, which tells whether a later answer is the same file."""
         tag = headers.get("ETag")
         if tag is None or tag.startswith("W/"):
             tag = headers.get("Last-Modified")

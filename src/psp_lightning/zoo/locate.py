@@ -1,7 +1,7 @@
-"""Find the weights that the library can use; nothing here downloads anything.
+"""Find public and shipped weights on disk, without downloading anything.
 
-Public ones (`RECORDS`) are the user's to get, with `psp-weights get` or by hand: `find` returns the file, or says which
-command gets it. Shipped ones (`shipped`) lie inside the package, with their records in a `records.json` beside them.
+The user gets public weights (`RECORDS`) with `psp-weights get` or by hand: `find` returns the file, or raises an error
+that shows the command. Shipped weights (`shipped`) are in the package, each folder with a `records.json`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from psp_lightning.zoo.records import Record as Record
 
 @dataclass(frozen=True)
 class Shipped:
-    """One file of weights inside the package.
+    """A file of weights in the package.
 
     Attributes:
-        name: `FOLDER/STEM`, as `toyfaces/generator`.
-        file: where it lies.
+        name: `FOLDER/STEM`, for example `toyfaces/generator`.
         kind: `generator`, `psp` or `embedding`.
-        sha256: digest, 64 hexadecimal digits.
-        bytes: size.
+        sha256: 64 hexadecimal digits.
+        bytes: size of the file.
         made_by: the command that made it.
-        licence: terms of use.
     """
 
     name: str
@@ -43,34 +41,25 @@ class Shipped:
 
 
 def weights_dir() -> Path:
-    """Return the folder of public weights: `$PSP_WEIGHTS`, else `psp_lightning` in the user's cache folder."""
-    if chosen := os.environ.get("PSP_WEIGHTS"):
-        return Path(chosen).expanduser()
-    return cache_dir()
+    """Return the folder of public weights: `$PSP_WEIGHTS`, or `psp_lightning` in the user's cache folder."""
+    chosen = os.environ.get("PSP_WEIGHTS")
+    return Path(chosen).expanduser() if chosen else cache_dir()
 
 
 def record(name: str) -> Record:
-    """Return the record of the public weights `name`.
-
-    Raises:
-        UserError: for an unknown name, with the closest one.
-    """
+    """Return the record of the public weights `name`; an unknown name is a UserError that suggests the closest one."""
     if name not in RECORDS:
         raise UserError(f"No public weights are called {name!r}.{suggest(name, RECORDS)} Known: {', '.join(RECORDS)}.")
     return RECORDS[name]
 
 
 def shipped_dir() -> Path:
-    """Return the folder of the shipped weights in the package, in a wheel as in a source tree."""
+    """Return the folder of the shipped weights, in a wheel or a source tree."""
     return Path(__file__).resolve().parents[1] / "weights"
 
 
 def shipped() -> dict[str, Shipped]:
-    """Return the records of the shipped weights by name, from every `records.json` below `shipped_dir()`.
-
-    Raises:
-        UserError: a damaged record.
-    """
+    """Return the records of the shipped weights by name; a damaged `records.json` is a UserError."""
     return _read_records(shipped_dir())
 
 
@@ -82,47 +71,47 @@ def _read_records(root: Path) -> dict[str, Shipped]:
             for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
                 found[name] = Shipped(name=name, **{**entry, "file": file.parent / entry["file"]})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}): install psp-lightning again.") from None
+            raise UserError(f"{file} is damaged ({error}). Reinstall psp-lightning.") from None
     return found
 
 
 def forget_records() -> None:
-    """Read the records again at the next use: their files were written anew."""
+    """Clear the cache of records, after their files have changed."""
     _read_records.cache_clear()
 
 
 def is_shipped_name(name: str) -> bool:
-    """Whether `name` can only mean shipped weights: two parts, of which the first is a folder of them."""
+    """Return whether `name` looks like shipped weights: two parts, the first of which is one of their folders."""
     folder, _, stem = name.partition("/")
     return bool(stem) and "/" not in stem and folder in {known.partition("/")[0] for known in shipped()}
 
 
 def find_shipped(name: str) -> Path:
-    """Return the file of the shipped weights `name` after comparing it with its record.
+    """Return the file of the shipped weights `name` after checking its SHA-256.
 
     Raises:
-        UserError: no such weights, with the names that exist; the file is missing or was changed.
+        UserError: the name is unknown (the message lists the known ones), or the file is missing or was changed.
     """
     known = shipped()
     if name not in known:
         options = ", ".join(known) or "none"
         raise UserError(
-            f"There is no file or folder {name}, and no weights of this name in the package.{suggest(name, known)} "
-            f"Shipped: {options}."
+            f"There is no file or folder {name}, and the package ships no weights of that name.{suggest(name, known)} "
+            f"Shipped weights: {options}."
         )
     entry = known[name]
     if not entry.file.is_file():
-        raise UserError(f"The shipped weights {name} are missing ({entry.file}): install psp-lightning again.")
+        raise UserError(f"The shipped weights {name} are missing ({entry.file}). Reinstall psp-lightning.")
     if (found := sha256(entry.file)) != entry.sha256:
         raise UserError(
             f"The shipped weights {name} ({entry.file}) were changed: SHA-256 {found[:16]}..., "
-            f"expected {entry.sha256[:16]}... Install psp-lightning again."
+            f"expected {entry.sha256[:16]}... Reinstall psp-lightning."
         )
     return entry.file
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file, 64 hexadecimal digits; it is remembered while size and time stay."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits, cached until its size or modification time changes."""
     status = os.stat(path)
     return _sha256(os.fspath(path), status.st_size, status.st_mtime_ns)
 
@@ -131,21 +120,22 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def _sha256(path: str, size: int, time: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
-    """Return the file with the weights `name`.
+    """Return the file of the weights `name`.
 
     Args:
-        name: key of `RECORDS`, or the name of shipped weights.
-        path: the user's own choice of a file; None looks in `weights_dir()`, for shipped weights in the package.
+        name: a key of `RECORDS`, or the name of shipped weights.
+        path: the user's own file. If None, public weights are looked for in `weights_dir()`, shipped ones in the
+            package.
 
     Raises:
-        UserError: when the file is missing; the message names it, its place and the command that gets it. A shipped
-            file that was changed.
+        UserError: the file is missing (the message says where it belongs and which command gets it), or a shipped file
+            was changed.
     """
     if path is None and is_shipped_name(name):
         return find_shipped(name)
@@ -161,21 +151,14 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         f"  psp-weights get {name}\n"
         f"or by hand with\n"
         f"  {entry.command(folder)}\n"
-        f"or set PSP_WEIGHTS to the folder that holds {entry.filename}."
+        f"or set PSP_WEIGHTS to the folder that contains {entry.filename}."
     )
 
 
 def verify(name: str, path: str | os.PathLike[str]) -> None:
-    """Compare the file's SHA-256 with the published digits, where there are any.
-
-    Raises:
-        UserError: when they differ (a broken download, or another file).
-    """
+    """Raise a UserError if a file's SHA-256 differs from the published digits, if there are any."""
     expected = record(name).sha256
-    if expected is None:
-        return
-    found = sha256(path)
-    if not found.startswith(expected):
+    if expected is not None and not (found := sha256(path)).startswith(expected):
         raise UserError(
             f"{path} is not the published file for {name!r}: SHA-256 {found[:16]}..., "
             f"expected {expected}... Delete it and download it again."

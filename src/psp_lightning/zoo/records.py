@@ -1,6 +1,6 @@
-"""List public weights: what they are, where they are published, under which terms.
+"""The list of public weights: what they are, where they are published, and under which terms.
 
-Origins, licences and digests are as their publishers state them; none of the files is redistributed here.
+Origins, licences and digests are as the publishers state them. None of the files is redistributed here.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Record:
-    """One file of public weights.
+    """A file of public weights.
 
     Attributes:
         name: key in `RECORDS`.
-        filename: name inside `weights_dir()`.
+        filename: name in `weights_dir()`.
         url: where it is published.
         licence: terms as the publisher states them; read them before use.
         used_by: what needs it.
-        sha256: digest, or its published first digits; None where the publisher gives none.
-        size: as the publisher states it; None where it does not.
+        sha256: the digest, or as many first digits as the publisher gives.
+        size: as the publisher states it.
     """
 
     name: str
@@ -34,11 +34,11 @@ class Record:
 
     @property
     def drive_id(self) -> str | None:
-        """The file's id on Google Drive, where it lies there."""
+        """The file's id on Google Drive, if it is hosted there."""
         return self.url.rsplit("=", 1)[-1] if "drive.google.com" in self.url else None
 
     def command(self, folder: Path) -> str:
-        """The shell command that puts the file into `folder`."""
+        """Return the shell command that downloads the file into `folder`."""
         target = shlex.quote(str(folder / self.filename))
         make = f"mkdir -p {shlex.quote(str(folder))} && "
         if self.drive_id is not None:
