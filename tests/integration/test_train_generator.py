@@ -413,7 +413,7 @@ def test_mistakes_are_one_line(arguments: list[str], words: list[str], faces: Pa
 
 def test_no_data(psp) -> None:
     done = psp("train_generator", "trainer=cpu")
-    words = "data.root=DIR must be given: the folder with the training images (or domain=toyfaces)."
+    words = "Set data.root=DIR, the folder with the training images, or use domain=toyfaces."
     assert done.code == 1 and done.err == f"error: {words}\n"
 
 

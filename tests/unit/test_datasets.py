@@ -189,7 +189,7 @@ def test_folder_store_says_what_is_missing(tmp_path):
         FolderStore(target=folder).prepare(PairLayout("seg2face", "labels"))
     with pytest.raises(UserError, match="has no subfolder sketch"):
         FolderStore(folder).prepare(PairLayout("sketch2face", "sketch"))
-    with pytest.raises(UserError, match="inpainting makes its holes itself"):
+    with pytest.raises(UserError, match="inpainting makes the holes itself"):
         FolderStore(source=folder, target=folder).prepare(PairLayout("inpainting"))
 
 

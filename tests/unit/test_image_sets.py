@@ -53,13 +53,13 @@ def test_mixed_sizes_name_the_file_and_both_sizes(root: Path) -> None:
 
 
 def test_size_that_the_images_do_not_have(root: Path) -> None:
-    with pytest.raises(UserError, match=r"0\.png has 16x16 pixels, and domain\.size=32.*data\.fit"):
+    with pytest.raises(UserError, match=r"0\.png has 16x16 pixels, but domain\.size=32.*data\.fit"):
         FolderImages(root, size=32)
 
 
 def test_images_that_are_no_squares(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 16, 8)
-    with pytest.raises(UserError, match=r"a\.png has 16x8 pixels, which is no square"):
+    with pytest.raises(UserError, match=r"a\.png has 16x8 pixels, which is not square"):
         FolderImages(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_of_an_animation_the_first_picture_counts(suffix: str, tmp_path: Path) -
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "signature only"])
 def test_no_image_is_found_before_training(content: bytes, options: dict, root: Path) -> None:
     (root / "3b.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"3b\.png cannot be read as an image.*remove it or replace it"):
+    with pytest.raises(UserError, match=r"3b\.png cannot be read as an image.*Remove it or replace it"):
         FolderImages(root, **options)
 
 

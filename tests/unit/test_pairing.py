@@ -59,7 +59,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="source folder .* does not exist"):
         pair(tmp_path / "none", tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"holds no images \(it has 1 other files\)"):
+    with pytest.raises(UserError, match=r"contain no images \(but 1 other files\)"):
         list_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         list_images(tmp_path / "notes.txt")

@@ -111,7 +111,7 @@ def test_write_dataset_in_celebamask_layout(tmp_path):
     store = FolderStore(tmp_path)
     store.prepare(PairLayout("seg2face", "labels"))
     assert len(store) == 3 and store.paired
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(UserError, match="already contains files"):
         write_dataset(tmp_path, n=3, size=32, progress=False)
 
 

@@ -1,7 +1,7 @@
-"""The FFHQ crop: a photo turned, cut and scaled by the places of its eyes and mouth corners, as the face models expect.
+"""The FFHQ crop that face models expect: rotates, crops and scales a photo using its eye and mouth positions.
 
-Source: Karras et al., arXiv:1812.04948, appendix A (the FFHQ data set); the order of rounding follows its published
-preprocessing, which the reference of pSp uses with an output of 256.
+Source: Karras et al., arXiv:1812.04948, appendix A (the FFHQ data set). The order of rounding follows the published
+FFHQ preprocessing, which the pSp reference uses with an output size of 256.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Point = Sequence[float]
 
 
 def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_right: Point) -> np.ndarray:
-    """Return float64 (4, 2): x, y in the photo of the crop's upper left, lower left, lower right, upper right corner.
+    """Return the corners of the crop as float64 (4, 2): x, y of upper left, lower left, lower right, upper right.
 
-    The crop is a square, level with a mean of the eyes' line and the face's axis, 4 eye distances or 3.6 face
-    heights (eyes to mouth) wide, whichever is more.
+    The crop is a square. Its rotation is a mean of the eye line and the face's vertical axis; its side is the larger
+    of 4 eye distances and 3.6 face heights (eyes to mouth).
 
     Raises:
-        UserError: when the points coincide.
+        UserError: if the points coincide or are not finite.
     """
     eyes, mouth = np.array([eye_left, eye_right], float), np.array([mouth_left, mouth_right], float)
     across = eyes[1] - eyes[0]
     down = mouth.mean(0) - eyes.mean(0)
     x = across + np.array([down[1], -down[0]])
     if not np.isfinite(x).all() or np.hypot(*x) == 0:
-        raise UserError(f"These points make no face: eyes {eyes.tolist()}, mouth corners {mouth.tolist()}.")
+        raise UserError(f"These points do not form a face: eyes {eyes.tolist()}, mouth corners {mouth.tolist()}.")
     x = x / np.hypot(*x) * max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
     y = np.array([-x[1], x[0]])
     centre = eyes.mean(0) + 0.1 * down
@@ -39,7 +39,7 @@ def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_rig
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur (H, W, C) by a Gaussian cut at 4 sigma; borders are mirrored, the edge pixel included."""
+    """Blur (H, W, C) with a Gaussian truncated at 4 sigma, mirroring the borders including the edge pixel."""
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-6)) ** 2)
     taps /= taps.sum()
@@ -55,7 +55,7 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _pad(image: Image.Image, pads: np.ndarray, quad_size: float) -> Image.Image:
-    """Grow the photo (left, top, right, bottom) by mirroring; outwards it fades into blur and the median colour."""
+    """Extend the photo (left, top, right, bottom) by mirroring, fading outwards into blur and the median colour."""
     left, top, right, bottom = pads.tolist()
     array = np.pad(np.asarray(image, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
     height, width = array.shape[:2]
@@ -71,32 +71,26 @@ def _pad(image: Image.Image, pads: np.ndarray, quad_size: float) -> Image.Image:
 
 
 def align_face(
-    image: ImageLike,
-    eye_left: Point,
-    eye_right: Point,
-    mouth_left: Point,
-    mouth_right: Point,
-    size: int = 256,
+    image: ImageLike, eye_left: Point, eye_right: Point, mouth_left: Point, mouth_right: Point, size: int = 256
 ) -> Image.Image:
-    """Cut the FFHQ crop out of a photo.
+    """Return the FFHQ crop of a photo, an RGB image of `size` x `size`.
+
+    Areas outside the photo are filled by mirroring and blurring.
 
     Args:
         image: path or PIL image, upright.
-        eye_left, eye_right: x, y in pixels of the centres of the eyes, left and right as seen in the photo.
-        mouth_left, mouth_right: the corners of the mouth.
+        eye_left, eye_right: x, y in pixels of the eye centres; left and right are as seen in the photo.
+        mouth_left, mouth_right: x, y in pixels of the mouth corners.
         size: height and width of the crop.
 
-    Returns:
-        RGB image of `size` x `size`. What lies outside the photo is mirrored and blurred.
-
     Raises:
-        UserError: for an unreadable image or points that make no face.
+        UserError: if the image cannot be read, the points do not form a face, or the face lies outside the photo.
     """
     photo = open_8bit(image, "RGB")
     quad = crop_corners(eye_left, eye_right, mouth_left, mouth_right)
     quad_size = float(np.hypot(*(quad[3] - quad[0])))
     shrink = int(np.floor(quad_size / size * 0.5))
-    if shrink > 1:  # a first reduction, so that the transform below does not skip pixels
+    if shrink > 1:  # otherwise the bilinear transform below would skip pixels
         photo = photo.resize(
             (int(np.rint(photo.width / shrink)), int(np.rint(photo.height / shrink))), Image.Resampling.LANCZOS
         )

@@ -1,7 +1,7 @@
-"""Augmentation of what a discriminator sees: differentiable, invertible on average, applied with probability p.
+"""Discriminator augmentation: differentiable, invertible on average, applied with probability p.
 
 Source: Karras et al., StyleGAN2-ADA (arXiv:2006.06676), section 2 and appendix B: pixel blitting, geometric and colour
-transformations ("bgc") in the order and with the strengths of the paper's listing.
+transformations ("bgc"), with the order and strengths of the paper's listing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# symlet with six vanishing moments, low-pass decomposition filter; the tests check its defining equations
+# Low-pass decomposition filter of the symlet with six vanishing moments. The tests check its defining equations.
 SYM6 = (
     0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
     0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
@@ -22,7 +22,7 @@ SYM6 = (
 
 
 class RandomNumbers(Protocol):
-    """Where the random numbers come from: `normal(n, *shape)`, `uniform(n, *shape)`."""
+    """A source of random numbers of shape (n, *shape): standard normal, or uniform in [0, 1)."""
 
     def normal(self, n: int, *shape: int) -> Tensor: ...
     def uniform(self, n: int, *shape: int) -> Tensor: ...
@@ -32,12 +32,12 @@ def augment(images: Tensor, p: float, draws: RandomNumbers) -> Tensor:
     """Apply each transformation to each image with probability `p`, independently.
 
     Args:
-        images: (B, C, H, W) float, about [-1, 1]; colours are changed where C is 3, brightness and contrast elsewhere.
-        p: from 0 (the images come back as they are) to 1.
-        draws: random numbers on the images' device.
+        images: (B, C, H, W) float, about [-1, 1]. With 3 channels colours change, otherwise brightness and contrast.
+        p: from 0 (returns the images unchanged) to 1.
+        draws: source of random numbers.
 
     Returns:
-        Same shape. Differentiable twice with respect to the images.
+        Images of the same shape, twice differentiable with respect to the input.
     """
     if p <= 0:
         return images
@@ -47,14 +47,14 @@ def augment(images: Tensor, p: float, draws: RandomNumbers) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Resample images by an affine map, with mirrored borders and a wavelet low-pass against aliasing.
+    """Resample images by an affine map, with mirrored borders and a wavelet low-pass filter against aliasing.
 
-    The filters are each other's transpose, so that the identity gives the image back (but for a few pixels at the
-    border), and positions are counted from the filter's centre of mass, so that nothing is shifted.
+    The up- and down-sampling filters are each other's transpose, so the identity map returns the image unchanged
+    except for a few pixels at the border. Positions are relative to the filter's centre of mass, which avoids a shift.
 
     Args:
         images: (B, C, S, S), S at least 8.
-        matrix: (B, 3, 3), from output to input positions, in units of half the image's side, centre at zero.
+        matrix: (B, 3, 3), maps output to input positions, in units of half the image's side, with the centre at zero.
 
     Source: StyleGAN2-ADA (arXiv:2006.06676), appendix B.2: two-fold up-sampling with the SYM6 filter, bilinear lookup,
     down-sampling with the same filter.
@@ -66,39 +66,39 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
     margin = 4  # pixels that the filter needs beyond the border
     fine = _up(F.pad(images, (margin,) * 4, mode="reflect"), taps)  # (B, C, 2S + 18, 2S + 18)
     steps = torch.arange(2 * side + len(SYM6) - 2, dtype=images.dtype, device=images.device)
-    steps = ((steps - centre) + 1) / side - 1  # what the down-sampling filter will read: the image and its surroundings
+    steps = ((steps - centre) + 1) / side - 1  # all that the down-sampling filter reads
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     points = torch.stack([x, y, torch.ones_like(x)], -1)  # (2S + 10, 2S + 10, 3)
     pixels = ((points @ matrix[:, :2].transpose(1, 2)[:, None] + 1) * side - 1) / 2  # (B, 2S + 10, 2S + 10, 2)
     last = side - 1
-    pixels = last - (pixels.remainder(2 * last) - last).abs()  # mirrored at the outermost pixels, as often as needed
+    pixels = last - (pixels.remainder(2 * last) - last).abs()  # mirrored at the outermost pixels, repeatedly
     grid = (2 * (2 * (pixels + margin) + centre) + 1) / fine.shape[-1] - 1
     return _down(_Lookup.apply(fine, grid), taps)
 
 
 def _kernels(taps: Tensor, channels: int) -> list[tuple[Tensor, tuple[int, int]]]:
-    """Return depthwise kernels and strides, of the rows and then of the columns."""
+    """Return depthwise kernels and strides, first for rows, then for columns."""
     n = len(taps)
     tall, wide = taps.view(1, 1, n, 1), taps.view(1, 1, 1, n)
     return [(tall.expand(channels, 1, n, 1), (2, 1)), (wide.expand(channels, 1, 1, n), (1, 2))]
 
 
 def _up(x: Tensor, taps: Tensor) -> Tensor:
-    """Grow (B, C, n, n) to (B, C, 2n + 10, 2n + 10): zeros between the pixels, filtered, same mean."""
+    """Up-sample (B, C, n, n) to (B, C, 2n + 10, 2n + 10): insert zeros and filter, keeping the mean."""
     for weight, stride in _kernels(taps * 2, x.shape[1]):
         x = F.conv_transpose2d(x, weight, stride=stride, groups=x.shape[1])
     return x
 
 
 def _down(x: Tensor, taps: Tensor) -> Tensor:
-    """Reduce (B, C, 2n + 10, 2n + 10) to (B, C, n, n): the transpose of `_up`, same mean."""
+    """Down-sample (B, C, 2n + 10, 2n + 10) to (B, C, n, n): the transpose of `_up`, keeping the mean."""
     for weight, stride in _kernels(taps, x.shape[1]):
         x = F.conv2d(x, weight, stride=stride, groups=x.shape[1])
     return x
 
 
 class _Lookup(torch.autograd.Function):
-    """Bilinear `grid_sample`, linear in its input; PyTorch's own has no second derivative."""
+    """A bilinear `grid_sample` with a second derivative, which PyTorch's lacks. It is linear in its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _LookupAdjoint(torch.autograd.Function):
-    """The transpose of `_Lookup`; its own transpose is `_Lookup` again."""
+    """The transpose of `_Lookup`, whose own transpose is `_Lookup`."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
@@ -131,27 +131,27 @@ class _LookupAdjoint(torch.autograd.Function):
 
 
 def _when(n: int, p: float, draws: RandomNumbers, value: Tensor, neutral: float) -> Tensor:
-    """Return `value` (n,) with probability `p`, else `neutral`."""
+    """Return `value` (n,) with probability `p`, otherwise `neutral`."""
     return torch.where(draws.uniform(n) < p, value, torch.full_like(value, neutral))
 
 
 def _geometry(n: int, side: int, p: float, draws: RandomNumbers) -> Tensor:
-    """Return (n, 3, 3), from output to input positions; each step of the listing acts before the former one."""
+    """Return (n, 3, 3) maps from output to input positions; each step of the listing acts before the previous one."""
     pi, ln2 = math.pi, math.log(2)
     steps = []
     mirror = _when(n, p, draws, draws.uniform(n).mul(2).floor(), 0)
-    steps.append(_scaling(1 - 2 * mirror, torch.ones_like(mirror)))
+    steps.append(_diagonal(1 - 2 * mirror, torch.ones_like(mirror)))
     turn = _when(n, p, draws, draws.uniform(n).mul(4).floor(), 0)
     steps.append(_rotation(turn * pi / 2))
     shift = draws.uniform(n, 2) * 0.25 - 0.125
     applied = _when(n, p, draws, torch.ones_like(mirror), 0)[:, None]
     steps.append(_translation((shift * applied * side).round() / side * 2))  # whole pixels; units of half a side
     size = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
-    steps.append(_scaling(1 / size, 1 / size))
-    rotated = 1 - math.sqrt(1 - p)  # two rotations, together with probability p
+    steps.append(_diagonal(1 / size, 1 / size))
+    rotated = 1 - math.sqrt(1 - p)  # for each of two rotations; one or both happen with probability p
     steps.append(_rotation(_when(n, rotated, draws, draws.uniform(n) * 2 * pi - pi, 0)))
     stretch = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
-    steps.append(_scaling(1 / stretch, stretch))
+    steps.append(_diagonal(1 / stretch, stretch))
     steps.append(_rotation(_when(n, rotated, draws, draws.uniform(n) * 2 * pi - pi, 0)))
     shift = draws.normal(n, 2) * 0.125
     steps.append(_translation(shift * _when(n, p, draws, torch.ones_like(mirror), 0)[:, None] * 2))
@@ -162,25 +162,25 @@ def _geometry(n: int, side: int, p: float, draws: RandomNumbers) -> Tensor:
 
 
 def _colours(n: int, p: float, draws: RandomNumbers) -> Tensor:
-    """Return (n, 4, 4), affine maps of RGB."""
+    """Return (n, 4, 4) affine maps of RGB."""
     pi, ln2 = math.pi, math.log(2)
-    axis = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
     brightness = _when(n, p, draws, draws.normal(n) * 0.2, 0)
-    axis = axis.to(brightness.device)
+    device = brightness.device
+    axis = (torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)).to(device)
     grey = torch.outer(axis, axis)  # projection onto the luma axis
-    eye = torch.eye(4, device=axis.device)
+    eye = torch.eye(4, device=device)
     matrix = eye.repeat(n, 1, 1)
     matrix[:, :3, 3] = brightness[:, None]
     contrast = _when(n, p, draws, (draws.normal(n) * 0.5 * ln2).exp(), 1)
-    matrix = _diagonal(contrast) @ matrix
+    matrix = _diagonal(contrast, contrast, contrast) @ matrix
     flip = _when(n, p, draws, draws.uniform(n).mul(2).floor(), 0)[:, None, None]
     matrix = (eye - 2 * grey * flip) @ matrix
     hue = _when(n, p, draws, draws.uniform(n) * 2 * pi - pi, 0)[:, None, None]
     u = 1 / math.sqrt(3)
-    cross = torch.zeros(4, 4, device=axis.device)
+    cross = torch.zeros(4, 4, device=device)
     cross[:3, :3] = torch.tensor([[0, -u, u], [u, 0, -u], [-u, u, 0]])
-    spatial = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], device=axis.device))
-    # Rodrigues' formula about the luma axis; the last row stays (0, 0, 0, 1)
+    spatial = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], device=device))
+    # Rodrigues' formula about the luma axis; the last row remains (0, 0, 0, 1)
     rotation = grey + hue.cos() * (spatial - grey) + hue.sin() * cross + (eye - spatial)
     matrix = rotation @ matrix
     saturation = _when(n, p, draws, (draws.normal(n) * ln2).exp(), 1)[:, None, None]
@@ -188,20 +188,15 @@ def _colours(n: int, p: float, draws: RandomNumbers) -> Tensor:
 
 
 def _recolour(images: Tensor, matrix: Tensor) -> Tensor:
-    c = images.shape[1]
-    if c == 3:
+    if images.shape[1] == 3:
         flat = matrix[:, :3, :3].to(images.dtype) @ images.flatten(2) + matrix[:, :3, 3:].to(images.dtype)
         return flat.view_as(images)
-    mean = matrix[:, :3].mean(1).to(images.dtype)  # (B, 4): what the map does to a grey value, on average
+    mean = matrix[:, :3].mean(1).to(images.dtype)  # (B, 4): the map's average effect on a grey value
     return images * mean[:, :3].sum(1).view(-1, 1, 1, 1) + mean[:, 3].view(-1, 1, 1, 1)
 
 
-def _diagonal(scale: Tensor) -> Tensor:
-    return torch.diag_embed(torch.stack([scale, scale, scale, torch.ones_like(scale)], -1))
-
-
-def _scaling(x: Tensor, y: Tensor) -> Tensor:
-    return torch.diag_embed(torch.stack([x, y, torch.ones_like(x)], -1))
+def _diagonal(*scales: Tensor) -> Tensor:
+    return torch.diag_embed(torch.stack([*scales, torch.ones_like(scales[0])], -1))
 
 
 def _translation(shift: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One LightningDataModule per task. A task fixes what the source is, where it comes from and how it is augmented."""
+"""One LightningDataModule per task. A task defines its source images, where they come from and their augmentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ StoreLike = Store | Callable[[], Store]
 
 
 class _DataModule(pl.LightningDataModule):
-    """What all data modules share: the order of the samples, and the processes that load them."""
+    """Common base: the order of the samples and the worker processes."""
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _DataModule(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loading(self, n: int, train: bool) -> dict[str, Any]:
-        """Return arguments of a loader for n samples."""
+        """Return `DataLoader` arguments for n samples."""
         return {
             "sampler": EpochSampler(n, self.seed, train, *self._ranks(), pad=train),
             "num_workers": self.num_workers,
@@ -50,19 +50,19 @@ class _DataModule(pl.LightningDataModule):
 
 
 class TaskDataModule(_DataModule):
-    """Base of the tasks; batches hold `source`, `target`, `path` (list of str) and `index` (int64).
+    """Base class of the tasks. Batches contain `source`, `target`, `path` (list of str) and `index` (int64).
 
     Args:
-        train, val: stores, or functions without arguments that make them (called on first use).
-        input_size: height and width that the encoder gets.
+        train, val: stores, or functions without arguments that create them (called on first use).
+        input_size: height and width of the sources.
         target_size: height and width of the targets.
-        batch_size: samples per batch and device.
-        val_batch_size: the same in validation; None: `batch_size`.
-        num_workers: processes that load; 0: the main one. The batches are the same.
+        batch_size: samples per batch and device in training.
+        val_batch_size: the same in validation. None: `batch_size`.
+        num_workers: worker processes. 0: load in the main process. The number does not change the batches.
         seed: of the order and of all augmentation.
-        flip: probability of mirroring in training; None or True: the task's own (0.5 for inversion, frontalization
-            and toonify, 0 for the others, as in the reference); False: never.
-        spec: what the source is (subclasses make it from their own arguments).
+        flip: probability of mirroring in training. None or True: the task's default (0.5 for inversion,
+            frontalization and toonify, 0 for the others, as in the reference). False: never.
+        spec: description of the source. Subclasses build it from their arguments; the default is RGB.
     """
 
     layout: ClassVar[PairLayout]
@@ -70,7 +70,7 @@ class TaskDataModule(_DataModule):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "view" in vars(cls):  # its name in version 0.1.0
+        if "view" in vars(cls):  # the name in version 0.1.0
             warn_moved(f"{cls.__qualname__}.view", f"{cls.__qualname__}.layout")
             cls.layout = vars(cls)["view"]
 
@@ -97,7 +97,7 @@ class TaskDataModule(_DataModule):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the source."""
+        """Number of channels of the source."""
         return self.spec.channels
 
     @property
@@ -106,15 +106,15 @@ class TaskDataModule(_DataModule):
         return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files, so that mistakes in them are reported before training starts."""
+        """List the files, which reports mistakes in them before training starts."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 
     def dataset(self, split: str) -> TaskDataset:
         """Return the dataset of `train` or `val`."""
         if split not in self._datasets:
-            store = self._stores[split]
-            store = store if isinstance(store, Store) else store()
+            given = self._stores[split]
+            store = given if isinstance(given, Store) else given()
             store.prepare(self.layout)
             self._datasets[split] = TaskDataset(
                 store,
@@ -129,16 +129,16 @@ class TaskDataModule(_DataModule):
         return self._datasets[split]
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
-        """Return mask files by the stem of their target; None: holes are drawn."""
+        """Return mask files by the stem of their target, or None to draw holes."""
         return None
 
     def train_dataloader(self) -> ResumableDataLoader:
         dataset = self.dataset("train")
         loading = self._loading(len(dataset), train=True)
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
-        if isinstance(limit, float):  # Lightning: a share of the epoch
+        if isinstance(limit, float):  # a fraction of the epoch
             limit = int(limit * -(-len(loading["sampler"]) // self.batch_size))
-        # by keyword: Lightning makes a copy with another sampler for `overfit_batches`
+        # by keyword, because Lightning makes a copy with another sampler for `overfit_batches`
         return ResumableDataLoader(dataset=dataset, batch_size=self.batch_size, limit=limit, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -148,7 +148,7 @@ class TaskDataModule(_DataModule):
 
 
 class InversionDataModule(TaskDataModule):
-    """The target is the source: find the code of an image."""
+    """Images to themselves: the encoder learns to find the code of an image."""
 
     layout = PairLayout("inversion")
     default_flip = 0.5
@@ -167,8 +167,8 @@ class Seg2FaceDataModule(TaskDataModule):
     """Label maps (one-hot) to images.
 
     Args:
-        label_map: label-map file, or its content; None: CelebAMask-HQ's 19 classes.
-        interpolation: `nearest`, or `legacy_bilinear` as the released weights were trained with.
+        label_map: label-map file, or its contents. None: CelebAMask-HQ's 19 classes.
+        interpolation: `nearest`, or `legacy_bilinear`, which the released weights were trained with.
     """
 
     layout = PairLayout("seg2face", "labels")
@@ -191,7 +191,7 @@ class Seg2FaceDataModule(TaskDataModule):
 
 
 class SuperResDataModule(TaskDataModule):
-    """Images of low resolution, made from the targets by a random factor, to the images.
+    """Low-resolution images to full-resolution images. The sources are targets down-sampled by a random factor.
 
     Args:
         factors: down-sampling factors to draw from.
@@ -209,14 +209,14 @@ class SuperResDataModule(TaskDataModule):
     ) -> None:
         factors = [factors] if isinstance(factors, int) else list(factors)
         if not factors or not all(isinstance(factor, int) for factor in factors):
-            raise UserError("superres needs whole down-sampling factors, as task.datamodule.factors=[1,2,4,8,16,32].")
+            raise UserError("task.datamodule.factors must be whole numbers, for example [1,2,4,8,16,32].")
         super().__init__(train, val, spec=InputSpec("lowres", input_size, factors=tuple(factors)), **options)
 
 
 class FrontalizationDataModule(TaskDataModule):
-    """Faces in any pose to the face from the front.
+    """Faces in any pose to frontal faces.
 
-    Folders have no frontal pictures: as in the reference, source and target are one image, mirrored independently.
+    Folders have no frontal images: as in the reference, source and target are the same image, mirrored independently.
     """
 
     layout = PairLayout("frontalization", "image", "frontal")
@@ -224,13 +224,13 @@ class FrontalizationDataModule(TaskDataModule):
 
 
 class InpaintingDataModule(TaskDataModule):
-    """Images with a hole (RGB, then the hole) to the whole images.
+    """Images with a hole (RGB, then the hole as fourth channel) to complete images.
 
     Args:
-        mask: `box`, `brush`, `half`, `random` or `file`; or with options, `{kind: box, low: 0.2, high: 0.4}`, see
-            `psp_lightning.data.masks.draw_mask`.
-        mask_dir: for `file`: folder of masks, bright is missing.
-        mask_paired: masks belong to the targets of the same stem; False: any of them is drawn for each sample.
+        mask: `box`, `brush`, `half`, `random` or `file`, or a mapping with options such as
+            `{kind: box, low: 0.2, high: 0.4}`, see `psp_lightning.data.masks.draw_mask`.
+        mask_dir: folder of masks for `file`, in which bright pixels are missing.
+        mask_paired: match masks to targets by stem. False: draw a random mask for each sample.
     """
 
     layout = PairLayout("inpainting")
@@ -250,10 +250,13 @@ class InpaintingDataModule(TaskDataModule):
         self.mask_paired = mask_paired and drawn.get("kind") == "file"
         if drawn.get("kind") == "file":
             if self.mask_dir is None:
-                raise UserError("task.datamodule.mask=file needs task.datamodule.mask_dir=DIR (bright is missing).")
-            # what prediction does without masks of its own: paired files say nothing about other pictures
+                raise UserError(
+                    "task.datamodule.mask=file needs task.datamodule.mask_dir=DIR, a folder of masks in which bright "
+                    "pixels are missing."
+                )
+            # The default for prediction. Paired masks do not apply to other images.
             drawn = {"kind": "random"} if self.mask_paired else {"kind": "file", "folder": os.fspath(self.mask_dir)}
-        draw_mask(input_size, np.random.default_rng(0), **drawn)  # reports a wrong option now, not in a worker
+        draw_mask(input_size, np.random.default_rng(0), **drawn)  # report a wrong option now, not in a worker
         super().__init__(train, val, spec=InputSpec("masked", input_size, mask=drawn), **options)
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
@@ -262,35 +265,28 @@ class InpaintingDataModule(TaskDataModule):
         masks: dict[str, Path] = {}
         for path in list_images(self.mask_dir, "mask folder"):
             if path.stem in masks:
-                raise UserError(f"Two masks have the stem {path.stem}: {masks[path.stem]} and {path}; remove one.")
+                raise UserError(f"Two masks have the stem {path.stem}: {masks[path.stem]} and {path}. Remove one.")
             masks[path.stem] = path
-        lacking = [path for path in store.paths() if Path(path).stem not in masks]
-        if lacking:
+        if missing := [path for path in store.paths() if Path(path).stem not in masks]:
             raise UserError(
-                f"{len(lacking)} images have no mask of the same stem in {self.mask_dir}, the first: "
-                f"{', '.join(lacking[:3])}. Add them, or take any for any image: task.datamodule.mask_paired=false."
+                f"{len(missing)} images have no mask of the same stem in {self.mask_dir}. The first ones: "
+                f"{', '.join(missing[:3])}. Add the masks, or set task.datamodule.mask_paired=false to use any mask "
+                "for any image."
             )
         return masks
 
 
 class ToonifyDataModule(TaskDataModule):
-    """Faces to drawn faces. With one folder the target is the image itself, and the generator makes the style."""
+    """Faces to cartoon faces. With a single folder the target is the source; the generator provides the style."""
 
     layout = PairLayout("toonify", "image", "toon")
     default_flip = 0.5
 
 
 class ImageDataModule(_DataModule):
-    """Batches of an `ImageSet` for training, with the order of `EpochSampler`.
+    """Training batches of an `ImageSet`, in the order of `EpochSampler(seed=seed)`.
 
-    Args:
-        images: the set.
-        batch_size: images per batch and device.
-        num_workers: processes that decode or draw; 0: the main one.
-        seed: of the order.
-
-    Raises:
-        UserError: fewer images than one batch of all devices.
+    `batch_size` counts images per device. With `num_workers=0` the main process decodes or draws.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
@@ -298,10 +294,15 @@ class ImageDataModule(_DataModule):
         self.images = images
 
     def train_dataloader(self) -> ResumableDataLoader:
+        """Return the loader.
+
+        Raises:
+            UserError: if there are fewer images than one batch across all devices.
+        """
         n, (_, world) = len(self.images), self._ranks()
         if n < self.batch_size * world:
             raise UserError(
-                f"{n} images are fewer than one batch of {self.batch_size * world}: add images, or set "
+                f"{n} images are fewer than one batch of {self.batch_size * world}. Add images, or set "
                 f"data.batch_size={max(1, n // world)} or less."
             )
         loading = self._loading(n, train=True)

@@ -1,4 +1,4 @@
-"""TaskDataset: raw samples of a store as tensors, with augmentation that depends only on (seed, epoch, index)."""
+"""TaskDataset: a store's raw samples as tensors, with augmentation that depends only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from psp_lightning.data.transforms import open_image, rgb
 class TaskDataset(Dataset[dict[str, Any]]):
     """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path`, `index`.
 
-    Indexed by `(epoch, index)`; an index alone means epoch 0.
+    The key is `(epoch, index)`, or just an index for epoch 0.
 
     Args:
-        store: prepared store.
-        spec: what the source tensor is.
+        store: a prepared store.
+        spec: description of the source tensor.
         target_size: height and width of the target.
         seed: of flips, factors and holes.
         flip: probability of mirroring.
-        independent_flip: source and target are mirrored independently (frontalization on folders, as in the
-            reference), else together.
-        train: false: no flips, and every epoch is epoch 0, so that validation always sees the same.
-        masks: inpainting: mask file by stem of the target; None: holes are drawn.
+        independent_flip: mirror source and target independently (frontalization on folders, as in the reference)
+            instead of together.
+        train: False disables flips and treats every epoch as epoch 0, so validation always sees the same samples.
+        masks: mask files for inpainting by stem of the target. None: draw holes.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.seed, epoch if self.train else 0, index])
-        # drawn whether used or not, so that switching flips on leaves factors and holes as they are
+        # always drawn, because enabling flips must not change factors and holes
         first, second = (rng.random(2) < (self.flip if self.train else 0.0)).tolist()
         raw, load = self.store.load(index), self.spec.source.load
         if raw.source is None:
-            image = open_image(raw.target)  # decoded once for both
-            image.filename = raw.path  # type: ignore[attr-defined]  # so that messages can name it
+            image = open_image(raw.target)  # decode once for source and target
+            image.filename = raw.path  # type: ignore[attr-defined]  # for messages
             mask = self.masks[Path(raw.path).stem] if self.masks is not None else None
             source = load(image, rng, mask=mask)
             same = self.spec.kind == "rgb" and self.spec.size == self.target_size
             target = source if same else rgb(image, self.target_size)
         else:
-            # a lowres source of its own is of low resolution already
+            # separate lowres sources already have low resolution
             source = load(raw.source, None if self.spec.kind == "lowres" else rng)
             target = rgb(raw.target, self.target_size)
         if first:

@@ -1,4 +1,4 @@
-"""Plain images for generator training: files or drawings, one size, uint8 in memory."""
+"""Images for generator training, from files or drawn: all of one size, uint8 in memory."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from psp_lightning.utils.images import from_uint8
 FITS = ("squash", "pad", "crop")
 
 
-def _is_power_of_two(size: int) -> bool:
-    return size >= 8 and not size & (size - 1)
+def _nearest_power(size: int) -> int:
+    """Return the power of two, at least 8, that is closest to `size`; `size` itself if it is one."""
+    return 1 << max(3, round(math.log2(max(size, 1))))
 
 
 def _check_size(size: int) -> int:
     size = whole("size", size)
-    if not _is_power_of_two(size):
-        raise ArgumentError("size", size, f"must be a power of two from 8, for example {_nearest_power(size)}.")
+    if size != _nearest_power(size):
+        raise ArgumentError("size", size, f"must be a power of two, at least 8, for example {_nearest_power(size)}.")
     return size
 
 
-def _nearest_power(size: int) -> int:
-    return 1 << max(3, round(math.log2(max(size, 1))))
-
-
 class ImageSet(Dataset[dict[str, Any]], ABC):
-    """Images of one size. Items, by (epoch, index): `image` float32 (3, size, size) in [-1, 1], `path`.
+    """Images of one size. Items contain `image`, float32 (3, size, size) in [-1, 1], and `path`.
+
+    The key is (epoch, index), or just an index for epoch 0.
 
     Args:
-        size: height and width.
-        flip: mirror with probability 0.5, by (seed, epoch, index).
+        size: height and width, a power of two, at least 8.
+        flip: mirror with probability 0.5, determined by (seed, epoch, index).
         seed: of the flips.
         cache: keep every decoded image in memory, as uint8.
     """
 
     def __init__(self, size: int, flip: bool = False, seed: int = 0, cache: bool = False) -> None:
         self.size, self.flip, self.seed = _check_size(size), flip, seed
-        self._cache: dict[int, np.ndarray] | None = {} if cache else None
+        self.cache = cache
+        self._cached: dict[int, np.ndarray] = {}
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,16 +61,13 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Return what the image is called in messages."""
+        """Return the image's name for messages."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        if self._cache is None:
-            array = self.pixels(index)
-        else:
-            if index not in self._cache:
-                self._cache[index] = self.pixels(index)
-            array = self._cache[index]
+        array = self._cached[index] if index in self._cached else self.pixels(index)
+        if self.cache:
+            self._cached[index] = array
         image = from_uint8(torch.from_numpy(array).permute(2, 0, 1).contiguous())
         if self.flip and np.random.default_rng([self.seed, 3, epoch, index]).random() < 0.5:
             image = image.flip(-1)
@@ -78,23 +75,22 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
 
 
 class FolderImages(ImageSet):
-    """Every image below a folder.
+    """All images in a folder and its subfolders.
+
+    Images are rotated according to EXIF and converted to 8-bit RGB; transparent pixels are composited over white. Only
+    the first frame of an animation is used. The constructor reads all headers, which reports files that are not images
+    before training starts. An image whose pixels prove damaged later raises an error that names it.
 
     Args:
-        root: searched with its subfolders.
-        size: None takes the images' own, which must then be one and a power of two.
-        fit: how images of another shape are fitted: `squash` (both sides scaled to `size`), `pad` (scaled to fit, the
-            rest filled by the nearest edge), `crop` (scaled to cover, the centre is kept). None: they are an error.
-        limit: use only the first so many.
-
-    Pictures are turned upright by their EXIF entry; grey ones become RGB; transparent pixels are put on white; 16 bits
-    become 8; an animation gives its first picture. All headers are read when the set is made, so that a file that is
-    no image is found before anything is trained; a file whose pixels turn out to be damaged later is an error that
-    names it.
+        root: the folder.
+        size: height and width. None: the images' common size, which must be a power of two.
+        fit: how to fit images of another shape: `squash` (scale both sides to `size`), `pad` (scale to fit, fill the
+            rest from the nearest edge) or `crop` (scale to cover, keep the centre). None: raise an error.
+        limit: use only the first `limit` images.
 
     Raises:
-        UserError: no images; a file that is none, or has floating-point pixels; several sizes and no `fit`; a size that
-            is no power of two.
+        UserError: if there are no images, a file is not an image or has floating-point pixels, sizes differ without
+            `fit`, or the size is not a power of two.
     """
 
     def __init__(
@@ -106,12 +102,12 @@ class FolderImages(ImageSet):
         **options: Any,
     ) -> None:
         if root is None:
-            raise UserError("data.root=DIR must be given: the folder with the training images (or domain=toyfaces).")
+            raise UserError("Set data.root=DIR, the folder with the training images, or use domain=toyfaces.")
         self.fit = None if fit is None else choice("fit", fit, FITS)
         self.files = list_images(root)[: whole("limit", limit, 1, optional=True)]
         size = None if size is None else _check_size(size)
         if fit is not None and size is None:
-            raise UserError("data.fit needs the size to fit to: domain.size=64 (a power of two).")
+            raise UserError("data.fit needs a size. Set domain.size to a power of two, for example 64.")
         sizes = [_header_size(path) for path in self.files]
         if fit is None:
             size = self._common_size(sizes, size)
@@ -119,23 +115,24 @@ class FolderImages(ImageSet):
         super().__init__(size, **options)
 
     def _common_size(self, sizes: list[tuple[int, int]], wanted: int | None) -> int:
-        """Return the one size of all files."""
-        advice = "Say how to fit: data.fit=squash, pad or crop, with domain.size=N, a power of two."
-        first = sizes[0]
-        for path, size in zip(self.files, sizes, strict=True):
-            said = f"{path} has {size[0]}x{size[1]} pixels"
-            if size != first:
-                raise UserError(f"{said}, {self.files[0]} has {first[0]}x{first[1]}. {advice}")
-            if size[0] != size[1]:
-                raise UserError(f"{said}, which is no square. {advice}")
-            if wanted is not None and size[0] != wanted:
-                raise UserError(f"{said}, and domain.size={wanted}. {advice}")
-        if not _is_power_of_two(first[0]):
-            raise UserError(
-                f"{self.files[0]} has {first[0]}x{first[1]} pixels; a network's size is a power of two from 8. "
-                f"Say how to fit: data.fit=squash, pad or crop, with domain.size={_nearest_power(first[0])}."
-            )
-        return first[0]
+        """Return the common height and width of all files."""
+        width, height = sizes[0]
+        first = f"{self.files[0]} has {width}x{height} pixels"
+        nearest = _nearest_power(width)
+        if width != height:
+            problem = f"{first}, which is not square"
+        elif wanted not in (None, width):
+            problem = f"{first}, but domain.size={wanted}"
+        elif width != nearest:
+            problem = f"{first}, but a network's size is a power of two, at least 8"
+        elif other := next((i for i, size in enumerate(sizes) if size != sizes[0]), None):
+            problem = f"{self.files[other]} has {sizes[other][0]}x{sizes[other][1]} pixels, but {first}"
+        else:
+            return width
+        raise UserError(
+            f"{problem}. To fit the images, set data.fit=squash, pad or crop and a power of two as size, for example "
+            f"domain.size={nearest}."
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,26 +145,25 @@ class FolderImages(ImageSet):
 
 
 def _header_size(path: Path) -> tuple[int, int]:
-    """Return width and height as the picture is seen: EXIF may turn it."""
+    """Return the width and height from the header, after the rotation that EXIF asks for."""
     try:
         with Image.open(path) as image:
             width, height = image.size
             if image.mode == "F":
-                raise ValueError("floating-point pixels have no stated range")
-            told = "exif" in image.info or image.format == "TIFF"  # of others `getexif` would decode the whole file
-            turned = told and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                raise ValueError("floating-point pixels have no defined range")
+            # without this check `getexif` decodes the whole file
+            has_exif = "exif" in image.info or image.format == "TIFF"
+            rotated = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} cannot be read as an image ({reason}); remove it or replace it.") from None
-    return (height, width) if turned else (width, height)
+        raise UserError(f"{path} cannot be read as an image ({reason}). Remove it or replace it.") from None
+    return (height, width) if rotated else (width, height)
 
 
 def fit_image(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """Return an RGB image of `size` x `size` pixels; see `FolderImages` for `fit`."""
+    """Return an RGB image of `size` x `size` pixels. `FolderImages` describes `fit`."""
     image = to_8bit(image, "RGB")
     width, height = image.size
-    if (width, height) == (size, size):
-        return image
     if fit == "squash":
         return image.resize((size, size), Image.Resampling.LANCZOS)
     scale = size / (min if fit == "crop" else max)(width, height)
@@ -181,11 +177,12 @@ def fit_image(image: Image.Image, size: int, fit: str) -> Image.Image:
 
 
 class ToyFacesImages(ImageSet):
-    """Faces drawn from a seed, see `ToyFaces`.
+    """Drawn faces, see `ToyFaces`.
 
     Args:
         n: number of faces.
-        toy_seed: another seed, other faces.
+        toy_seed: determines the faces.
+        limit: use only the first `limit` faces.
     """
 
     def __init__(self, size: int = 64, n: int = 50_000, toy_seed: int = 1, limit: int | None = None, **options: Any):

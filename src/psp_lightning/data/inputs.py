@@ -1,4 +1,4 @@
-"""The inputs of a prediction: images of a file, folder or glob, or latent codes, each with its output's name."""
+"""The inputs of a prediction, with the names of their outputs: a file, folder or glob of images, or latent codes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from psp_lightning.utils.errors import UserError
 
 @dataclass(frozen=True)
 class InputFile:
-    """One image, or one code of a file of latents, to predict from.
+    """One input image, or one code of a latents file.
 
     Args:
         path: the file.
-        name: folder and stem of its outputs, relative to the output folder, without a suffix.
+        name: path of its outputs relative to the output folder, without a suffix.
     """
 
     path: Path
@@ -35,18 +35,17 @@ class InputFile:
 
 
 def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
-    """The images that `pattern` means, sorted.
+    """Return the images that match `pattern`, sorted and with unique names.
+
+    Names mirror the tree below the folder, or below a glob's fixed part. If two files differ only in their suffix, the
+    name includes the suffix.
 
     Args:
         pattern: a file, a folder (searched recursively), or a glob (`**` for any depth).
-        exclude: a folder whose files are no inputs: the output folder, when it lies inside the input folder.
-
-    Returns:
-        Files with unique names: the tree below the folder (for a glob, below its fixed part) is mirrored; where two
-        files differ by their suffix alone, the suffix becomes part of the name.
+        exclude: the output folder, whose files are not inputs if it lies inside the input folder.
 
     Raises:
-        UserError: nothing there, or nothing that is an image.
+        UserError: if nothing matches, there are no images, or the output folder is the input folder.
     """
     path = Path(pattern)
     if path.is_file():
@@ -58,16 +57,16 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
         root, found = Path(*fixed), sorted(Path(name) for name in glob.glob(pattern, recursive=True))
         files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
     else:
-        raise UserError(f"input={pattern}: there is no such file or folder.")
-    if exclude is not None and exclude.resolve() == root.resolve():
-        raise UserError(f"output={exclude} is the folder of the inputs: give another one.")
+        raise UserError(f"input={pattern} does not exist. Give a file, a folder or a glob.")
     if exclude is not None:
+        if exclude.resolve() == root.resolve():
+            raise UserError(f"output={exclude} is the folder of the inputs. Choose another folder.")
         files = [file for file in files if exclude.resolve() not in file.resolve().parents]
     if not files:
-        raise UserError(f"input={pattern}: no image there. Known suffixes: {', '.join(SUFFIXES)}.")
+        raise UserError(f"input={pattern} contains no images. Known suffixes: {', '.join(SUFFIXES)}.")
     relative = [file.relative_to(root) for file in files]
     count = Counter(file.with_suffix("") for file in relative)
-    names: dict[str, None] = {}  # ordered
+    names: dict[str, None] = {}  # an ordered set
     for file in relative:
         name = (file.with_suffix("") if count[file.with_suffix("")] == 1 else file).as_posix()
         free = (name if k == 1 else f"{name}_{k}" for k in itertools.count(1))
@@ -76,17 +75,17 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
 
 
 class InputDataset(Dataset[dict[str, Any]]):
-    """Reads inputs; what cannot be read becomes an item with `error` instead of an exception.
+    """Input images as tensors. A file that cannot be read becomes an item with `error` instead of an exception.
 
-    Items hold `index` and `seconds` (spent on reading) and either `source` (spec.channels, size, size) or `error`.
-    `known` (3, size, size) and `hole` (1, size, size) come with inpainting, for compositing.
+    Items contain `index`, `seconds` (reading time) and either `source` (spec.channels, size, size) or `error`. Items of
+    inpainting also contain `known` (3, size, size), the image for compositing.
 
     Args:
         files: the inputs.
-        spec: what the network takes.
-        factor: superres: degrade by this factor first.
-        masks: inpainting: mask file by stem; None: what `load_source` does without a mask.
-        seed: of holes that are drawn; each file gets its own, whatever the batch size or the number of devices.
+        spec: description of the network's input.
+        factor: down-sampling factor to apply first (superres).
+        masks: mask files by stem (inpainting). None: as `load_source` without a mask.
+        seed: of drawn holes. Each file gets its own hole, independent of the batch size and the number of devices.
     """
 
     def __init__(
@@ -109,7 +108,11 @@ class InputDataset(Dataset[dict[str, Any]]):
         try:
             masked = self.spec.kind == "masked"
             rng = np.random.default_rng([self.seed, index]) if masked else None
-            mask = self._mask(file) if masked else None
+            mask = None
+            if masked and self.masks is not None:
+                mask = self.masks.get(file.path.stem)
+                if mask is None:
+                    raise UserError(f"{file.path}: mask.dir has no mask named {file.path.stem}.*")
             item["source"] = load_source(file.path, self.spec, rng=rng, factor=self.factor, mask=mask)
             if masked:
                 item["known"] = rgb(file.path, self.spec.size)
@@ -117,16 +120,9 @@ class InputDataset(Dataset[dict[str, Any]]):
             item["error"] = str(error)
         return {**item, "seconds": time.perf_counter() - start}
 
-    def _mask(self, file: InputFile) -> Path | None:
-        if self.masks is None:
-            return None
-        if file.path.stem not in self.masks:
-            raise UserError(f"{file.path}: mask.dir has no mask named {file.path.stem}.*")
-        return self.masks[file.path.stem]
-
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """Items hold `index`, `seconds` and `latents`, one code.
+    """Latent codes. Items contain `index`, `seconds` and `latents`, one code.
 
     Args:
         codes: (N, z_dim), (N, style_dim) or (N, n_styles, style_dim) float32.
@@ -143,7 +139,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
 
 def collate_inputs(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack what was read; `failed` lists (index, error, seconds) of the rest."""
+    """Collate items into a batch. `failed` lists the (index, error, seconds) of items with errors."""
     good = [item for item in items if "error" not in item]
     batch: dict[str, Any] = {
         "index": [item["index"] for item in good],

@@ -1,4 +1,4 @@
-"""Label maps: ids, names and colours of the classes, read from a YAML file; colourised pictures of label images."""
+"""Label maps: the ids, names and colours of segmentation classes, read from a YAML file; colouring of label images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import yaml
 from psp_lightning.utils.errors import UserError
 
 CELEBAMASK_HQ = Path(__file__).with_name("celebamask_hq.yaml")
-NO_CLASS = 65535  # marks ids of the look-up table that are in no map
+NO_CLASS = 65535  # in the look-up table: an id outside the map
 IGNORED = 65534
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Classes of a segmentation: channel i of a one-hot tensor is `ids[i]`.
+    """The classes of a segmentation. Channel i of a one-hot tensor is class `ids[i]`.
 
     Args:
-        ids: the pixel values of the label images, one a class.
-        names: one a class.
-        colors: RGB in 0..255, one a class, for pictures.
-        mirror: pairs of ids that change places when the image is mirrored (left and right eye).
-        ignore: ids that belong to no class; allowed in the files, all zero in the one-hot tensor.
+        ids: pixel value of each class in label images.
+        names: name of each class.
+        colors: colour of each class in pictures, RGB in 0..255.
+        mirror: pairs of ids that swap when the image is mirrored (left and right eye).
+        ignore: ids without a class, allowed in the files and all zero in the one-hot tensor.
     """
 
     ids: tuple[int, ...]
@@ -49,10 +49,10 @@ class LabelMap:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "label map") -> LabelMap:
-        """Build from the layout of the YAML file.
+        """Build a map from the layout of the YAML file.
 
         Raises:
-            UserError: naming `origin` and the entry, when a part is missing, malformed or given twice.
+            UserError: if a part is missing, malformed or repeated. The message names `origin` and the entry.
         """
         try:
             rows = values["classes"]
@@ -64,35 +64,34 @@ class LabelMap:
             ignore = tuple(int(i) for i in values.get("ignore") or ())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{origin}: not a label map ({type(error).__name__}: {error}). It needs a list 'classes' of "
-                "{id: 0, name: background, color: [0, 0, 0]}; see " + str(CELEBAMASK_HQ)
+                f"{origin}: not a label map ({type(error).__name__}: {error}). It needs a list 'classes' with entries "
+                "such as {id: 0, name: background, color: [0, 0, 0]}, see " + str(CELEBAMASK_HQ)
             ) from None
         for what, items in (("id", ids), ("name", names)):
-            if double := [item for item in items if items.count(item) > 1]:  # type: ignore[attr-defined]
-                raise UserError(f"{origin}: the {what} {double[0]!r} is given twice.")
+            if repeated := [item for item in items if items.count(item) > 1]:  # type: ignore[attr-defined]
+                raise UserError(f"{origin}: the {what} {repeated[0]!r} is given twice.")
         if wrong := [i for i in (*ids, *ignore) if not 0 <= i < IGNORED]:
             raise UserError(f"{origin}: id {wrong[0]} is outside 0..{IGNORED - 1}.")
         if wrong := [i for pair in mirror for i in pair if i not in ids]:
-            raise UserError(f"{origin}: 'mirror' names id {wrong[0]}, which is no class.")
+            raise UserError(f"{origin}: 'mirror' names id {wrong[0]}, which is not a class.")
         if any(len(color) != 3 or not all(0 <= c <= 255 for c in color) for color in colors):
-            raise UserError(f"{origin}: a color is three numbers from 0 to 255.")
+            raise UserError(f"{origin}: a color must be three numbers from 0 to 255.")
         return cls(ids, names, colors, mirror, ignore)  # type: ignore[arg-type]
 
     @classmethod
     def numbered(cls, n_classes: int) -> LabelMap:
-        """Return the ids 0..n_classes-1 without names; for 19 classes, CelebAMask-HQ's."""
+        """Return a map of the ids 0..n_classes-1 without names, or CelebAMask-HQ's for 19 classes."""
         if n_classes == 19:
             return load_label_map()
-        colors = tuple(tuple(int(c) for c in row) for row in default_colors(n_classes))
-        return cls(tuple(range(n_classes)), tuple(f"class {i}" for i in range(n_classes)), colors)  # type: ignore[arg-type]
+        return cls.from_dict({"classes": [{"id": i, "name": f"class {i}"} for i in range(n_classes)]})
 
     def mirrored_channels(self) -> list[int]:
-        """Return the channel that takes each channel's place in a mirrored image."""
+        """Return the channel that replaces each channel in a mirrored image."""
         partner = {a: b for pair in self.mirror for a, b in (pair, pair[::-1])}
         return [self.ids.index(partner.get(i, i)) for i in self.ids]
 
     def lookup(self) -> np.ndarray:
-        """Return uint16 (65536,): the channel of each pixel value; `NO_CLASS` and `IGNORED` for the others."""
+        """Return the channel of each pixel value, uint16 (65536,), with `NO_CLASS` and `IGNORED` for other values."""
         table = np.full(65536, NO_CLASS, np.uint16)
         table[list(self.ignore)] = IGNORED
         table[list(self.ids)] = np.arange(len(self.ids))
@@ -100,10 +99,10 @@ class LabelMap:
 
 
 def load_label_map(path: str | os.PathLike[str] = CELEBAMASK_HQ) -> LabelMap:
-    """Read a label-map YAML file; without a path, CelebAMask-HQ's 19 classes.
+    """Load a label-map YAML file, by default CelebAMask-HQ's 19 classes.
 
     Raises:
-        UserError: for a file that is missing, not YAML or not a label map.
+        UserError: if the file is missing, not YAML or not a label map.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -116,22 +115,18 @@ def load_label_map(path: str | os.PathLike[str] = CELEBAMASK_HQ) -> LabelMap:
 
 
 def default_colors(n: int) -> np.ndarray:
-    """Return uint8 (n, 3): distinct colours; the first is black."""
+    """Return n distinct colours, uint8 (n, 3); the first is black."""
     index = np.arange(n)
-    hue = (index * 0.61803398875) % 1.0  # golden ratio: neighbours in id are far apart in hue
+    hue = (index * 0.61803398875) % 1.0  # golden ratio: consecutive ids are far apart in hue
     value = np.where(index == 0, 0.0, 0.95 - 0.35 * ((index // 3) % 2))
     channels = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
     return (np.stack(channels, -1) * value[:, None] * 255).round().astype(np.uint8)
 
 
 def colourise(labels: np.ndarray, label_map: LabelMap | None = None) -> np.ndarray:
-    """Return a picture of a label image.
+    """Return integer labels (..., H, W) as a picture, uint8 (..., H, W, 3), in which ids outside the map are white.
 
-    Args:
-        labels: integer (..., H, W), ids of `label_map` (default: CelebAMask-HQ).
-
-    Returns:
-        uint8 (..., H, W, 3); ids outside the map are white.
+    The label map defaults to CelebAMask-HQ's.
     """
     label_map = label_map or load_label_map()
     table = np.full((65536, 3), 255, np.uint8)

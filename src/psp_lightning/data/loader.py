@@ -1,4 +1,4 @@
-"""Order of the samples, and a loader that can stop and go on anywhere in an epoch."""
+"""The order of the samples, and a data loader that can resume anywhere in an epoch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from psp_lightning.utils.errors import UserError
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
-    """Yields (epoch, index); the order depends on (seed, epoch) alone.
+    """A sampler of (epoch, index) whose order depends only on (seed, epoch).
 
-    Rank r takes every world_size-th index, so that one step of all ranks sees the same samples as one rank with the
-    whole batch. It is a `DistributedSampler` so that Lightning leaves it in place.
+    Rank r takes every world_size-th index, starting at r. One step of all ranks therefore sees the same samples as one
+    rank with the whole batch. Lightning does not replace the sampler because it is a `DistributedSampler`.
 
     Args:
         n: number of samples.
         seed: of the order.
-        shuffle: else the order is 0..n-1.
-        rank, world_size: this process and their number.
-        pad: training: wrap around until every rank has equally many, nothing is dropped. False: validation, every
-            sample exactly once, and ranks may differ by one.
+        shuffle: False: the order is 0..n-1.
+        rank, world_size: rank of this process, and number of processes.
+        pad: wrap around until all ranks have equally many samples, dropping none (training). False: every sample
+            exactly once, and the ranks may differ by one (validation).
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         return len(range(self.rank, self.n, self.num_replicas))
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64: the indices of this rank in this epoch."""
+        """Return this rank's indices in an epoch, int64."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
         if self.pad:
             order = np.resize(order, len(self) * self.num_replicas)
         return order[self.rank :: self.num_replicas]
 
     def start_at(self, epoch: int, skip: int) -> None:
-        """The next iteration is `epoch` without its first `skip` samples."""
+        """Start the next iteration in `epoch`, after its first `skip` samples."""
         self._start = (epoch, skip)
 
     def set_epoch(self, epoch: int) -> None:
-        """Ignored: the loader counts the epochs, because only it knows about a resumed one."""
+        """Do nothing: the loader counts the epochs, because only it knows about resuming."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         epoch, skip = self._start
@@ -61,7 +61,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
 
 class ReadableDataLoader(DataLoader[Any]):
-    """A DataLoader from whose worker processes a `UserError` comes as it was raised, without their traceback."""
+    """A DataLoader that re-raises a worker's `UserError` without the worker's traceback."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
@@ -71,70 +71,62 @@ class ReadableDataLoader(DataLoader[Any]):
 
 
 class ResumableDataLoader(ReadableDataLoader):
-    """A DataLoader whose `state_dict` says which batches the consumer has got; prefetched ones do not count.
+    """A DataLoader whose `state_dict` counts the batches that the consumer received, excluding prefetched ones.
 
-    Each new iteration is the next epoch, except the first after `load_state_dict`, which goes on where the state
-    was taken. Lightning stores the state in its checkpoints and restores it before the first batch.
+    Each iteration is the next epoch, except for the first after `load_state_dict`, which continues from that state.
+    Lightning stores the state in its checkpoints and restores it before the first batch.
 
     Args:
-        dataset: indexed by (epoch, index).
+        dataset: a dataset indexed by (epoch, index).
         batch_size: samples per batch and rank.
-        sampler: the order. Another kind (Lightning puts one in for `overfit_batches`) becomes the order 0..n-1.
-        limit: the consumer takes only so many batches of each epoch (`Trainer(limit_train_batches=...)`).
+        sampler: the order. Any other sampler (Lightning inserts one for `overfit_batches`) means the order 0..n-1.
+        limit: batches that the consumer takes of each epoch (`Trainer(limit_train_batches=...)`). None: all.
         options: further arguments of `DataLoader`.
     """
 
     def __init__(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int,
-        sampler: Sampler[Any],
-        limit: int | None = None,
-        **options: Any,
+        self, dataset: Dataset[Any], batch_size: int, sampler: Sampler[Any], limit: int | None = None, **options: Any
     ) -> None:
         if not isinstance(sampler, EpochSampler):
-            many = dist.is_available() and dist.is_initialized()
-            rank, world_size = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+            distributed = dist.is_available() and dist.is_initialized()
+            rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
             sampler = EpochSampler(len(dataset), 0, False, rank, world_size)  # type: ignore[arg-type]
-        # an own generator: DataLoader draws a seed for its workers in each epoch, and would take it from the global
-        # stream, which then differs between a resumed run and one that was not interrupted
+        # DataLoader draws a seed for its workers in each epoch. Drawing it from the global stream would make a resumed
+        # run differ from one that was not interrupted.
         options.setdefault("generator", torch.Generator())
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, **options)
         self.limit = limit
         self._epoch, self._batches, self._restored = 0, 0, False
 
     def state_dict(self) -> dict[str, int]:
-        """Plain numbers: `epoch` and `batches` say where to go on, the others what they were counted with."""
-        return {"epoch": self._epoch, "batches": self._batches, **self._counted_with()}
+        """Return plain numbers: the next `epoch` and its used `batches`, and the settings that they depend on."""
+        return {"epoch": self._epoch, "batches": self._batches, **self._settings()}
 
-    def _counted_with(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, int]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         assert self.batch_size is not None
-        return {
-            "samples": sampler.n,
-            "batch_size": self.batch_size * sampler.num_replicas,
-            "seed": sampler.seed,
-        }
+        return {"samples": sampler.n, "batch_size": self.batch_size * sampler.num_replicas, "seed": sampler.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Make the next iteration go on at `state`.
+        """Continue from `state` in the next iteration.
 
         Raises:
-            UserError: for a state in the middle of an epoch of other data, another global batch size or seed.
+            UserError: if the state is in the middle of an epoch and the number of samples, the global batch size or the
+                seed differs.
         """
         if state["batches"]:
-            for name, now in self._counted_with().items():
+            for name, now in self._settings().items():
                 if state.get(name, now) != now:
                     raise UserError(
-                        f"Cannot go on in the middle of an epoch: {name.replace('_', ' ')} was {state[name]} in the "
+                        f"Cannot resume in the middle of an epoch: {name.replace('_', ' ')} was {state[name]} in the "
                         f"interrupted run and is {now} now (batch size counts all devices). Resume with the same "
-                        "settings, or start a new run with init_from=CHECKPOINT, which takes the weights only."
+                        "settings, or start a new run with init_from=CHECKPOINT, which loads only the weights."
                     )
         self._epoch, self._batches, self._restored = int(state["epoch"]), int(state["batches"]), True
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # a generator: nothing happens before the first batch is asked for
-        if self._batches and not self._restored:  # the last iteration was left early
+        # This is a generator: nothing happens before the first batch is requested.
+        if self._batches and not self._restored:  # the previous iteration stopped early
             self._epoch, self._batches = self._epoch + 1, 0
         self._restored = False
         epoch, done = self._epoch, self._batches

@@ -1,4 +1,4 @@
-"""Holes for inpainting: boxes, brush strokes, halves, or files; bool (H, W), True is missing."""
+"""Holes for inpainting: boxes, brush strokes, halves or files, as bool (H, W) in which True is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = ("box", "brush", "half", "file", "random")
 
 
 def box_mask(size: int, rng: np.random.Generator, low: float = 0.25, high: float = 0.5) -> np.ndarray:
-    """Return one rectangle with sides of `low`..`high` of the image, wholly inside."""
+    """Return a rectangle inside the image, with sides of `low` to `high` of the image's side."""
     height, width = np.maximum(1, (size * rng.uniform(low, high, 2)).round()).astype(int).clip(max=size)
     top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
     mask = np.zeros((size, size), bool)
@@ -27,10 +27,10 @@ def box_mask(size: int, rng: np.random.Generator, low: float = 0.25, high: float
 
 
 def half_mask(size: int, rng: np.random.Generator, side: str = "any") -> np.ndarray:
-    """Return the `left`, `right`, `top` or `bottom` half; `any` draws one."""
+    """Return the `left`, `right`, `top` or `bottom` half, or a random one for `any`."""
     sides = ("left", "right", "top", "bottom")
     if side not in (*sides, "any"):
-        raise UserError(f"Unknown side {side!r} of a half mask; known: any, {', '.join(sides)}.{suggest(side, sides)}")
+        raise UserError(f"Unknown side {side!r} of a half mask. Known: any, {', '.join(sides)}.{suggest(side, sides)}")
     side = str(rng.choice(sides)) if side == "any" else side
     row, column = np.mgrid[:size, :size]
     half = size // 2
@@ -39,7 +39,7 @@ def half_mask(size: int, rng: np.random.Generator, side: str = "any") -> np.ndar
 
 
 def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: float = 0.12) -> np.ndarray:
-    """Return wandering strokes, about `width` of the image thick."""
+    """Return up to `strokes` wandering strokes, about `width` of the image's side thick."""
     image = Image.new("1", (size, size))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(1, strokes + 1))):
@@ -55,7 +55,7 @@ def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: flo
 
 
 def as_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """Return a mask image or array of any size as bool (size, size); the upper half of the range is missing."""
+    """Return a mask image or array of any size as bool (size, size). The upper half of the value range is missing."""
     if isinstance(mask, np.ndarray):
         array = mask.squeeze()
         half = 0.5 if array.dtype.kind == "f" or array.max() <= 1 else 128
@@ -77,23 +77,23 @@ def _mask_files(folder: str) -> list[Path]:
 
 
 def file_mask(size: int, rng: np.random.Generator, folder: str) -> np.ndarray:
-    """Return a mask drawn from the files of `folder` (its subfolders too); bright is missing."""
+    """Return a random mask file of `folder` or its subfolders. Bright pixels are missing."""
     files = _mask_files(os.fspath(folder))
     return as_mask(open_image(files[int(rng.integers(len(files)))], "mask"), size)
 
 
 def draw_mask(size: int, rng: np.random.Generator, kind: str = "box", **options: Any) -> np.ndarray:
-    """Draw a hole, bool (size, size), True is missing.
+    """Return a random hole, bool (size, size), in which True is missing.
 
     Args:
-        kind: `box` (options low, high), `brush` (strokes, width), `half` (side), `file` (folder), or `random`: one of
-            the first three with their defaults.
+        kind: `box` (options low, high), `brush` (strokes, width), `half` (side), `file` (folder), or `random` for one
+            of the first three with default options.
 
     Raises:
-        UserError: for an unknown kind or option.
+        UserError: if the kind or an option is unknown.
     """
     if kind not in SHAPES:
-        raise UserError(f"Unknown mask kind {kind!r}; known: {', '.join(SHAPES)}.{suggest(kind, SHAPES)}")
+        raise UserError(f"Unknown mask kind {kind!r}. Known: {', '.join(SHAPES)}.{suggest(kind, SHAPES)}")
     if kind == "random":
         kind = ("box", "brush", "half")[int(rng.integers(3))]
     maker = {"box": box_mask, "brush": brush_mask, "half": half_mask, "file": file_mask}[kind]

@@ -1,4 +1,4 @@
-"""The kinds of source images, a class each: its channels, how a picture becomes a tensor, how the tensor is shown."""
+"""The kinds of source images, one class each: channels, conversion of pictures to tensors and back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Hole = ImageLike | np.ndarray
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Base of the kinds. The arguments of each are fields of `InputSpec`.
+    """Base class of the kinds. All constructor arguments are fields of `InputSpec`.
 
     Args:
-        size: height and width in pixels of the tensor.
+        size: height and width of the tensor in pixels.
     """
 
     size: int
@@ -33,7 +33,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def channels(self) -> int:
-        """Channels of the tensor."""
+        """Number of channels of the tensor."""
 
     @abstractmethod
     def load(
@@ -43,29 +43,26 @@ class Source(ABC):
         factor: int | None = None,
         mask: Hole | None = None,
     ) -> Tensor:
-        """Return a picture as the tensor that an encoder takes.
+        """Return a picture as the encoder's input, float32 (channels, size, size).
 
         Args:
             picture: path or PIL image.
-            rng: random numbers for what is drawn (factor of `LowRes`, hole of `Masked`).
-            factor: down-sampling factor of `LowRes`. With neither `factor` nor `rng` the picture is taken to be of low
-                resolution already, and only brought to the size.
-            mask: hole of `Masked`: a file or image (bright is missing) or a bool array. Without it, the transparent
-                pixels of a picture that has any, else a hole drawn from `rng` (default: a fixed one).
-
-        Returns:
-            float32 (channels, size, size).
+            rng: source of random numbers for the factor of `LowRes` and the hole of `Masked`.
+            factor: down-sampling factor of `LowRes`. Without `factor` and `rng` the picture is assumed to have low
+                resolution already and is only resized.
+            mask: hole of `Masked`, a file or image (bright pixels are missing) or a bool array. The default is the
+                picture's transparent pixels if it has any, otherwise a hole drawn from `rng`, or a fixed hole.
 
         Raises:
-            UserError: naming the file, for an unreadable image or a label id outside the map.
+            UserError: if the image cannot be read or contains a label id outside the map. The message names the file.
         """
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Turn a float32 batch (B, channels, H, W) into pictures (B, 3, H, W) in [-1, 1]."""
+        """Return a float32 batch (B, channels, H, W) as pictures (B, 3, H, W) in [-1, 1]."""
         return x[:, :3]
 
     def mirror(self, x: Tensor) -> Tensor:
-        """Flip (channels, H, W) left to right."""
+        """Mirror (channels, H, W) left to right."""
         return x.flip(-1)
 
 
@@ -92,7 +89,7 @@ class Sketch(Source):
 
 @dataclass(frozen=True)
 class Labels(Source):
-    """One-hot, one channel a class; pictures have the colours of the label map."""
+    """One-hot, with one channel per class; pictures have the colours of the label map."""
 
     n_classes: int
     interpolation: str = "nearest"
@@ -114,13 +111,13 @@ class Labels(Source):
         return from_uint8(palette[x.argmax(dim=1)].permute(0, 3, 1, 2))
 
     def mirror(self, x: Tensor) -> Tensor:
-        """Flip, and exchange the classes that stand for the person's left and right."""
+        """Mirror left to right, swapping the classes of the person's left and right."""
         return x.flip(-1)[self.classes.mirrored_channels()]
 
 
 @dataclass(frozen=True)
 class LowRes(Source):
-    """3 channels in [-1, 1], of low resolution and brought back to `size`."""
+    """3 channels in [-1, 1], down-sampled and then resized to `size`."""
 
     factors: tuple[int, ...] = ()
     channels = 3
@@ -135,7 +132,7 @@ class LowRes(Source):
 
 @dataclass(frozen=True)
 class Masked(Source):
-    """3 channels in [-1, 1] with 0 in the hole, then the hole: 1 inside, 0 outside."""
+    """3 channels in [-1, 1], 0 in the hole, and a fourth for the hole: 1 inside, 0 outside."""
 
     mask: dict[str, Any] = field(default_factory=dict)
     channels = 4

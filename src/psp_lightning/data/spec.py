@@ -1,4 +1,4 @@
-"""InputSpec: what an encoder's input is. Plain values, so that a checkpoint carries it from training to prediction."""
+"""InputSpec: description of an encoder's input, in plain values that a checkpoint stores for prediction."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ INTERPOLATIONS = ("nearest", "legacy_bilinear")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The source image of a task.
+    """The source images of a task.
 
     Args:
-        kind: `rgb` (3 channels in [-1, 1]), `sketch` (1 channel in [0, 1]), `labels` (one-hot, one channel a class),
-            `lowres` (3 channels in [-1, 1], degraded and brought back to `size`) or `masked` (3 channels in [-1, 1]
-            with the hole at 0, then the hole itself: 1 inside, 0 outside).
-        size: height and width in pixels of the tensor that the encoder gets.
+        kind: `rgb` (3 channels in [-1, 1]), `sketch` (1 channel in [0, 1]), `labels` (one-hot, one channel per class),
+            `lowres` (3 channels in [-1, 1], down-sampled and resized to `size`) or `masked` (3 channels in [-1, 1], 0
+            in the hole, and a fourth for the hole: 1 inside, 0 outside).
+        size: height and width of the tensor in pixels.
         n_classes: number of classes of `labels`.
-        interpolation: how label maps are resized: `nearest`, or `legacy_bilinear` as the released segmentation
-            weights were trained with (it mixes the ids at edges; for those weights only).
-        factors: the down-sampling factors of `lowres`.
-        label_map: ids, names and colours of `labels` as `LabelMap.to_dict()` gives them; None: the ids 0..n_classes-1.
-        mask: how the holes of `masked` are drawn, see `psp_lightning.data.masks.draw_mask`.
+        interpolation: of label maps: `nearest`, or `legacy_bilinear`, which mixes ids at edges. Use it only with the
+            released segmentation weights, which were trained that way.
+        factors: down-sampling factors of `lowres`.
+        label_map: ids, names and colours of `labels` from `LabelMap.to_dict()`. None: the ids 0..n_classes-1.
+        mask: options of `psp_lightning.data.masks.draw_mask` for the holes of `masked`.
 
     Raises:
-        UserError: for an unknown kind or interpolation, or numbers that make no sense.
+        UserError: if the kind or interpolation is unknown, or a number is out of range.
     """
 
     kind: str
@@ -46,10 +46,10 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"Unknown input kind {self.kind!r}; known: {', '.join(KINDS)}.{suggest(self.kind, KINDS)}")
+            raise UserError(f"Unknown input kind {self.kind!r}. Known: {', '.join(KINDS)}.{suggest(self.kind, KINDS)}")
         if self.interpolation not in INTERPOLATIONS:
             raise UserError(
-                f"Unknown interpolation {self.interpolation!r} for label maps; known: {', '.join(INTERPOLATIONS)}."
+                f"Unknown interpolation {self.interpolation!r} for label maps. Known: {', '.join(INTERPOLATIONS)}."
                 f"{suggest(self.interpolation, INTERPOLATIONS)}"
             )
         plain = {
@@ -66,29 +66,29 @@ class InputSpec:
         if self.kind == "labels" and self.n_classes < 2:
             raise UserError(f"Input kind 'labels' needs n_classes >= 2 (CelebAMask-HQ has 19), not {self.n_classes}.")
         if bad := [factor for factor in self.factors if not 1 <= factor <= self.size]:
-            raise UserError(f"Down-sampling factor {bad[0]} does not fit {self.size} px; use 1..{self.size}.")
+            raise UserError(f"Down-sampling factor {bad[0]} does not fit {self.size} px. Use 1 to {self.size}.")
 
     @functools.cached_property
     def source(self) -> Source:
-        """What loads and shows images of this kind."""
+        """The converter of images of this kind."""
         kind = SOURCES[self.kind]
         return kind(**{item.name: getattr(self, item.name) for item in fields(kind)})
 
     @property
     def channels(self) -> int:
-        """Channels of the source tensor."""
+        """Number of channels of the source tensor."""
         return self.source.channels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return strings, numbers, lists and dicts only."""
+        """Return the fields as strings, numbers, lists and dicts."""
         return {**asdict(self), "factors": list(self.factors)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputSpec:
-        """Build from what `to_dict` returned; what is left out takes its default.
+        """Build a spec from the dict of `to_dict`. Missing entries take their defaults.
 
         Raises:
-            UserError: for a missing kind or an unknown key.
+            UserError: if the kind is missing or a key is unknown.
         """
         names = [item.name for item in fields(cls)]
         for key in values:
@@ -100,10 +100,10 @@ class InputSpec:
 
 
 def load_source(picture: ImageLike, spec: InputSpec, **given: Any) -> Tensor:
-    """Return a picture as the tensor that an encoder of this `spec` takes; `Source.load` says what can be given."""
+    """Return a picture as the input of an encoder with this `spec`. `Source.load` describes the arguments."""
     return spec.source.load(picture, **given)
 
 
 def source_to_rgb(x: Tensor, spec: InputSpec) -> Tensor:
-    """Return a source batch (B, spec.channels, H, W) as pictures: (B, 3, H, W) float32 in [-1, 1], on the CPU."""
+    """Return a source batch (B, spec.channels, H, W) as pictures, float32 (B, 3, H, W) in [-1, 1], on the CPU."""
     return spec.source.to_rgb(x.detach().float().cpu())

@@ -1,4 +1,4 @@
-"""Stores: where raw samples come from. A store knows files or drawings, but no tensors, sizes or augmentation."""
+"""Stores: sources of raw samples. A store knows files or drawings, but not tensors, input sizes or augmentation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
 
-# CelebAMask-HQ as people have it: photos, training label maps, and sketches beside them
+# Common layouts of CelebAMask-HQ: photos, training label maps, and sketches next to them.
 CELEBA_FOLDERS = {
     "image": ("CelebA-HQ-img",),
     "labels": ("CelebAMask-HQ-mask", "CelebAMaskHQ-mask", "mask"),
@@ -28,12 +28,12 @@ CELEBA_FOLDERS = {
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Which two pictures a task asks of a store for each sample.
+    """The two pictures per sample that a task requests from a store.
 
     Args:
-        task: its name, for messages.
-        source: `derived` (made from the target), `image`, `sketch` or `labels`.
-        target: `image`, `frontal` (same face, seen from the front) or `toon`.
+        task: name of the task, for messages.
+        source: `derived` (from the target), `image`, `sketch` or `labels`.
+        target: `image`, `frontal` (the same face from the front) or `toon`.
     """
 
     task: str
@@ -42,13 +42,13 @@ class PairLayout:
 
     @property
     def other_kind(self) -> bool:
-        """Whether the source is a picture of another kind than an image."""
+        """Whether the source is a sketch or a label map."""
         return self.source in ("sketch", "labels")
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One sample before its transforms; `source` is None where it is derived from the target."""
+    """One sample before its transforms. `source` is None if it is derived from the target."""
 
     source: ImageLike | None
     target: ImageLike
@@ -56,20 +56,20 @@ class RawSample:
 
 
 class Store(ABC):
-    """Base of all stores. `prepare` comes first, then length and samples."""
+    """Base class of stores. Call `prepare` before anything else."""
 
     @abstractmethod
     def prepare(self, layout: PairLayout) -> None:
-        """List the files, and check that this store has what `layout` asks for.
+        """List the files, and check that this store has the pictures of `layout`.
 
         Raises:
-            UserError: saying what is missing and which setting gives it.
+            UserError: if something is missing. The message names the setting that provides it.
         """
 
     @property
     @abstractmethod
     def paired(self) -> bool:
-        """Whether source and target are two pictures; otherwise both come from one."""
+        """Whether source and target are two pictures. Otherwise both come from the same one."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -86,16 +86,16 @@ class FolderStore(Store):
     """Images in folders.
 
     Args:
-        root: one folder: of target images for tasks whose source is derived from them, or laid out as CelebAMask-HQ
-            (`CelebA-HQ-img`, `CelebAMask-HQ-mask`, `sketch`), for any task.
+        root: a folder of target images, for tasks that derive the source from the target, or a folder with the layout
+            of CelebAMask-HQ (`CelebA-HQ-img`, `CelebAMask-HQ-mask`, `sketch`), for any task.
         source: folder of the sources, paired with `target` by file stem.
         target: folder of the targets.
-        part: `train`, `val` or `all`. Without folders of its own, `val` is a share of the files, and `train` the rest;
-            a single file is both.
-        val_root, val_source, val_target: the same three folders for `val`.
-        val_share: share of the files that `val` takes, at least one; chosen by file name, not by order.
+        part: `train`, `val` or `all`. Without separate folders, `val` is a share of the files and `train` the rest. A
+            single file is in both.
+        val_root, val_source, val_target: separate folders for `val`.
+        val_share: share of the files in `val`, at least one file; chosen by file name, independent of the order.
         unpaired: `error` or `skip` for files without a counterpart.
-        limit: use the first so many samples only; None: all.
+        limit: use only the first `limit` samples. None: all.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class FolderStore(Store):
         self._files: list[tuple[Path | None, Path]] = []
 
     def _folder(self, what: str) -> Path | None:
-        """Return the subfolder of `root` that holds `what` in the CelebAMask-HQ layout."""
+        """Return the subfolder of `root` with `what` in the CelebAMask-HQ layout, or None."""
         folders = (Path(self.root, name) for name in CELEBA_FOLDERS[what]) if self.root else ()
         return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -130,19 +130,18 @@ class FolderStore(Store):
             target = self._folder("image") or self.root
         if source is None and layout.other_kind:
             source = self._folder(layout.source)
-        if target is None:
-            folders = "data.source=DIR and data.target=DIR" if layout.other_kind else "data.root=DIR"
-            raise UserError(f"data=folder for {layout.task} needs folders: {folders}.")
-        if source is None and layout.other_kind:
+        if layout.other_kind and (source is None or target is None):
             names = " or ".join(CELEBA_FOLDERS[layout.source])
             raise UserError(
                 f"data=folder for {layout.task} needs data.source=DIR (the {layout.source}) and data.target=DIR (the "
-                f"images), paired by file name"
-                + (f"; {self.root} has no subfolder {names}." if self.root is not None else ".")
+                "images), paired by file name."
+                + (f" {self.root} has no subfolder {names}." if self.root is not None else "")
             )
+        if target is None:
+            raise UserError(f"data=folder for {layout.task} needs data.root=DIR.")
         if source is not None and layout.task == "inpainting":
             raise UserError(
-                "inpainting makes its holes itself: give the whole images as data.root=DIR, no data.source."
+                "inpainting makes the holes itself. Set data.root=DIR to the complete images, without data.source."
             )
         if source is None:
             self._files = [(None, path) for path in list_images(target)]
@@ -173,15 +172,15 @@ class FolderStore(Store):
 
 
 class ToyFacesStore(Store):
-    """Faces drawn when they are asked for; has what every task needs.
+    """Faces drawn on demand, with the pictures for every task.
 
     Args:
-        size: height and width in pixels of the drawings.
-        seed: another seed, other faces.
+        size: height and width of the drawings in pixels.
+        seed: determines the faces.
         n: number of samples.
-        identities: number of different people; None: each sample is another one.
-        limit: use the first so many samples only; None: all.
-        cache: keep what was drawn in memory (64 px: 12 to 24 KB a sample, in each process that draws).
+        identities: number of people. None: every sample shows a different person.
+        limit: use only the first `limit` samples. None: all.
+        cache: keep the drawings in memory (at 64 px 12 to 24 KB per sample, in each process that draws).
     """
 
     def __init__(
@@ -195,13 +194,12 @@ class ToyFacesStore(Store):
     ) -> None:
         limit = whole("limit", limit, 1, optional=True)
         self.faces = ToyFaces(size, seed, n if limit is None else min(n, limit), identities)
-        self._cache: dict[int, RawSample] | None = {} if cache else None
-        self.layout = PairLayout("inversion")
+        self.cache = cache
+        self.prepare(PairLayout("inversion"))
 
     def prepare(self, layout: PairLayout) -> None:
         self.layout = layout
-        if self._cache is not None:
-            self._cache = {}
+        self._cached: dict[int, RawSample] = {}
 
     @property
     def paired(self) -> bool:
@@ -211,13 +209,8 @@ class ToyFacesStore(Store):
         return len(self.faces)
 
     def load(self, index: int) -> RawSample:
-        if self._cache is None:
-            return self._draw(index)
-        if index not in self._cache:
-            self._cache[index] = self._draw(index)
-        return self._cache[index]
-
-    def _draw(self, index: int) -> RawSample:
+        if index in self._cached:
+            return self._cached[index]
         layout, faces = self.layout, self.faces
         drawing = faces.draw(index)
         source = None
@@ -225,7 +218,10 @@ class ToyFacesStore(Store):
             source = Image.fromarray(getattr(drawing, layout.source if layout.other_kind else "image"))
         if layout.target != "image":
             drawing = faces.draw(index, frontal=layout.target == "frontal", toon=layout.target == "toon")
-        return RawSample(source, Image.fromarray(drawing.image), faces.path(index))
+        sample = RawSample(source, Image.fromarray(drawing.image), faces.path(index))
+        if self.cache:
+            self._cached[index] = sample
+        return sample
 
     def paths(self) -> list[str]:
         return [self.faces.path(index) for index in range(len(self))]

@@ -1,8 +1,8 @@
-"""Images to tensors, numerically those of the reference implementation (eladrich/pixel2style2pixel, commit 5cfff38).
+"""Conversion of images to tensors, with the numbers of the reference (eladrich/pixel2style2pixel, commit 5cfff38).
 
-How any picture becomes 8-bit RGB or grey: the EXIF orientation is applied; 16-bit values are divided by 257; palettes
-are resolved; transparency is composited over white; CMYK and the like are converted by Pillow. The picture is then
-squashed to a square, as in the reference.
+Every picture first becomes 8-bit RGB or grey: the EXIF orientation is applied, 16-bit values are divided by 257,
+palettes are resolved, transparency is composited over white, and Pillow converts CMYK and other modes. The picture is
+then squashed to a square, as in the reference.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
 
 ImageLike = str | os.PathLike[str] | Image.Image
+BILINEAR = Image.Resampling.BILINEAR
 
 
 def open_image(source: ImageLike, what: str = "image") -> Image.Image:
-    """Decode a picture and turn it upright.
+    """Decode a picture and apply its EXIF orientation.
 
     Args:
         source: path or PIL image.
-        what: what messages call it.
+        what: noun for messages.
 
     Raises:
-        UserError: naming the file when it is missing, truncated or not an image.
+        UserError: if the file is missing, truncated or not an image. The message names it.
     """
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
@@ -47,12 +48,12 @@ def open_image(source: ImageLike, what: str = "image") -> Image.Image:
 
 
 def to_8bit(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to `RGB` or `L` by the rule in the module's docstring."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    """Convert to `RGB` or `L` by the rules in the module's docstring."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
-        raise UserError("An image with floating-point pixels has no stated range; save it with 8 or 16 bits a channel.")
+        raise UserError("Floating-point pixels have no defined range. Save the image with 8 or 16 bits per channel.")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:  # type: ignore[index,misc]
@@ -63,10 +64,10 @@ def to_8bit(image: Image.Image, mode: str) -> Image.Image:
 
 
 def open_8bit(source: ImageLike, mode: str) -> Image.Image:
-    """Decode a picture, turn it upright and convert it to `RGB` or `L`.
+    """Decode a picture, apply its EXIF orientation and convert it to `RGB` or `L`.
 
     Raises:
-        UserError: naming the file, for a picture that cannot be read or converted.
+        UserError: if the picture cannot be read or converted. The message names the file.
     """
     try:
         return to_8bit(open_image(source), mode)
@@ -75,12 +76,8 @@ def open_8bit(source: ImageLike, mode: str) -> Image.Image:
 
 
 def name_of(source: ImageLike) -> str:
-    """Return what messages call the picture."""
+    """Return the picture's name for messages."""
     return (getattr(source, "filename", "") or "image") if isinstance(source, Image.Image) else str(source)
-
-
-def _resize(image: Image.Image, size: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Image:
-    return image if image.size == (size, size) else image.resize((size, size), how)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -91,21 +88,21 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 def rgb(source: ImageLike, size: int) -> Tensor:
     """Return float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing)."""
-    return _to_tensor(_resize(open_8bit(source, "RGB"), size)).sub(0.5).div(0.5)
+    return _to_tensor(open_8bit(source, "RGB").resize((size, size), BILINEAR)).sub(0.5).div(0.5)
 
 
 def sketch(source: ImageLike, size: int) -> Tensor:
     """Return float32 (1, size, size) in [0, 1]; paper is 1, ink is 0."""
-    return _to_tensor(_resize(open_8bit(source, "L"), size))
+    return _to_tensor(open_8bit(source, "L").resize((size, size), BILINEAR))
 
 
 def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
     """Return the ids of a label image, int64 (H, W).
 
-    One channel, or a palette's indices, are the ids. Colour images are read through the map's colours.
+    The values of a single channel, or the indices of a palette, are the ids. Colours are looked up in the map.
 
     Raises:
-        UserError: for a colour that is not in the map.
+        UserError: if a colour is not in the map.
     """
     image = open_image(source)
     if image.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
@@ -122,16 +119,16 @@ def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
         y, x = np.argwhere(wrong)[0]
         raise UserError(
             f"{name_of(source)}: the colour {tuple(array[y, x].tolist())} at row {y}, column {x} is not in the label "
-            "map. A label image has the class id as its one channel, or exactly the colours of the label map."
+            "map. A label image must contain class ids in a single channel, or exactly the colours of the label map."
         )
     return np.array(label_map.ids, np.int64)[order][place]
 
 
 def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> Tensor:
-    """Turn integer (H, W) into float32 (len(label_map), H, W) of zeros and ones.
+    """Return integer ids (H, W) as float32 (len(label_map), H, W) of zeros and ones.
 
     Raises:
-        UserError: naming `name`, the id and its place, for an id outside the map.
+        UserError: if an id is outside the map. The message contains `name`, the id and its position.
     """
     known = (ids >= 0) & (ids < 65536)
     channel = np.where(known, label_map.lookup()[np.where(known, ids, 0)], NO_CLASS)
@@ -139,8 +136,8 @@ def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> 
         y, x = np.argwhere(wrong)[0]
         raise UserError(
             f"{name}: label id {int(ids[y, x])} at row {y}, column {x} ({int(wrong.sum())} pixels) is outside the "
-            f"label map ({len(label_map)} classes, ids {min(label_map.ids)}..{max(label_map.ids)}). Use the label-map "
-            "file that the images were made with, or list the id under 'ignore' in it."
+            f"label map ({len(label_map)} classes, ids {min(label_map.ids)}..{max(label_map.ids)}). Use the label map "
+            "that the images were made with, or list the id under 'ignore' in the label-map file."
         )
     index = torch.from_numpy(channel.astype(np.int64))
     planes = F.one_hot(index.where(index != IGNORED, len(label_map)), len(label_map) + 1)
@@ -148,25 +145,25 @@ def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> 
 
 
 def labels(source: ImageLike, size: int, label_map: LabelMap, interpolation: str = "nearest") -> Tensor:
-    """Return float32 one-hot (len(label_map), size, size).
+    """Return the one-hot labels, float32 (len(label_map), size, size).
 
-    `legacy_bilinear` resizes the ids as if they were grey values, as the reference does before its one-hot; at edges
-    this makes ids of unrelated classes.
+    `legacy_bilinear` resizes the ids as if they were grey values, as the reference does. At edges this creates ids of
+    unrelated classes.
     """
-    ids = read_labels(source, label_map)
-    one_hot(ids, label_map, name_of(source))  # an id outside the map must be reported even if resizing drops it
+    ids, name = read_labels(source, label_map), name_of(source)
+    planes = one_hot(ids, label_map, name)  # reports an id outside the map even if resizing drops it
     if ids.shape == (size, size):
-        return one_hot(ids, label_map, name_of(source))
-    if interpolation == "legacy_bilinear":
-        mixed = _resize(Image.fromarray(ids.astype(np.uint8)), size)
-        return one_hot(np.asarray(mixed).astype(np.int64), label_map, name_of(source))
-    near = _resize(Image.fromarray(ids.astype(np.int32)), size, Image.Resampling.NEAREST)
-    return one_hot(np.asarray(near).astype(np.int64), label_map, name_of(source))
+        return planes
+    legacy = interpolation == "legacy_bilinear"
+    resized = Image.fromarray(ids.astype(np.uint8 if legacy else np.int32)).resize(
+        (size, size), BILINEAR if legacy else Image.Resampling.NEAREST
+    )
+    return one_hot(np.asarray(resized).astype(np.int64), label_map, name)
 
 
 @functools.lru_cache(maxsize=64)
 def _bicubic_taps(factor: int) -> Tensor:
-    """Return float32 (4 * factor,): Keys' cubic kernel with a = -0.5, sampled between the pixels, summing to 1.
+    """Return Keys' cubic kernel with a = -0.5, sampled between the pixels and summing to 1: float32 (4 * factor,).
 
     Source: Keys, "Cubic convolution interpolation for digital image processing", eq. 15.
     """
@@ -174,21 +171,21 @@ def _bicubic_taps(factor: int) -> Tensor:
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     taps = torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-    # rounded before they are normalised, as in the reference: it decides to which 8-bit level a flat picture goes
+    # Rounded before normalisation, as in the reference: this determines the 8-bit level of a flat picture.
     taps = taps.float()
     return taps / taps.sum()
 
 
 def bicubic_down(image: Tensor, factor: int) -> Tensor:
-    """Reduce (C, H, W) to (C, H // factor, W // factor): strided separable convolution, mirrored borders.
+    """Down-sample (C, H, W) to (C, H // factor, W // factor) by strided separable convolution with mirrored borders.
 
-    Factor 1 also filters (four taps, half a pixel off), because the reference does.
+    As in the reference, factor 1 also filters (four taps, shifted by half a pixel).
     """
     n, taps = image.shape[0], _bicubic_taps(factor)
     before, after = (3 * factor) // 2, 3 * factor - (3 * factor) // 2
     x = image[None]
     for dim in (2, 3):
-        # mirrored indices by hand: F.pad refuses borders wider than the image
+        # F.pad cannot mirror borders wider than the image
         length = x.shape[dim]
         index = torch.arange(-before, length + after) % max(2 * length - 2, 1)
         x = x.index_select(dim, torch.where(index < length, index, 2 * length - 2 - index))
@@ -198,14 +195,14 @@ def bicubic_down(image: Tensor, factor: int) -> Tensor:
 
 
 def lowres(source: ImageLike, size: int, factor: int) -> Tensor:
-    """Return float32 (3, size, size) in [-1, 1]: resized, down-sampled by `factor` (bicubic), back up (bilinear)."""
-    small = bicubic_down(_to_tensor(_resize(open_8bit(source, "RGB"), size)), factor).clamp(0, 1)
+    """Return float32 (3, size, size) in [-1, 1]: resized, down-sampled by `factor` (bicubic), up-sampled (bilinear)."""
+    small = bicubic_down(_to_tensor(open_8bit(source, "RGB").resize((size, size), BILINEAR)), factor).clamp(0, 1)
     array = small.mul(255).byte().permute(1, 2, 0).numpy()  # truncated, not rounded, as in the reference
-    return _to_tensor(_resize(Image.fromarray(array), size)).sub(0.5).div(0.5)
+    return rgb(Image.fromarray(array), size)
 
 
 def masked(image: Tensor, hole: np.ndarray) -> Tensor:
-    """Return (4, H, W): the image (3, H, W) in [-1, 1] with 0 in the hole, then the hole, bool (H, W), as 0 and 1."""
+    """Return (4, H, W): the image (3, H, W) in [-1, 1] with 0 in the hole, and the bool hole (H, W) as 0 and 1."""
     plane = torch.from_numpy(np.ascontiguousarray(hole)).float()[None]
     return torch.cat([image * (1 - plane), plane])
 

@@ -1,4 +1,4 @@
-"""Drawn faces with label maps, sketches and poses: data for every task without a download."""
+"""Toy faces: drawn faces with label maps, sketches and poses, the data for every task without a download."""
 
 from psp_lightning.data.toyfaces.faces import Drawing, ToyFaces, write_dataset
 

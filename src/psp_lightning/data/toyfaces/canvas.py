@@ -1,35 +1,41 @@
-"""Canvas of a drawn face: materials, the turning of the head, polygons of material numbers, common outlines."""
+"""The canvas of a drawn face: materials, head rotation, polygons of material numbers and common outlines."""
 
 from __future__ import annotations
+
+import enum
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from psp_lightning.data.toyfaces.person import Color, Person, Scene
 
-SUPERSAMPLING = 3  # odd, so that the centre of a pixel is the centre of one sub-pixel
-TURN = np.linspace(0, 2 * np.pi, 40, endpoint=False)  # once around a closed outline
-SPAN = np.linspace(-1, 1, 13)  # from one end of a feature to the other
-DEPTH = 0.21  # of the face's front above the plane of its outline
-
-BACKGROUND, SKIN, NOSE, GLASSES, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR = range(10)
-MOUTH, U_LIP, L_LIP, HAIR, HAT, EARRING, NECKLACE, NECK, CLOTH = range(10, 19)
+SUPERSAMPLING = 3  # odd, because then the centre of a pixel is the centre of a sub-pixel
+TURN = np.linspace(0, 2 * np.pi, 40, endpoint=False)  # angles around a closed outline
+SPAN = np.linspace(-1, 1, 13)  # positions from one end of a feature to the other
+DEPTH = 0.21  # from the plane of the face's outline to its front
 BLACK: Color = (26.0, 20.0, 22.0)
 WHITE: Color = (250.0, 248.0, 244.0)
 
 Curve = tuple[np.ndarray, np.ndarray]  # x and y of its points
 
 
+class Label(enum.IntEnum):
+    """The ids of CelebAMask-HQ."""
+
+    BACKGROUND, SKIN, NOSE, GLASSES, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR = range(10)
+    MOUTH, U_LIP, L_LIP, HAIR, HAT, EARRING, NECKLACE, NECK, CLOTH = range(10, 19)
+
+
 class Canvas:
-    """An image of material numbers; a material has a colour, a label, a line group and shares of light and blush."""
+    """An image of material numbers. A material has a colour, a label, a line group, and shares of light and blush."""
 
     def __init__(self, person: Person, scene: Scene, size: int) -> None:
         self.size = size
         self.image = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING))
         self.pen = ImageDraw.Draw(self.image)
-        self.colors: list[Color] = [(0.0, 0.0, 0.0)]
-        self.labels, self.groups, self.shade, self.flush = [BACKGROUND], [0], [0.0], [0.0]
-        self.known: dict[tuple[object, ...], int] = {}
+        # materials and their numbers, in order; 0 is the background
+        self.materials: dict[tuple[Color, int, int, float, float], int] = {}
+        self.material((0.0, 0.0, 0.0), Label.BACKGROUND, 0, 0.0)
         self.person, self.scene = person, scene
         self.cos_yaw, self.sin_yaw = np.cos(scene.yaw), np.sin(scene.yaw)
         self.cos_pitch, self.sin_pitch = np.cos(scene.pitch), np.sin(scene.pitch)
@@ -37,30 +43,19 @@ class Canvas:
         self.center = (0.5 + scene.dx, 0.53 + scene.dy)
 
     def material(self, color: Color, label: int, group: int, shade: float = 1.0, flush: float = 0.0) -> int:
-        key = (color, label, group, shade, flush)
-        if key not in self.known:
-            self.known[key] = len(self.colors)
-            self.colors.append(color)
-            self.labels.append(label)
-            self.groups.append(group)
-            self.shade.append(shade)
-            self.flush.append(flush)
-        return self.known[key]
-
-    def depth(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Return how far the face comes forward at (x, y)."""
-        u, v = x / (self.person.width * 1.08), y / 0.38
-        return DEPTH * np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
+        """Return the number of a material."""
+        return self.materials.setdefault((color, label, group, shade, flush), len(self.materials))
 
     def feature(self, x: np.ndarray, y: np.ndarray, out: float = 0.0) -> Curve:
-        """Turn points on the face, `out` above it, with the head."""
-        z = self.depth(x, y) + out
+        """Rotate points of the face with the head; `out` is their height above the face's surface."""
+        u, v = x / (self.person.width * 1.08), y / 0.38
+        z = DEPTH * np.sqrt(np.clip(1 - u * u - v * v, 0, 1)) + out
         turned = x * self.cos_yaw + z * self.sin_yaw
         depth = z * self.cos_yaw - x * self.sin_yaw
         return turned, y * self.cos_pitch + depth * self.sin_pitch
 
     def outline(self, x: np.ndarray, y: np.ndarray, z: float | np.ndarray = 0.0) -> Curve:
-        """Turn points of a silhouette: the head is about as deep as wide, so only what is off its axis moves."""
+        """Rotate points of the silhouette: the head is about as deep as wide, so only points off its axis move."""
         return x + z * self.sin_yaw, y + z * self.sin_pitch
 
     def pixels(self, x: np.ndarray, y: np.ndarray, body: bool = False) -> list[float]:
@@ -80,24 +75,15 @@ class Canvas:
 
 
 def ellipse(x: float, y: float, width: float, height: float, every: int = 1) -> Curve:
-    """Return the outline of an ellipse from its centre and half axes, `every` so many points of `TURN`."""
+    """Return the outline of an ellipse from its centre and half axes, using every `every`-th angle of `TURN`."""
     return x + width * np.cos(TURN[::every]), y + height * np.sin(TURN[::every])
 
 
 def band(x: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> Curve:
-    """Return the outline of the area between two curves over the same x."""
+    """Return the outline of the area between two curves with the same x."""
     return np.concatenate([x, x[::-1]]), np.concatenate([upper, lower[::-1]])
 
 
 def power(t: np.ndarray, exponent: float) -> np.ndarray:
-    """Return the power of the magnitude, with the sign of `t`."""
+    """Raise the magnitude of `t` to a power, keeping the sign."""
     return np.sign(t) * np.abs(t) ** exponent
-
-
-def head(p: Person, grow: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the outline of the head as x, y, z, clockwise from the right ear."""
-    cos, sin = np.cos(TURN), np.sin(TURN)
-    low = np.maximum(sin, 0)
-    x = (p.width + grow) * power(cos, p.square) * (1 - p.jaw * low**1.7)
-    y = np.where(sin > 0, p.chin + grow, p.top + grow) * sin
-    return x, y, 0.1 * low**2

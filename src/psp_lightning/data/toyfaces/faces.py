@@ -1,4 +1,4 @@
-"""Toy faces: an endless data set of drawn people, with exact label maps and sketches, made from only a seed."""
+"""ToyFaces: an endless dataset of drawn people with exact label maps and sketches, generated from a seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from psp_lightning.utils.images import from_uint8, save_atomic
 
 
 class Drawing(NamedTuple):
-    """One drawn face."""
+    """A drawn face."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     labels: np.ndarray  # uint8 (H, W), ids of CelebAMask-HQ
@@ -27,45 +27,45 @@ class Drawing(NamedTuple):
 
 
 class ToyFaces(Dataset[dict[str, Any]]):
-    """Drawn faces; sample i is the same on every machine and in every order.
+    """Drawn faces. Sample i is the same on every machine, whatever the order of access.
 
     Items are dicts: `image` float32 (3, size, size) in [-1, 1], `labels` int64 (size, size) with CelebAMask-HQ's 19
     ids, `sketch` float32 (1, size, size) in [0, 1] with paper at 1, `identity` int.
 
     Args:
-        size: height and width in pixels.
-        seed: another seed, other people and pictures.
+        size: height and width in pixels, at least 16.
+        seed: determines the people and pictures.
         n: number of samples.
-        identities: number of people; sample i shows person `i % identities`. None: each sample another one.
+        identities: number of people; sample i shows person `i % identities`. None: each sample shows a different one.
     """
 
     def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:
         if size < 16:
-            raise UserError(f"toyfaces: {size} px is too small for a face; use at least 16.")
+            raise UserError(f"toyfaces: {size} px is too small for a face. Use at least 16.")
         if n < 1 or (identities is not None and identities < 1) or seed < 0:
-            raise UserError("toyfaces: n and identities must be at least 1, seed at least 0.")
+            raise UserError("toyfaces: n and identities must be at least 1, and seed at least 0.")
         self.size, self.seed, self.n, self.identities = size, seed, n, identities
 
     def __len__(self) -> int:
         return self.n
 
     def identity(self, index: int) -> int:
-        """Return who sample `index` shows."""
+        """Return the number of the person in sample `index`."""
         return index if self.identities is None else index % self.identities
 
     def path(self, index: int) -> str:
-        """Return what sample `index` is called in messages."""
+        """Return the name of sample `index` for messages."""
         return f"toyfaces/seed{self.seed}/{index:06d}"
 
     def draw(self, index: int, frontal: bool = False, toon: bool = False) -> Drawing:
         """Return sample `index` as uint8 arrays.
 
         Args:
-            frontal: the same person and expression, seen from the front in even light.
-            toon: in cartoon style: large eyes, flat colours, black outlines.
+            frontal: draw the same person and expression from the front in even light.
+            toon: draw a cartoon with large eyes, flat colours and black outlines.
 
         Raises:
-            IndexError: outside 0..n-1.
+            IndexError: if `index` is outside 0..n-1.
         """
         if not 0 <= index < self.n:
             raise IndexError(f"toyfaces has the samples 0..{self.n - 1}, not {index}")
@@ -83,11 +83,11 @@ class ToyFaces(Dataset[dict[str, Any]]):
         }
 
     def frontal(self, index: int) -> Tensor:
-        """Return float32 (3, size, size) in [-1, 1]: the same face from the front."""
+        """Return sample `index` from the front, float32 (3, size, size) in [-1, 1]."""
         return _image_tensor(self.draw(index, frontal=True))
 
     def toon(self, index: int) -> Tensor:
-        """Return float32 (3, size, size) in [-1, 1]: the same face as a cartoon."""
+        """Return sample `index` as a cartoon, float32 (3, size, size) in [-1, 1]."""
         return _image_tensor(self.draw(index, toon=True))
 
 
@@ -107,20 +107,20 @@ def write_dataset(
     suffix: str = ".jpg",
     progress: bool = True,
 ) -> Path:
-    """Write toy faces in the folder layout of CelebAMask-HQ.
+    """Write toy faces to a folder with the layout of CelebAMask-HQ, and return the folder.
 
-    `CelebA-HQ-img/0.jpg`, `CelebAMask-HQ-mask/0.png` (class ids) and `sketch/0.png`, and so on. Files are written
-    under temporary names and moved, so that an interrupted call leaves whole files only.
+    The files are `CelebA-HQ-img/0.jpg`, `CelebAMask-HQ-mask/0.png` (class ids), `sketch/0.png` and so on. They are
+    written under temporary names and then moved, so an interrupted call leaves only complete files.
 
     Raises:
-        UserError: when the folder holds a dataset already or cannot be written.
+        UserError: if the suffix is unknown, or the folder already contains a dataset or is not writable.
     """
     out = Path(out)
     if suffix not in (".jpg", ".png", ".webp"):
-        raise UserError(f"Unknown image suffix {suffix!r}; known: .jpg, .png, .webp.")
+        raise UserError(f"Unknown image suffix {suffix!r}. Known: .jpg, .png, .webp.")
     faces = ToyFaces(size, seed, n, identities)
     if taken := [folder for folder in FOLDERS if (out / folder).is_dir() and any((out / folder).iterdir())]:
-        raise UserError(f"{out / taken[0]} holds files already; choose an empty folder, or remove them first.")
+        raise UserError(f"{out / taken[0]} already contains files. Choose an empty folder, or remove them first.")
     steps: Any = range(n)
     if progress:
         from rich.progress import track

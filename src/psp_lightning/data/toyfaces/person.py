@@ -1,7 +1,7 @@
-"""Numbers of a drawn face: who it is (`Person`) and how it is seen (`Scene`), drawn from a random generator.
+"""The numbers that describe a drawn face, drawn at random: who it shows (`Person`) and how it is seen (`Scene`).
 
-Lengths are fractions of the picture's width, angles are radians. Origin: centre of the head, x right, y down, z to the
-viewer.
+Lengths are fractions of the picture's width, angles are in radians. The origin is the centre of the head, with x to the
+right, y down and z towards the viewer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STYLE_WEIGHTS = np.array([4, 6, 14, 10, 8, 6, 11, 11, 13, 10, 7, 5], float)
 
 @dataclass(frozen=True)
 class Person:
-    """What stays the same in every picture of a person."""
+    """The features of a person, the same in all pictures."""
 
     width: float
     top: float
@@ -77,7 +77,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Scene:
-    """What changes from picture to picture."""
+    """The pose, expression and surroundings, different in each picture."""
 
     yaw: float
     pitch: float
@@ -106,7 +106,7 @@ class Scene:
     blobs: tuple[tuple[float, float, float, float], ...]
 
     def neutral(self) -> Scene:
-        """Return the same picture from the front, in even light."""
+        """Return the scene with a frontal pose and even light."""
         return replace(self, yaw=0.0, pitch=0.0, roll=0.0, light_x=0.0, light_y=-0.35, light=0.7, warm=0.0)
 
 
@@ -121,12 +121,12 @@ def _vary(rng: np.random.Generator, color: tuple[float, ...], amount: float) -> 
 
 
 def mix(a: Color, b: Color, share: float) -> Color:
-    """Mix two colours, with `share` of b."""
+    """Mix two colours with a share of `b`."""
     return tuple(x + (y - x) * share for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 def draw_person(rng: np.random.Generator) -> Person:
-    """Draw a person. Every call takes the same numbers in the same order from `rng`."""
+    """Draw a person, always taking the same numbers in the same order from `rng`."""
 
     def near(mean: float, deviation: float) -> float:
         return float(mean + deviation * np.clip(rng.normal(), -2, 2))
@@ -141,9 +141,8 @@ def draw_person(rng: np.random.Generator) -> Person:
     dark = tone > 3.6
     hair = _vary(rng, HAIRS[int(rng.integers(0, 3 if dark else len(HAIRS)))], 0.06)
     style = pick(STYLES, STYLE_WEIGHTS)
-    feminine = rng.random() < {"bald": 0.05, "buzz": 0.15, "receding": 0.0, "long": 0.9, "wavy": 0.95, "bun": 0.95}.get(
-        style, 0.5
-    )
+    share = {"bald": 0.05, "buzz": 0.15, "receding": 0.0, "long": 0.9, "wavy": 0.95, "bun": 0.95}.get(style, 0.5)
+    feminine = rng.random() < share
     red = (196, 60, 78) if feminine and rng.random() < 0.4 else (190, 96, 92)
     beard = pick(("none", "full", "stubble", "moustache", "goatee"), [5, 2.2, 1.6, 1, 1])
     return Person(
@@ -195,7 +194,7 @@ def draw_person(rng: np.random.Generator) -> Person:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw pose, light, expression, clothes and backdrop of one picture."""
+    """Draw the pose, light, expression, clothes and backdrop of one picture."""
 
     def near(deviation: float) -> float:
         return float(deviation * np.clip(rng.normal(), -2.2, 2.2))

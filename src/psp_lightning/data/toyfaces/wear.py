@@ -1,15 +1,15 @@
-"""Hair, glasses and hats of a drawn person."""
+"""The hair, glasses and hat of a drawn person."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from psp_lightning.data.toyfaces.canvas import GLASSES, HAIR, HAT, SPAN, TURN, Canvas, Curve, ellipse, power
+from psp_lightning.data.toyfaces.canvas import SPAN, TURN, Canvas, Curve, Label, ellipse, power
 from psp_lightning.data.toyfaces.person import Person, mix
 
 
 def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> Curve:
-    """Push an outline in and out `waves` times."""
+    """Add `waves` bumps to an outline."""
     t = np.linspace(0, 2 * np.pi, len(x), endpoint=False)
     k = 1 + amount * np.abs(np.sin(0.5 * waves * t))
     return x * k, y * k
@@ -18,7 +18,7 @@ def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> Curve:
 def back_hair(c: Canvas) -> None:
     """Draw the hair behind neck and shoulders."""
     p = c.person
-    dark = c.material(mix(p.hair, (0, 0, 0), 0.28), HAIR, 9, 0.5)
+    dark = c.material(mix(p.hair, (0, 0, 0), 0.28), Label.HAIR, 9, 0.5)
     t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     w, top = p.width + p.volume, p.top + p.volume
     cos, sin = np.cos(t), np.sin(t)
@@ -38,7 +38,7 @@ def back_hair(c: Canvas) -> None:
         c.fill(c.outline(x, y, -0.06), dark)
     if p.style == "bun":
         x, y = 0.1 * cos, -top - 0.03 + 0.085 * sin
-        c.fill(c.outline(x, y, -0.1), c.material(p.hair, HAIR, 10, 0.7))
+        c.fill(c.outline(x, y, -0.1), c.material(p.hair, Label.HAIR, 10, 0.7))
         c.stroke(c.outline(0.07 * SPAN, -top + 0.025 - 0.02 * SPAN * SPAN, -0.1), 0.01, dark)
 
 
@@ -51,42 +51,37 @@ def _lens(p: Person, side: int) -> Curve:
 
 
 def glasses(c: Canvas, before_eyes: bool) -> None:
-    """Draw clear lenses below the eyes, so that the eyes keep their label; dark lenses and the frame on top."""
+    """Draw clear lenses if `before_eyes`, because the eyes must keep their labels, otherwise dark lenses and frame."""
     p = c.person
     if p.glasses == "none":
         return
     if before_eyes:
         if p.glasses == "clear":
+            lens = c.material(mix(p.skin, (226, 240, 255), 0.3), Label.GLASSES, 22, 0.8)
             for side in (-1, 1):
-                c.fill(
-                    c.feature(*_lens(p, side), 0.02), c.material(mix(p.skin, (226, 240, 255), 0.3), GLASSES, 22, 0.8)
-                )
+                c.fill(c.feature(*_lens(p, side), 0.02), lens)
         return
-    frame = c.material(p.frame, GLASSES, 23, 0.3)
+    frame = c.material(p.frame, Label.GLASSES, 23, 0.3)
     for side in (-1, 1):
         x, y = c.feature(*_lens(p, side), 0.03)
         if p.glasses == "sun":
-            c.fill((x, y), c.material(mix(p.frame, (24, 26, 34), 0.8), GLASSES, 22, 0.2))
-            glare = c.material((120, 132, 150), GLASSES, 22, 0.2)
+            c.fill((x, y), c.material(mix(p.frame, (24, 26, 34), 0.8), Label.GLASSES, 22, 0.2))
+            glare = c.material((120, 132, 150), Label.GLASSES, 22, 0.2)
             gx = side * p.eye_x + p.glasses_w * np.array([-0.55, -0.25, -0.5, -0.75])
             c.fill(c.feature(gx, p.eye_y + p.glasses_h * np.array([-0.45, -0.45, 0.4, 0.3]), 0.03), glare)
         c.stroke((np.append(x, x[:2]), np.append(y, y[:2])), p.frame_thick, frame)
         ex, ey = c.outline(np.array([side * p.width]), np.array([p.eye_y + 0.005]))
         outer = int(np.argmax(side * x))
         if side * (ex[0] - x[outer]) > 0:
-            c.stroke(
-                (np.array([x[outer], ex[0]]), np.array([y[outer] - 0.4 * p.glasses_h, ey[0]])), p.frame_thick, frame
-            )
+            temple = np.array([x[outer], ex[0]]), np.array([y[outer] - 0.4 * p.glasses_h, ey[0]])
+            c.stroke(temple, p.frame_thick, frame)
     inner = p.eye_x + 0.004 - p.glasses_w
-    c.stroke(
-        c.feature(np.linspace(-inner, inner, 5) * 1.1, p.eye_y - 0.01 - 0.008 * np.array([0, 1, 1.3, 1, 0.0]), 0.045),
-        p.frame_thick,
-        frame,
-    )
+    x, y = np.linspace(-inner, inner, 5) * 1.1, p.eye_y - 0.01 - 0.008 * np.array([0, 1, 1.3, 1, 0.0])
+    c.stroke(c.feature(x, y, 0.045), p.frame_thick, frame)
 
 
 def _hairline(p: Person, s: np.ndarray) -> Curve:
-    """Return the lower edge of the front hair, from temple to temple as s goes from -1 to 1: x, y on the face."""
+    """Return the lower edge of the front hair as x, y on the face, with s from -1 (one temple) to 1 (the other)."""
     y = p.hairline + 0.09 * s**2
     side = p.side * s
     if p.style in ("part", "bob", "long", "wavy", "bun"):
@@ -109,11 +104,10 @@ def front_hair(c: Canvas) -> None:
     p = c.person
     if p.style == "bald":
         return
-    hair = c.material(p.hair, HAIR, 10, 0.7)
+    hair = c.material(p.hair, Label.HAIR, 10, 0.7)
     thick = {"buzz": 0.012, "receding": 0.012, "quiff": 0.05, "part": 0.045}.get(p.style, p.volume)
-    burn = {"buzz": -0.03, "receding": 0.0, "part": 0.02, "quiff": -0.01, "bun": -0.02, "curly": 0.0, "afro": 0.02}.get(
-        p.style, 0.12
-    )
+    burns = {"buzz": -0.03, "receding": 0.0, "part": 0.02, "quiff": -0.01, "bun": -0.02, "curly": 0.0, "afro": 0.02}
+    burn = burns.get(p.style, 0.12)
     t = np.linspace(0, np.pi, 60)
     w, top = p.width + 0.55 * thick, p.top + thick
     ox, oy = -w * power(np.cos(t), 0.92), -top * np.sin(t)
@@ -128,7 +122,7 @@ def front_hair(c: Canvas) -> None:
     s = np.linspace(1, -1, 41)
     hx, hy = _hairline(p, s)
     fx, fy = c.feature(hx, hy, 0.01)
-    # the temples: from the hairline's end down beside the cheek, inside of the outline
+    # the temples run from the ends of the hairline down beside the cheeks, inside the outline
     ends = p.width * 0.9
     rx, ry = c.outline(np.array([w, ends]), np.array([burn, burn]))
     lx, ly = c.outline(np.array([-ends, -w]), np.array([burn, burn]))
@@ -136,16 +130,15 @@ def front_hair(c: Canvas) -> None:
     c.fill((np.concatenate([sx, rx, fx, lx]), np.concatenate([sy, ry, fy, ly])), hair)
     if p.style in ("buzz", "receding"):
         return
-    light = c.material(mix(p.hair, (255, 236, 200), 0.2), HAIR, 24, 0.7)
-    deep = c.material(mix(p.hair, (0, 0, 0), 0.25), HAIR, 25, 0.7)
+    light = c.material(mix(p.hair, (255, 236, 200), 0.2), Label.HAIR, 24, 0.7)
+    deep = c.material(mix(p.hair, (0, 0, 0), 0.25), Label.HAIR, 25, 0.7)
     part = 0.35 * p.side
     for k, start in enumerate(np.linspace(-0.86, 0.86, 9)):
         if p.style in ("curly", "afro"):
             cx, cy = start * p.width, -p.top * np.sqrt(max(0.0, 1 - start * start)) * 0.86 - 0.03
             arc = np.linspace(0.3, 3.6, 9) + k
-            c.stroke(
-                c.outline(cx + 0.028 * np.cos(arc), cy + 0.024 * np.sin(arc), 0.08), 0.008, light if k % 2 else deep
-            )
+            curl = c.outline(cx + 0.028 * np.cos(arc), cy + 0.024 * np.sin(arc), 0.08)
+            c.stroke(curl, 0.008, light if k % 2 else deep)
             continue
         v = np.linspace(0.1, 0.92, 9)
         ex, ey = _hairline(p, np.array([start]))
@@ -159,12 +152,10 @@ def front_hair(c: Canvas) -> None:
         wave = 0.016 * np.sin(v * 15) if p.style == "wavy" else 0 * v
         for side in (-1, 1):
             inner = p.width * (0.93 + 0.03 * np.sin(v * 3)) + wave * 0.6
-            y0, y1 = -0.17, length
-            y = y0 + v * (y1 - y0)
-            # above the ears it stays inside the cap of hair
-            outer = (w + 0.008 * (y > 0)) * (1 - np.minimum(y / top, 0) ** 2) ** 0.46 * (
-                1 + 0.12 * np.maximum(y, 0)
-            ) + wave
+            y = -0.17 + v * (length + 0.17)
+            # above the ears the lock remains inside the cap of hair
+            outer = (w + 0.008 * (y > 0)) * (1 - np.minimum(y / top, 0) ** 2) ** 0.46
+            outer = outer * (1 + 0.12 * np.maximum(y, 0)) + wave
             inner = np.minimum(inner, outer)
             lock = np.concatenate([inner, outer[::-1]]), np.concatenate([y, (y - 0.02 * v)[::-1]])
             c.fill(c.outline(side * lock[0], lock[1], 0.03), hair)
@@ -176,8 +167,8 @@ def hat(c: Canvas) -> None:
     p = c.person
     if p.hat == "none" or p.style in ("afro", "bun"):
         return
-    color = c.material(p.hat_color, HAT, 26, 0.8)
-    trim = c.material(mix(p.hat_color, (20, 20, 30), 0.3), HAT, 27, 0.8)
+    color = c.material(p.hat_color, Label.HAT, 26, 0.8)
+    trim = c.material(mix(p.hat_color, (20, 20, 30), 0.3), Label.HAT, 27, 0.8)
     t = np.linspace(0, np.pi, 40)
     w, top = p.width + p.volume * 0.6 + 0.012, p.top + p.volume + 0.03
     rim = -0.165
