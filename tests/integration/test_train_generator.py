@@ -273,7 +273,7 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
     settings = [item for item in settings if not item.startswith(("run=", "network.max_channels", "trainer.max_steps"))]
     wrong = [*settings, "network.max_channels=16", "trainer.max_steps=2", "run=b"]
     done = psp("train_generator", "resume=x/a.ckpt", *wrong)
-    assert done.code == 1 and "is of other networks than network.* and domain.size say" in done.err, done.err
+    assert done.code == 1 and "networks do not match network.* and domain.size" in done.err, done.err
     assert "Traceback" not in done.err
 
 
