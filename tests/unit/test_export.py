@@ -111,11 +111,13 @@ def test_the_network_stays_as_it_was(tmp_path: Path) -> None:
     net.generator.use_half(16)
     net.encoder.train()
     net.generator.half()
+    net.generator.requires_grad_(True)
     modes = {name: item.training for name, item in net.named_modules()}
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     export(net, tmp_path / "x.onnx", "onnx")
     assert net.generator.half_from == 16 and net.generator.input.input.dtype == torch.float16
     assert {name: item.training for name, item in net.named_modules()} == modes
+    assert all(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 
 
@@ -143,7 +145,7 @@ def test_card_says_what_the_file_is(format: str, what: str, tmp_path: Path, monk
 
 def test_card_of_a_network_of_unknown_origin(tmp_path: Path) -> None:
     text = export(network(), tmp_path / "x.safetensors", "safetensors").card.read_text()
-    assert "a network in memory" in text and "licence: the checkpoint does not say" in text
+    assert "a network in memory" in text and "licence: not in the checkpoint" in text
 
 
 # --- what goes wrong

@@ -235,7 +235,7 @@ def test_a_value_that_is_not_finite_is_named() -> None:
 
 
 def test_weights_of_another_network() -> None:
-    with pytest.raises(UserError, match="other networks than network"):
+    with pytest.raises(UserError, match="do not match network"):
         build(width=8).load_state_dict(build(width=4).state_dict())
 
 

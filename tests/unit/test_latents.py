@@ -182,13 +182,13 @@ def test_names_stay_in_the_folder_of_the_outputs(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda: Latents(codes(2), ("a", "a")), "'a' is there twice"),
+        (lambda: Latents(codes(2), ("a", "a")), "'a' occurs twice"),
         (lambda: Latents(codes(2), ("a",)), "1 names for 2"),
         (lambda: Latents(codes(2), ("a", "b"), "w"), "not \\(2, 8, 16\\)"),
         (lambda: Latents(codes(2), ("a", "b"), "wplus"), "Did you mean 'w_plus'"),
         (lambda: Latents(codes(1) / 0, ("a",)), "not finite"),
-        (lambda: latents().only("a/9"), "no code called 'a/9'"),
-        (lambda: latents().into("z"), "no way"),
+        (lambda: latents().only("a/9"), "no code is called 'a/9'"),
+        (lambda: latents().into("z"), "cannot be converted to z"),
         (lambda: latents(space="w").into("w_plus"), "needs the network"),
         (lambda: latents().into("w"), "styles of a code differ"),
         (lambda: latents(latent_avg=False).into("w_plus", load_like(generator())), "has none to add"),
@@ -343,5 +343,5 @@ def test_save_plain(suffix: str, tmp_path: Path) -> None:
     assert found.dtype == np.float32 and np.array_equal(found, codes().numpy())
     with pytest.raises(UserError, match="average"):
         save_plain(path, latents(latent_avg=False))
-    with pytest.raises(UserError, match="give ckpt"):
+    with pytest.raises(UserError, match="set ckpt"):
         save_latents(tmp_path / "l.safetensors", read_plain(path))

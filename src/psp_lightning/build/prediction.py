@@ -52,7 +52,7 @@ class PredictionPlan:
         todo = set(self.todo)
         return [self.outputs.record(i, "skipped") for i in range(len(self.outputs.files)) if i not in todo]
 
-    def gather_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
+    def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors: the codes of all inputs that have one; None: not asked for.
 
         Raises:

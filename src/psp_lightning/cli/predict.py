@@ -55,7 +55,7 @@ def _run(cfg: DictConfig) -> None:
             print(f"error: {record['error']}", file=sys.stderr)
     again = " (overwrite=true writes them again)" if count["skipped"] else ""
     print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {manifest}")
-    if codes := plan.gather_latents(cfg, records):
+    if codes := plan.write_latents(cfg, records):
         print(f"latents: {codes}")
     if count["error"]:
         sys.exit(1)

@@ -1,8 +1,8 @@
-"""Write networks for other programs: ONNX, TorchScript, or our own safetensors, each with a model card.
+"""Export networks as ONNX, TorchScript or safetensors, each with a model card.
 
-A copy on the CPU is traced, where the operators of `ops/` are plain PyTorch, so that a graph has only standard
-operators, whatever device the network is on. Modulation scales the activations, so that weights are constants and the
-batch stays free; noise is the stored maps.
+A copy of the network is traced on the CPU, where the operators of `ops/` are plain PyTorch, so graphs contain only
+standard operators whatever device the network is on. Modulation scales the activations, so weights are constants and
+the batch size is free. Noise is the stored maps.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from psp_lightning.checkpoints.weight_files import save_generator, save_psp
-from psp_lightning.inference.frozen import plain_generator
+from psp_lightning.inference.frozen import plain_form
 from psp_lightning.inference.model_card import OPSET, PORTS, model_card
 from psp_lightning.loading import load_generator, load_psp
-from psp_lightning.models.layers import HalfPrecision
+from psp_lightning.models.layers import HalfPrecision, freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
@@ -37,12 +37,12 @@ from psp_lightning.utils.errors import UserError
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 PARTS = ("encoder", "generator", "both")
 NEEDED = ("onnx", "onnxruntime")
-TOLERANCE = 1e-3  # of values up to one; of larger ones relative
+TOLERANCE = 1e-3  # absolute for values up to one, otherwise relative
 TRACED, CHECKED = 2, (1, 3)  # batch sizes
 
 
 class Sizes(nn.Module):
-    """Stands for a generator where only its sizes matter."""
+    """A stand-in for a generator that has only its sizes."""
 
     def __init__(self, generator: nn.Module) -> None:
         super().__init__()
@@ -50,25 +50,25 @@ class Sizes(nn.Module):
 
 
 class Part(nn.Module):
-    """The exported half of a network, or the whole, in eval mode.
+    """The exported part of a network, in eval mode.
 
     Args:
         net: the network; its modules are shared.
-        what: `encoder`: source (B, C, input_size, input_size) to w_plus (B, n_styles, style_dim), the average latent
+        what: `encoder`: source (B, C, input_size, input_size) to w_plus (B, n_styles, style_dim), average latent
             included; `generator`: w_plus to image (B, 3, output_size, output_size), not clamped; `both`.
 
     Raises:
-        UserError: an encoder is asked of a generator alone.
+        UserError: `what` includes an encoder and the network has none.
     """
 
     def __init__(self, net: PSP, what: str) -> None:
         super().__init__()
         if what != "generator" and isinstance(net.encoder, nn.Identity):
-            raise UserError(f"what={what} needs an encoder, and the checkpoint is a generator alone: what=generator.")
+            raise UserError(f"what={what} needs an encoder; the checkpoint is only a generator: set what=generator.")
         self.net, self.what = net, what
         if what == "generator":
             self.net = PSP(nn.Identity(), net.generator)
-        elif what == "encoder" and not net.passes:  # passes take the generator
+        elif what == "encoder" and not net.passes:  # passes need the generator
             self.net = PSP(net.encoder, Sizes(net.generator), net.latent_avg, net.start_from_latent_avg)
         self.eval()
 
@@ -80,7 +80,7 @@ class Part(nn.Module):
 
 @torch.no_grad()
 def example(net: PSP, what: str, batch: int) -> Tensor:
-    """Return an input of a part of `net`, always the same for a batch size."""
+    """Return an example input for a part of `net`; it depends only on the batch size."""
     source = torch.Generator().manual_seed(batch)
     if what == "generator":
         generator: Any = net.generator
@@ -91,10 +91,10 @@ def example(net: PSP, what: str, batch: int) -> Tensor:
 
 
 class FixedShapes(TorchFunctionMode):
-    """Trace with every size constant but the batch's, and without what ONNX cannot say.
+    """A mode for tracing in which all sizes except the batch's are constants, without operators that ONNX lacks.
 
-    Sizes that a trace computes hide from the exporter the shapes of filters; adaptive pooling to a size that does not
-    divide the input's becomes the two matrix products that it is; `unflatten` would keep the batch of the example.
+    If a trace computes sizes, the exporter does not know the shapes of filters. Adaptive pooling to a size that does
+    not divide the input's becomes two matrix products. `unflatten` would fix the batch size to the example's.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,13 +120,13 @@ class FixedShapes(TorchFunctionMode):
         rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
         if rows is None or columns is None:
             return F.adaptive_avg_pool2d(input, output_size)
-        if height % rows == 0 and width % columns == 0:  # without the shape of the input, which ONNX may have lost
+        if height % rows == 0 and width % columns == 0:  # needs no input shape, which ONNX may not know
             return F.avg_pool2d(input, (height // rows, width // columns))
         return averages(height, rows) @ input @ averages(width, columns).t()
 
 
 def averages(n: int, m: int) -> Tensor:
-    """Return the matrix (m, n) of adaptive average pooling from n to m places."""
+    """Return the matrix (m, n) of adaptive average pooling from n to m elements."""
     weights = torch.zeros(m, n)
     for i in range(m):
         first, last = i * n // m, -(-(i + 1) * n // m)
@@ -136,49 +136,43 @@ def averages(n: int, m: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
-
-    Attributes:
-        path: the file.
-        card: its model card, beside it.
-        difference: from PyTorch, the largest at any value of the checked batches.
-    """
+    """The result of an export."""
 
     path: Path
-    card: Path
-    difference: float
+    card: Path  # the model card, in the same folder
+    difference: float  # largest absolute difference from PyTorch in the checked batches
 
 
 def check_packages(format: str) -> None:
-    """Raise a UserError with the command that installs what `format` needs."""
-    lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None] if format == "onnx" else []
-    if lacking:
-        raise UserError(f"format=onnx needs {' and '.join(lacking)}: pip install {' '.join(NEEDED)}")
+    """Raise a UserError with an installation command if packages that `format` needs are missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None] if format == "onnx" else []
+    if missing:
+        raise UserError(f"format=onnx needs {' and '.join(missing)}: pip install {' '.join(NEEDED)}")
 
 
 def export(
     net: PSP, path: str | os.PathLike[str], format: str, what: str = "both", facts: Mapping[str, Any] | None = None
 ) -> Exported:
-    """Write a network, compare it with PyTorch at batch 1 and 3, and write its model card, PATH.md.
+    """Export a network, compare the file with PyTorch at batch 1 and 3, and write its model card, PATH.md.
 
     Args:
-        net: on any device, of any precision, in any mode; it is not changed.
-        path: is replaced; nothing is left there when the export or the comparison fails.
+        net: the network, on any device, in any precision and mode; it is not changed.
+        path: the file to write or replace; if the export or the comparison fails, it is not changed.
         format: `onnx`, `torchscript` or `safetensors` (`save_psp`, `save_generator`).
         what: see `Part`.
-        facts: for the card, see `facts_of`.
+        facts: facts for the model card, see `facts_of`.
 
     Raises:
-        UserError: packages are missing; the network cannot be traced; its results differ; an encoder alone as
-            safetensors.
+        UserError: packages are missing, the network cannot be traced, its results differ, or an encoder without
+            generator is to be written as safetensors.
         OSError: the file cannot be written.
     """
     check_packages(format)
     if format == "safetensors" and what == "encoder":
-        raise UserError("what=encoder has no safetensors file of its own: take what=both, or another format.")
+        raise UserError("what=encoder cannot be written as safetensors: set what=both, or choose another format.")
     path, facts = Path(path), dict(facts or {})
-    net = copy.deepcopy(net).float().cpu()
-    net.generator = plain_generator(net.generator)
+    generator = freeze(copy.deepcopy(plain_form(net.generator)))
+    net = copy.deepcopy(net, {id(net.generator): generator}).float().cpu()  # the memo puts the plain form in the copy
     for module in net.modules():
         if isinstance(module, HalfPrecision):
             module.half_from = None
@@ -199,10 +193,11 @@ def export(
 
 @torch.no_grad()
 def compare(part: Part, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> float:
-    """Return the largest difference between what `part` and `run` give for the inputs.
+    """Return the largest absolute difference between the results of `part` and `run` for the inputs.
 
     Raises:
-        UserError: more than 1e-3, of values beyond one relative to the largest; or a result of another shape.
+        UserError: `run` fails, its result has another shape, or it differs by more than 1e-3 (times the largest
+            absolute value if that exceeds one).
     """
     worst = 0.0
     for x in inputs:
@@ -210,18 +205,18 @@ def compare(part: Part, run: Callable[[Tensor], Tensor], inputs: Sequence[Tensor
         expected = part(x)
         try:
             found = run(x)
-        except Exception as error:  # of another program
+        except Exception as error:  # the other program may raise anything
             raise UserError(
-                f"the exported network fails at batch {batch}, nothing was written ({_first(error)}): does an own "
-                "network compute with the size of its batch?"
+                f"the exported network fails at batch {batch}, so nothing was written ({_first(error)}). If you use "
+                "your own network, check that it does not compute with its batch size."
             ) from None
         fits = found.shape == expected.shape
         difference = float((found - expected).abs().max()) if fits else float("inf")
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
             what = f"differs by {difference:.2g}" if fits else f"gives {tuple(found.shape)}"
             raise UserError(
-                f"the exported network {what} at batch {batch}, where PyTorch gives {tuple(expected.shape)} and "
-                f"{TOLERANCE} is allowed; nothing was written."
+                f"the exported network {what} at batch {batch}, but PyTorch gives {tuple(expected.shape)} and the "
+                f"tolerance is {TOLERANCE}; nothing was written."
             )
         worst = max(worst, difference)
     return worst
@@ -233,7 +228,7 @@ def _first(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _tracing(path: Path) -> Iterator[None]:
-    """Trace quietly, with fixed shapes; what goes wrong becomes one message."""
+    """Trace with fixed shapes and without output; turn any failure into one message."""
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), FixedShapes():
             warnings.simplefilter("ignore")
@@ -241,9 +236,8 @@ def _tracing(path: Path) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        full = "write" in str(error).lower() and "fail" in str(error).lower()  # how PyTorch's writer says it
-        if full:
-            raise OSError(errno.ENOSPC, "cannot be written, the disk is probably full", os.fspath(path)) from error
+        if "write" in str(error).lower() and "fail" in str(error).lower():  # from PyTorch's file writer
+            raise OSError(errno.ENOSPC, "cannot be written; the disk is probably full", os.fspath(path)) from error
         raise UserError(f"the network cannot be exported ({type(error).__name__}: {_first(error)}).") from error
 
 
@@ -264,7 +258,7 @@ def _onnx(part: Part, x: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
             output_names=[result],
             dynamic_axes={source: {0: "batch"}, result: {0: "batch"}},
             opset_version=OPSET,
-            dynamo=False,  # the newer exporter takes ten times as long, and in torch 2.6 needs an onnxscript of its age
+            dynamo=False,  # the new exporter takes ten times as long, and torch 2.6 needs a matching onnxscript
         )
     import onnxruntime  # optional
 

@@ -1,4 +1,4 @@
-"""Batches of one size, for functions that are compiled or captured as a CUDA graph."""
+"""Batches of a fixed size, for functions that are compiled or captured as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class FixedBatch:
-    """Calls a function with batches of one size, which it was compiled or captured for; a smaller one is filled up.
+    """A function that is called only with batches of one size; smaller batches are padded.
 
     Args:
-        function: of tensors whose samples are independent; it must not wait for the device.
-        batch: the size.
-        compile: compile it at the first call.
-        graph: on CUDA capture it at the first call and replay it from then on.
+        function: a function of tensors whose samples are independent; it must not wait for the device.
+        batch: the batch size.
+        compile: compile the function at the first call.
+        graph: on CUDA, capture the function at the first call and replay the graph from then on.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], batch: int, compile: bool, graph: bool) -> None:
@@ -36,7 +36,7 @@ class FixedBatch:
             self._given = x.clone()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is decided or built at a first call is no part of the graph
+            with torch.cuda.stream(stream):  # keeps one-time work of first calls out of the graph
                 for _ in range(3):
                     self.function(self._given)
             torch.cuda.current_stream().wait_stream(stream)
@@ -46,4 +46,4 @@ class FixedBatch:
         assert self._given is not None and self._result is not None
         self._given.copy_(x)
         self._graph.replay()
-        return self._result.clone()  # the next replay writes there
+        return self._result.clone()  # the next replay overwrites it

@@ -1,10 +1,10 @@
-"""The fast form of a generator whose weights stay as they are.
+"""A fast form of a generator with constant weights.
 
-What depends only on the weights is computed once and kept: the weights in the type and order that a convolution takes,
-the sums of their squares, and on the CPU in float32 their Winograd transforms. There a styled layer is one autograd
-function, which keeps one tensor for its derivative and not five (`ops/cpu/frozen_conv.py`).
+Values that depend only on the weights are computed once: the weights in the dtype and layout of the convolution, the
+sums of their squares and, on the CPU in float32, their Winograd transforms. On the CPU a styled layer is one autograd
+function that saves one tensor for the backward pass instead of five (`ops/cpu/frozen_conv.py`).
 
-A 1024 px generator has 127 MiB of weights; what is derived from them takes 133 MiB more, in float32 and at batch 1.
+A 1024 px generator has 127 MiB of weights; the derived values need another 133 MiB in float32 at batch 1.
 """
 
 from __future__ import annotations
@@ -26,75 +26,80 @@ from psp_lightning.ops.modulated_conv import modulated_convolution
 
 
 def autocast_dtype(precision: object, on_cpu: bool) -> torch.dtype | None:
-    """Return the type in which autocast computes under one of Lightning's precisions; None where it is off."""
+    """Return the dtype in which autocast computes with one of Lightning's precisions, or None if it is off."""
     if precision == "16-mixed" and not on_cpu:
         return torch.float16
-    return torch.bfloat16 if precision in ("16-mixed", "bf16-mixed") else None  # a CPU takes bfloat16 for both
+    return torch.bfloat16 if precision in ("16-mixed", "bf16-mixed") else None  # bfloat16 for both on a CPU
 
 
 def freeze_generator(generator: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
-    """Return a generator in a form that computes faster, with the same class, state-dict keys and methods.
+    """Return a faster form of a generator, with the same class, state-dict keys and methods.
 
-    The new module shares the parameters and buffers, which are frozen. What it derives from the weights is computed
-    again when this module itself loads a state dict, is moved or cast. Nobody may change a weight in place, also not
-    through another module that shares it; `plain_generator` gives the form for that. Where a parameter is replaced or
-    requires a gradient again, the plain layers compute.
+    The new module shares the parameters and buffers, which are frozen. It recomputes the values derived from the
+    weights when it loads a state dict, is moved or is cast. Do not change weights in place, not even through another
+    module that shares them; use `plain_generator` for that. If a parameter is replaced or requires a gradient again,
+    the plain layers compute.
 
     Args:
-        generator: a `Generator`; another network is only frozen. A frozen form is prepared anew.
-        dtype: the type in which autocast will compute, by default the type of the weights. From the resolution of
-            `use_half` on, its type is taken. Calls in another type, and captured graphs, use the plain layers.
+        generator: a `Generator`; any other network is only frozen. A frozen form is prepared again.
+        dtype: the dtype in which autocast will compute; by default the dtype of the weights. Blocks from the resolution
+            of `use_half` on use its dtype instead. Calls in another dtype and captured graphs use the plain layers.
     """
 
     def frozen(layer: nn.Module, resolution: int) -> nn.Module:
         half = generator.is_half(resolution)  # type: ignore[operator]
         return _frozen_layer(layer, generator.half_dtype if half else dtype)  # type: ignore[arg-type]
 
-    return _with_layers(plain_generator(generator), frozen)
+    return freeze(_with_layers(plain_generator(generator), frozen))
 
 
 def plain_generator(generator: ModuleT) -> ModuleT:
-    """Return the plain form of what `freeze_generator` returned: the same parameters, still frozen.
+    """Return the plain form of a generator from `freeze_generator`, with the same parameters, still frozen.
 
-    Graphs that are compiled or exported, and weights that are trained again, need it.
+    Use it to compile or export a graph, or to train the weights again.
     """
+    return freeze(plain_form(generator))
+
+
+def plain_form(generator: ModuleT) -> ModuleT:
+    """Return the plain form of a generator and freeze nothing."""
     return _with_layers(generator, lambda layer, _: getattr(layer, "plain", (layer,))[0])
 
 
 def freeze_psp_generator(net: PSP, dtype: torch.dtype | None = None) -> PSP:
-    """Put the frozen form of its generator into `net` and return `net`; see `freeze_generator`."""
+    """Replace the generator of `net` with its frozen form and return `net`; see `freeze_generator`."""
     net.generator = freeze_generator(net.generator, dtype)
     return net
 
 
 def _with_layers(generator: ModuleT, change: Callable[[nn.Module, int], nn.Module]) -> ModuleT:
-    """Return a frozen copy, one level deep, in which `change(layer, resolution)` stands for each layer."""
+    """Return a shallow copy in which `change(layer, resolution)` replaces each layer."""
     if not isinstance(generator, Generator):
-        return freeze(generator)
+        return generator
     other = copy.copy(generator)
     other.__dict__ |= {key: copy.copy(value) for key, value in generator.__dict__.items() if "_hooks" in key}
     other._modules = dict(generator._modules)
-    other.__dict__.pop("train", None)  # of the one that was copied
+    other.__dict__.pop("train", None)  # it is bound to the original
     other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
     other.convs = nn.ModuleList(change(layer, 8 << i // 2) for i, layer in enumerate(generator.convs))
     other.to_rgbs = nn.ModuleList(change(layer, 8 << i) for i, layer in enumerate(generator.to_rgbs))
-    return freeze(other)
+    return other
 
 
 def _frozen_layer(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Return the frozen form of a layer; a class that a user derived may compute anything and stays as it is."""
+    """Return the frozen form of a layer, or the layer if its class is a subclass, which may compute anything."""
     if type(layer) not in (StyledConv, ToRGB):
         return layer
     frozen = FrozenStyledConv.__new__(FrozenStyledConv) if type(layer) is StyledConv else ToRGB.__new__(ToRGB)
     _share(frozen, layer)
     frozen._modules["conv"] = FrozenConv(layer.conv, dtype)  # type: ignore[arg-type]
-    frozen.__dict__["plain"] = (layer,)  # not a submodule
+    frozen.__dict__["plain"] = (layer,)  # in a tuple, so that it is not a submodule
     return frozen
 
 
 def _share(frozen: nn.Module, plain: nn.Module) -> None:
-    """Initialise `frozen` with what `plain` holds. Both have one dict of parameters, so that they stay equal also where
-    PyTorch replaces a parameter."""
+    """Initialise `frozen` with the content of `plain`, with one shared dict of parameters, so that both see a parameter
+    that PyTorch replaces."""
     nn.Module.__init__(frozen)
     frozen.__dict__ = {**plain.__dict__, **frozen.__dict__, "_parameters": plain._parameters}
     frozen._modules = dict(plain._modules)
@@ -104,10 +109,10 @@ def _share(frozen: nn.Module, plain: nn.Module) -> None:
 class FrozenConv(ModulatedConv):
     """A modulated convolution with constant weights.
 
-    Buffers, which are not saved:
-        prepared_weight: the weight in the type that was chosen, (O, I, k, k), or (I, O, k, k) to up-sample.
+    Buffers (not saved):
+        prepared_weight: the weight in the chosen dtype, (O, I, k, k), or (I, O, k, k) if it upsamples.
         weight_sq_sum: (O, I), squared weights summed over the taps, float32 or wider.
-        winograd_weight: (36, O, I) float32, see `transform`; None before it is needed.
+        winograd_weight: (36, O, I) float32, see `transform`; None until it is needed.
     """
 
     prepared_weight: Tensor
@@ -136,22 +141,22 @@ class FrozenConv(ModulatedConv):
     @torch.inference_mode(False)
     @torch.no_grad()
     def transform(self) -> Tensor:
-        """Return the weight as `winograd_conv` takes it. It has four times the size of the weight, so the first call
-        that needs it computes it; at 1024 px and batch 1 three layers of nine do."""
+        """Return the weight as `winograd_conv` needs it. It has four times the size of the weight, so it is computed
+        only when needed: at 1024 px and batch 1, by three of nine layers."""
         if self.winograd_weight is None:
             self.winograd_weight = winograd_weight(self.weight)
         return self.winograd_weight
 
     def serves(self, x: Tensor) -> bool:
-        """Return whether the buffers fit a call with x."""
+        """Return whether the buffers are valid for a call with x."""
         weight = self.weight
         unchanged = weight is self.__dict__["prepared_from"] and not weight.requires_grad
         same_device = weight.device == self.prepared_weight.device
         return unchanged and same_device and not is_captured() and active_dtype(x) == self.prepared_weight.dtype
 
     def style(self, w: Tensor) -> Tensor:
-        """Return the scale of each input channel (B, in_channels) with the equalised learning rate in it, which is
-        cheaper than to scale the weights."""
+        """Return the scale of each input channel (B, in_channels). It includes the equalised learning rate, which is
+        cheaper than scaling the weights."""
         with torch.autocast(w.device.type, enabled=False):
             style = self.modulation(w.to(self.modulation.weight.dtype)) * self.scale
         return style.to(torch.promote_types(style.dtype, torch.float32))
@@ -159,13 +164,13 @@ class FrozenConv(ModulatedConv):
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.serves(x):
             return super().forward(x, w)
-        if not self.demodulate and on_cpu(x):  # of ToRGB
+        if not self.demodulate and on_cpu(x):  # ToRGB
             return frozen_to_rgb(x.to(self.prepared_weight.dtype), self.style(w), self.weight), None
         up = self.blur is not None
         weight = self.prepared_weight.transpose(0, 1) if up else self.prepared_weight
         return modulated_convolution(x, weight, self.style(w), self.demodulate, up, self.weight_sq_sum)
 
-    # When the buffers are computed again: the module was moved or cast, loaded, copied, or unpickled.
+    # Recompute the buffers after the module was moved, cast, loaded, copied or unpickled.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenConv:
         self._buffers.clear()
@@ -207,11 +212,11 @@ class FrozenStyledConv(StyledConv):
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Return whether plain PyTorch on the CPU computes with x, and not an operator of ours or a mode of PyTorch."""
+    """Return whether plain CPU kernels compute with x, not an operator of `ops` or a subclass such as FakeTensor."""
     return x.device.type == "cpu" and type(x) is Tensor and not use_op(x)
 
 
 def active_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which a convolution of x computes: that of autocast, where it is on."""
+    """Return the dtype in which a convolution of x computes: autocast's if it is on, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,4 +1,4 @@
-"""The fast form of a trained encoder: BatchNorm folded into convolutions, weights in the order of the processor."""
+"""A fast form of a trained encoder: BatchNorm folded into convolutions, and weights in the processor's layout."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 
-CONVOLUTIONS = (nn.Conv2d, StridedConv)  # a user's own subclass may compute anything
+CONVOLUTIONS = (nn.Conv2d, StridedConv)  # exact types only: a subclass may compute anything
 
 
 def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
-    """Return a copy of `net` that encodes and decodes faster; `PSP.for_inference` says what it takes and gives."""
+    """Return a copy of `net` that encodes and decodes faster; see `PSP.for_inference`."""
     if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"for_inference takes torch.float32 or torch.bfloat16, not {dtype}.")
+        raise UserError(f"for_inference supports torch.float32 and torch.bfloat16, not {dtype}.")
     encoder: nn.Module = net.encoder
-    if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: of a generator alone
+    if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: there is only a generator
         encoder = FusedEncoder(encoder, dtype, pack)
     generator = copy.deepcopy(plain_generator(net.generator)).to(memory_format=torch.channels_last)
     if dtype != torch.float32 and isinstance(generator, HalfPrecision):
@@ -35,19 +35,20 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
 
 
 class FusedEncoder(nn.Module):
-    """Compute what `encoder` computes in eval mode, faster, without gradients, and on the device where it was made.
+    """A faster equivalent of `encoder` in eval mode, without gradients and only for the device on which it is created.
 
-    A BatchNorm directly after a convolution in an `nn.Sequential` becomes part of it; another one becomes a factor and
-    a summand. On the CPU the weights are reordered for oneDNN at the first call, not at each. The map2style heads stay
-    separate convolutions: one wide convolution and a grouped one were measured to be slower there.
+    A BatchNorm directly after a convolution in an `nn.Sequential` is folded into the convolution; any other becomes a
+    factor and a summand. On the CPU, the first call reorders the weights for oneDNN, and later calls reuse them. The
+    map2style heads remain separate convolutions: one wide convolution and a grouped one were measured to be slower
+    there.
 
     Args:
-        encoder: it stays as it is; what it holds besides convolutions, BatchNorm and PReLU is shared.
+        encoder: the encoder; it is not changed. Modules other than convolutions, BatchNorm and PReLU are shared.
         dtype: float32 (equal to the encoder up to rounding) or bfloat16; codes are float32 in both cases.
-        pack: reorder weights; torch.compile cannot read reordered ones.
+        pack: reorder the weights; torch.compile does not support reordered weights.
 
     Raises:
-        UserError: when its config is read, or it is moved or cast: fuse the plain encoder again.
+        UserError: `config` is read, or the module is moved or cast. Fuse the plain encoder again instead.
     """
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype = torch.float32, pack: bool = True) -> None:
@@ -58,7 +59,7 @@ class FusedEncoder(nn.Module):
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
-        """Return the encoder's attribute: its sizes and number of passes."""
+        """Return an attribute of the encoder, such as its sizes and its number of passes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -66,11 +67,11 @@ class FusedEncoder(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        raise UserError("A fused encoder is not saved or described: use the network that it was made of.")
+        raise UserError("A fused encoder is not saved or described: use the network that it was created from.")
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Map the inputs of the encoder to its codes, in float32."""
+        """Map the encoder's inputs to its codes in float32."""
         half = self.dtype if self.dtype != torch.float32 else None
         with torch.autocast(inputs[0].device.type, dtype=half, enabled=half is not None):
             codes = self.network(*[x.contiguous(memory_format=torch.channels_last) for x in inputs])
@@ -78,7 +79,7 @@ class FusedEncoder(nn.Module):
 
 
 class FoldedConv(nn.Module):
-    """Convolution with constant weights into which the BatchNorm after it is folded."""
+    """A convolution with constant weights that include the following BatchNorm."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, pack: bool) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class FoldedConv(nn.Module):
         if self._packed is None and self.pack and x.device.type == "cpu" and can_pack(self.dtype):
             reorder = torch.ops.mkldnn._reorder_convolution_weight
             self._packed = reorder(self.weight, padding, stride, dilation, groups, list(x.shape))
-            self.weight = None  # once is enough
+            self.weight = None  # frees the memory
         if self._packed is not None:
             arguments: tuple[Any, ...] = (padding, stride, dilation, groups, "none", [], "")
             return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *arguments)
@@ -114,12 +115,12 @@ class FoldedConv(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedConv:
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.dtype != self.dtype or (self._packed is not None and probe.device.type != "cpu"):
-            raise UserError("A fused network is not moved or cast: move the plain one, then make a fused one of it.")
+            raise UserError("A fused network is not moved or cast: move or cast the plain network, then fuse it again.")
         return super()._apply(fn, recurse)
 
 
 class Affine(nn.Module):
-    """`x * scale + shift` for each channel: a BatchNorm in eval mode."""
+    """A BatchNorm in eval mode: `x * scale + shift` for each channel."""
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class Widened(nn.Module):
 
 
 def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (C,) of a BatchNorm in eval mode, computed in float64, in the dtype of its statistics."""
+    """Return the scale and shift (C,) of a BatchNorm in eval mode: computed in float64, in its statistics' dtype."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
     scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
     if norm.weight is not None:
@@ -158,7 +159,7 @@ def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's reordered weights can be used; PyTorch's operators for them are not public."""
+    """Return whether reordered oneDNN weights can be used; PyTorch's operators for them are not public."""
     names = ("_reorder_convolution_weight", "_convolution_pointwise")
     available = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -166,7 +167,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def _fuse(module: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module:
-    """Return `module` with its parts replaced; modules without such parts are shared or copied one level deep."""
+    """Return `module` with faster parts; other modules are shared, or copied one level deep."""
     if type(module) in CONVOLUTIONS:
         return FoldedConv(module, None, dtype, pack)  # type: ignore[arg-type]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:

@@ -1,4 +1,4 @@
-"""The model card beside an exported network."""
+"""Model cards of exported networks."""
 
 from __future__ import annotations
 
@@ -51,15 +51,24 @@ network = torch.jit.load("{file}", map_location="cpu")
 with torch.no_grad():
     {output} = network({input})""",
     "safetensors": """import torch
-{load}
+from psp_lightning import PSP
+
+net = PSP.from_checkpoint("{file}")
 {input} = torch.zeros({shape})
 with torch.no_grad():
-    {output} = {call}""",
+    {output} = net(source)""",
+    "safetensors generator": """import torch
+from psp_lightning.loading import load_generator
+
+generator, latent_avg = load_generator("{file}")
+{input} = torch.zeros({shape})
+with torch.no_grad():
+    {output} = generator.synthesis(w_plus)""",
 }
 
 
 def facts_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a checkpoint that could be loaded tells of itself: `checkpoint`, `sha256` of its file, `origin`."""
+    """Return `checkpoint`, the `sha256` of its file and the `origin` that it records, for a checkpoint that loads."""
     path = resolve(checkpoint, generator=True)
     origin = read_description(path).get("origin") if file_kind(path) == "safetensors" else None
     return {
@@ -70,15 +79,10 @@ def facts_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts: Mapping[str, Any]) -> str:
-    """Return Markdown that says what the file is, its input and output, where it comes from, how it is called.
+    """Return Markdown that describes an exported file: content, input, output, origin and a call.
 
-    Args:
-        net: the network that was exported, or whose part was.
-        what: key of `TITLES`.
-        path: the file.
-        format: key of `CALLS`.
-        checked: how it was compared, a clause.
-        facts: as of `facts_of`, where they are known.
+    `what` is a key of `TITLES` and `format` one of `LABELS`. `checked` is a clause about the comparison with PyTorch.
+    `facts` is the result of `facts_of`, or a part of it.
     """
     generator: Any = net.generator
     encoder: Any = net.encoder
@@ -89,7 +93,7 @@ def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts
     shape: tuple[int, ...] = (1, net.n_styles, net.style_dim)
     given = code
     if what != "generator":
-        values = SOURCES.get(str(net.source.get("kind")), "as in its training; the checkpoint does not say")
+        values = SOURCES.get(str(net.source.get("kind")), "as in its training; the checkpoint does not describe them")
         shape = (1, encoder.in_channels, encoder.input_size, encoder.input_size)
         given = f"float32 (batch, {', '.join(map(str, shape[1:]))})", values
     result = code if what == "encoder" else image
@@ -103,14 +107,15 @@ def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts
         f"| input | `{input}` | {given[0]} | {given[1]} |",
         f"| output | `{output}` | {result[0]} | {result[1]} |",
         "",
-        "The batch is free, other sizes are fixed."
-        + ("" if what == "encoder" else " Noise is the stored maps: equal inputs give equal images."),
+        "The batch size is free; other sizes are fixed."
+        + ("" if what == "encoder" else " The noise is constant, so equal inputs give equal images."),
         "",
         f"- made from: {_checkpoint(facts)}",
     ]
     if what != "generator":
-        more = f", {net.passes} passes, each over an image of the generator, which the file holds" if net.passes else ""
+        more = f", {net.passes} passes over images of the generator, which the file includes" if net.passes else ""
         lines.append(f"- encoder: {type(encoder).__name__}, {_millions(encoder)} parameters{more}")
+    call = CALLS["safetensors generator" if (format, what) == ("safetensors", "generator") else format]
     lines += [
         f"- generator: {type(generator).__name__}, {generator.output_size} px, {net.n_styles} styles of "
         f"{net.style_dim}, {_millions(generator)} parameters, hash `{generator_hash(generator)[:16]}`",
@@ -118,7 +123,7 @@ def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts
         *_origin(facts),
         "",
         "```python",
-        CALLS[format].format(file=path.name, input=input, output=output, shape=shape, **_own_call(what, path)),
+        call.format(file=path.name, input=input, output=output, shape=shape),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -132,26 +137,14 @@ def _checkpoint(facts: Mapping[str, Any]) -> str:
 def _origin(facts: Mapping[str, Any]) -> list[str]:
     origin = {str(key): value for key, value in dict(facts.get("origin") or {}).items()}
     licence = origin.pop("licence", None)
-    told = [f"- {_line(key.replace('_', ' '))}: {_line(value)}" for key, value in sorted(origin.items())]
-    unknown = "the checkpoint does not say; ask whoever made it, and mind the training images', before you pass it on"
-    return [f"- licence: {_line(licence) if licence else unknown}", *told]
+    lines = [f"- {_line(key.replace('_', ' '))}: {_line(value)}" for key, value in sorted(origin.items())]
+    unknown = "not in the checkpoint; ask its author, and check the training images' licence, before you pass it on"
+    return [f"- licence: {_line(licence) if licence else unknown}", *lines]
 
 
 def _line(value: Any) -> str:
-    """Put a file's own words on one line of bounded length."""
+    """Return text from a file as one line of limited length."""
     return clean(" ".join(str(value).split()), 300)
-
-
-def _own_call(what: str, path: Path) -> dict[str, str]:
-    """Return the lines of `CALLS["safetensors"]` that read the file and call its network."""
-    if what == "generator":
-        load = "from psp_lightning.loading import load_generator\n\n"
-        return {
-            "load": f'{load}generator, latent_avg = load_generator("{path.name}")',
-            "call": "generator.synthesis(w_plus)",
-        }
-    load = "from psp_lightning import PSP\n\n"
-    return {"load": f'{load}net = PSP.from_checkpoint("{path.name}")', "call": "net(source)"}
 
 
 def _millions(network: nn.Module) -> str:

@@ -1,20 +1,20 @@
-"""Files of latent codes: our own, which say what they hold, and the plain arrays of other tools.
+"""Files of latent codes: our own self-describing files, and the plain arrays of other tools.
 
-A file of ours is safetensors. It holds codes of one space as a tensor of that name, the names of the codes as another
-(UTF-8 bytes of a JSON list), the hash of the generator that they belong to (`generator_hash`), and whether the average
-latent is included. Version 0.1.0 could write the same as `.npz`, with the names as an array of strings: it is still
-read.
+Our files are safetensors. They contain codes of one space as a tensor with the name of the space, the codes' names as a
+tensor (UTF-8 bytes of a JSON list), the hash of their generator (`generator_hash`), and whether the average latent is
+included. Version 0.1.0 could also write `.npz` files, with the names as an array of strings; they can still be read.
 
-Plain arrays, `.npy`, `.pt` or `.npz`, hold only numbers: (N, 512) or (N, 18, 512) of InterFaceGAN and e4e,
-(1, 18, 512) of StyleCLIP and of NVIDIA's projector.
+Plain arrays (`.npy`, `.pt` or `.npz`) contain only numbers: (N, 512) or (N, 18, 512) from InterFaceGAN and e4e,
+(1, 18, 512) from StyleCLIP and NVIDIA's projector.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,30 @@ from psp_lightning.utils.atomic import replacing, save_torch
 from psp_lightning.utils.errors import UserError
 
 OURS = ".safetensors"
-DESCRIBED = (OURS, ".npz")  # what can be read
+DESCRIBED = (OURS, ".npz")  # readable
 PLAIN = (".npy", ".pt")
 KIND = "latents"
-INFLATION, SMALL = 100, 1 << 26  # an .npz of that many times its bytes, beyond 64 MB, is no array of anybody's
+INFLATION, SMALL = 100, 1 << 26  # no real .npz is larger than 64 MB and compressed more than 100 times
 
 
 def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
     """Write codes with their description.
 
     Raises:
-        UserError: another suffix than `.safetensors`; codes of no known generator.
-        OSError: the file cannot be written; what was there before stays.
+        UserError: the suffix is not `.safetensors`, or the codes' generator is unknown.
+        OSError: the file cannot be written; an existing file is not changed.
     """
     path = Path(path)
     if path.suffix != OURS:
         raise UserError(f"{path}: latents are written as {OURS}.")
     if latents.generator is None:
-        raise UserError(f"{path} is to name the generator of its latents: give ckpt=...")
+        raise UserError(f"{path} must name the generator of its latents: set ckpt=...")
     facts = {
         "space": latents.space,
         "generator": {"sha256": latents.generator, "checkpoint": latents.checkpoint},
         "latent_avg": latents.latent_avg,
     }
-    # names as a tensor, because the room in a header is limited
+    # names are a tensor, because the size of a header is limited
     names = torch.from_numpy(np.frombuffer(json.dumps(list(latents.names)).encode(), np.uint8).copy())
     save_described(path, KIND, {latents.space: latents.codes.float(), "names": names}, facts)
 
@@ -67,10 +67,10 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 def is_plain(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a file holds only numbers, by its suffix, and of an `.npz` by its entries.
+    """Return whether a file contains only numbers, according to its suffix or, for `.npz`, its entries.
 
     Raises:
-        UserError: no such file.
+        UserError: the file does not exist.
     """
     path = _existing(path)
     if path.suffix != ".npz":
@@ -79,14 +79,14 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
         with zipfile.ZipFile(path) as archive:
             return f"{KEY}.npy" not in archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError):
-        return False  # and its reader says what is wrong
+        return False  # the reader reports the damage
 
 
 def read_latents(path: str | os.PathLike[str]) -> Latents:
-    """Read the codes of a file of `save_latents`.
+    """Read codes that `save_latents` wrote.
 
     Raises:
-        UserError: no such file; it is damaged, or a plain array, of which nobody knows the generator.
+        UserError: the file does not exist, is damaged, or is a plain array, whose generator is unknown.
     """
     path = _existing(path)
     if path.suffix in (*PLAIN, ".pth"):
@@ -98,7 +98,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
     digest, checkpoint, average = generator.get("sha256"), generator.get("checkpoint"), facts.get("latent_avg")
     known = isinstance(digest, str) and isinstance(checkpoint, str | None)
     if not known or not isinstance(average, bool) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is damaged: its description is not what psp-lightning writes.")
+        raise UserError(f"{path} is damaged: psp-lightning does not write such a description.")
     try:
         return Latents(codes, tuple(names), str(facts["space"]), digest, checkpoint, average)
     except UserError as error:
@@ -106,7 +106,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
 
 
 def _parts(path: Path) -> tuple[Any, Tensor | None, Any]:
-    """Return description, codes and names of a file, not yet checked."""
+    """Return the description, codes and names of a file, unchecked."""
     if path.suffix != ".npz":
         facts, tensors = read_described(path, KIND)
         text = tensors.get("names")
@@ -123,8 +123,8 @@ def _parts(path: Path) -> tuple[Any, Tensor | None, Any]:
 
 def _plain(path: Path) -> str:
     return (
-        f"{path} is a plain array that does not name its generator. If its codes belong to the one of ckpt=..., say so "
-        f"with: psp-latents in={path} out={path.with_suffix('.safetensors')} ckpt=..."
+        f"{path} is a plain array that does not name its generator. If its codes belong to the generator of ckpt=..., "
+        f"run: psp-latents in={path} out={path.with_suffix('.safetensors')} ckpt=..."
     )
 
 
@@ -136,10 +136,10 @@ def _json(path: Path, text: str | bytes) -> Any:
 
 
 def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
-    """Write the codes of several files of one space and generator into one; return how many.
+    """Merge files of codes of one space and generator into one file, and return the number of codes.
 
     Raises:
-        UserError: a damaged part; parts of different generators. Nothing is written then.
+        UserError: a file is damaged, or the generators differ. Nothing is written.
     """
     read = [read_latents(part) for part in parts]
     first = read[0]
@@ -147,7 +147,7 @@ def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
         if part.generator != first.generator:
             raise UserError(
                 f"{path} was not written: {part.names[0]} has latents of {part.checkpoint}, {first.names[0]} of "
-                f"{first.checkpoint}, whose generators differ. Give another output folder, or overwrite=true."
+                f"{first.checkpoint}, whose generators differ. Choose another output folder, or set overwrite=true."
             )
     names = tuple(name for part in read for name in part.names)
     save_latents(path, replace(first, codes=torch.cat([part.codes for part in read]), names=names))
@@ -158,14 +158,14 @@ def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
 
 
 def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latents:
-    """Read the codes of a plain array, named 00000, 00001, ... by their place.
+    """Read codes from a plain array, and name them 00000, 00001, ... in order. No code from the file runs.
 
     Args:
         path: `.npy`, `.npz` with one array, or `.pt` with one tensor.
-        space: None: `w_plus` for three dimensions, `w` for two. (n_styles, style_dim) is one code with `w_plus`.
+        space: None: `w_plus` for three dimensions, `w` for two. With `w_plus`, (n_styles, style_dim) is one code.
 
     Raises:
-        UserError: no such file; it is damaged, or holds something else. No code from the file runs.
+        UserError: the file does not exist, is damaged or has other content.
     """
     path = _existing(path)
     if space is not None:
@@ -184,17 +184,17 @@ def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latent
 
 
 def save_plain(path: str | os.PathLike[str], latents: Latents) -> None:
-    """Write only the numbers, float32: `.npy` as InterFaceGAN reads them, `.pt` as StyleCLIP and e4e do.
+    """Write only the numbers as float32: `.npy` for InterFaceGAN, `.pt` for StyleCLIP and e4e.
 
     Raises:
-        UserError: another suffix; codes without the average latent, which those tools expect.
-        OSError: the file cannot be written; what was there before stays.
+        UserError: the suffix is another, or the codes do not include the average latent, which those tools expect.
+        OSError: the file cannot be written; an existing file is not changed.
     """
     path = Path(path)
     if path.suffix not in PLAIN:
         raise UserError(f"{path}: plain codes are written as {' or '.join(PLAIN)}.")
     if not latents.latent_avg and latents.space != "z":
-        raise UserError(f"{path}: other tools expect codes with the average latent: give ckpt=... to add it.")
+        raise UserError(f"{path}: other tools expect codes with the average latent: set ckpt=... to add it.")
     codes = latents.codes.detach().float().cpu().contiguous()
     if path.suffix == ".pt":
         save_torch(codes.clone(), path)
@@ -205,15 +205,29 @@ def save_plain(path: str | os.PathLike[str], latents: Latents) -> None:
 
 def _numbers(path: Path, array: np.ndarray) -> Tensor:
     if array.dtype.kind != "f":
-        raise UserError(f"{path} holds {array.dtype}, not floating-point codes.")
+        raise UserError(f"{path} contains {array.dtype}, not floating-point codes.")
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-def _read_npy(path: Path) -> Tensor:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any error of NumPy's readers, which may raise anything for a damaged file, into a UserError."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a map, so that a huge shape costs no memory
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
-        raise UserError(_unreadable(path, error)) from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "allow_pickle" in str(error):
+            reason = "contains pickled Python objects, which may run code. Save only the array."
+        else:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = f"is not a NumPy file or is damaged ({first[:200]})."
+        raise UserError(f"{path} {reason}") from None
+
+
+def _read_npy(path: Path) -> Tensor:
+    with _reading(path):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, so a huge shape needs no memory
     return _numbers(path, array)
 
 
@@ -221,37 +235,26 @@ def _read_one_array(path: Path) -> Tensor:
     arrays = _read_npz(path)
     if len(arrays) != 1:
         names = ", ".join(list(arrays)[:5])
-        raise UserError(f"{path} holds {len(arrays)} arrays ({names}): one is expected in a plain file of codes.")
+        raise UserError(f"{path} contains {len(arrays)} arrays ({names}); a plain file of codes must contain one.")
     return _numbers(path, next(iter(arrays.values())))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
+    with _reading(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
         if claimed > SMALL and claimed > INFLATION * path.stat().st_size:
-            raise UserError(f"{path} claims {claimed} bytes in a file of {path.stat().st_size}: it was not unpacked.")
+            raise UserError(f"{path} claims to unpack {path.stat().st_size} bytes to {claimed}; it was not unpacked.")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive makes its readers fail in any way whatever
-        raise UserError(_unreadable(path, error)) from None
-
-
-def _unreadable(path: Path, error: BaseException) -> str:
-    if "allow_pickle" in str(error):
-        return f"{path} holds pickled Python objects, which may run code; it was refused. Save only the array."
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{path} is no NumPy file, or it is damaged ({reason[:200]})."
 
 
 def _read_pt(path: Path) -> Tensor:
     content = read_torch(path)
     if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
         if any(part.shape != content[0].shape for part in content):
-            raise UserError(f"{path} holds tensors of several shapes, not one tensor of codes.")
+            raise UserError(f"{path} contains tensors of several shapes, not one tensor of codes.")
         content = torch.stack(list(content))
     if not isinstance(content, Tensor) or not content.is_floating_point():
-        raise UserError(f"{path} holds a {type(content).__name__}, not one floating-point tensor of codes.")
+        raise UserError(f"{path} contains a {type(content).__name__}, not one floating-point tensor of codes.")
     return content.detach().float().clone()

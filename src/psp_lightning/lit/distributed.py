@@ -1,4 +1,4 @@
-"""Several ranks: means and values of all of them, and a strategy without DistributedDataParallel."""
+"""Communication between ranks, and a strategy without DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _world() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the `value` of every rank, in rank order; without a process group, of this one."""
+    """Return every rank's `value`, in rank order; without a process group, only this one's."""
     if (world := _world()) == 1:
         return [value]
     values: list[Any] = [None] * world
@@ -25,7 +25,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of `value` over all ranks, of its shape."""
+    """Return the mean of `value` over all ranks, in the same shape."""
     if (world := _world()) > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
@@ -35,7 +35,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over all ranks, in one reduction; every rank gives the same shapes."""
+    """Replace each tensor with its mean over all ranks, in one reduction; shapes must agree on all ranks."""
     tensors = list(tensors)
     if _world() == 1 or not tensors:
         return
@@ -45,9 +45,9 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 
 class UnwrappedDDP(DDPStrategy):
-    """`DDPStrategy` for modules that average their gradients themselves: it launches and starts the process group.
+    """A `DDPStrategy` for modules that average their own gradients.
 
-    The module is not wrapped; its weights start as those of rank 0.
+    It starts the processes and their group but does not wrap the module. All ranks start with rank 0's weights.
     """
 
     def configure_ddp(self) -> None:

@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints written atomically, a CSV log that survives a resume, pictures."""
+"""The files of a run: atomic checkpoints, a CSV log that survives a resume, pictures."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from psp_lightning.utils.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint through a temporary file beside it: a crash or a full disk leaves the former one intact.
+    """Checkpoint I/O through a temporary file: after a crash or on a full disk the previous checkpoint is intact.
 
     Args:
         path: the checkpoint that the run continues from.
-        content: what it holds, where it has been read already; it is given out once, and for this path only.
+        content: its content if it has already been read. The first load of `path` returns it; other loads read a file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, content: dict[str, Any] | None = None) -> None:
@@ -43,18 +43,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class CsvLog(CSVLogger):
-    """`metrics.csv` with a column for each logged key; on a resume the rows up to its step are kept.
-
-    Args:
-        folder: receives `metrics.csv`.
-    """
+    """A log in `folder`/metrics.csv with one column per logged key; a resumed run keeps the rows up to its step."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(save_dir=folder, name="", version="")
         self._kept: list[dict[str, Any]] = []
 
     def keep_until(self, step: int) -> None:
-        """Continue the file of a run that resumes from `step`; later rows, of a process that ended, are dropped."""
+        """Continue the log of a run that resumes from `step`, and drop the rows that were logged after it."""
         path = Path(self.log_dir) / "metrics.csv"
         if path.is_file():
             with path.open(newline="") as file:
@@ -65,7 +61,7 @@ class CsvLog(CSVLogger):
     def experiment(self) -> Any:
         fresh = self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0
         if fresh and (path := Path(self.log_dir) / "metrics.csv").exists():
-            path.unlink()  # its rows are in self._kept; Lightning would warn and delete it
+            path.unlink()  # self._kept has its rows; Lightning would delete the file with a warning
         experiment = super().experiment
         if fresh and self._kept:
             experiment.metrics = list(self._kept)
@@ -74,14 +70,10 @@ class CsvLog(CSVLogger):
 
 
 class WandbRun(WandbLogger):
-    """The wandb run of a run directory: a resumed run continues it, by the id that the directory keeps.
-
-    Args:
-        save_dir: the run directory.
-        **options: of `WandbLogger`.
+    """A `WandbLogger` that keeps its run's id in the run directory `save_dir`, so that a resumed run continues it.
 
     Raises:
-        UserError: wandb refuses the run; nobody is logged in.
+        UserError: wandb cannot start the run, for example because nobody is logged in.
     """
 
     def __init__(self, save_dir: str | Path, **options: Any) -> None:
@@ -93,16 +85,16 @@ class WandbRun(WandbLogger):
         from wandb.errors import Error
 
         try:
-            _ = self.experiment  # a mistake is reported before the training starts
+            _ = self.experiment  # report errors before the training starts
         except Error as error:
             raise UserError(f"wandb: {error} Log in with `wandb login`, or set logger.wandb.offline=true.") from None
 
 
 def keep_picture(trainer: pl.Trainer, picture: Image.Image, path: Path, key: str) -> None:
-    """Write a picture to `path`, and under `key` to every logger that takes pictures."""
+    """Write a picture to `path`, and log it as `key` with every logger that supports pictures."""
     images.save_atomic(picture, path)
     for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):  # wandb; PIL, because it would cast float images to black
+        if hasattr(logger, "log_image"):  # wandb; as PIL, because it casts float images to black
             logger.log_image(key=key, images=[picture], step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(key, np.asarray(picture), trainer.global_step, dataformats="HWC")

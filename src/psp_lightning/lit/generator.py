@@ -1,4 +1,4 @@
-"""LitGenerator: training a StyleGAN2 generator against a discriminator."""
+"""LitGenerator: train a StyleGAN2 generator against a discriminator."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.compat import rename_state
 from psp_lightning.utils.errors import UserError
 
-FAKE, PATH, REAL, PENALTY = range(4)  # purposes of the random numbers of a step
-AUGMENT = ("none", "fixed", "ada")
+FAKE, PATH, REAL, PENALTY = range(4)  # purposes of random numbers, see `StepRNG`
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers of the training; defaults are the published ones.
+    """Hyperparameters of the training; the defaults are the published values.
 
     Attributes:
-        r1_gamma: weight of R1; None: `0.0002 * size^2 / batch` with the batch of all devices, the heuristic of
-            StyleGAN2-ADA.
+        r1_gamma: weight of R1; None: `0.0002 * size^2 / batch`, StyleGAN2-ADA's heuristic, with the batch of all
+            devices.
         r1_every, path_every: steps between two regularisations (0: never).
-        path_weight, path_decay, path_shrink: weight of the path-length penalty, decay of the mean length, and how many
-            times smaller its batch is.
-        mixing: probability that an image gets a second style from a random layer on.
-        ema_images: half-life of the averaged weights, in images; None: 10000 / 32 for each image of a batch.
-        ema_ramp: the half-life is at most this share of the images shown so far; 0: no ramp.
+        path_weight, path_decay: weight of the path-length penalty, and decay of the mean length.
+        path_shrink: factor by which the batch of the path-length penalty is smaller.
+        mixing: probability that an image switches to a second style at a random layer.
+        ema_images: half-life of the averaged weights in images; None: 10000 / 32 per image of a batch.
+        ema_ramp: upper limit of the half-life, as a fraction of the images shown so far; 0: no limit.
         augment: `none`, `fixed` or `ada`.
-        augment_p: probability of each transformation (`fixed`), or the first one (`ada`).
-        ada_target: share of real images with a positive score, minus the share with a negative one, that `ada` holds.
-        ada_images: images over which p can move from 0 to 1.
+        augment_p: probability of each transformation (`fixed`), or its initial value (`ada`).
+        ada_target: the value at which `ada` keeps the fraction of real images with a positive score minus the fraction
+            with a negative one.
+        ada_images: images over which p can change from 0 to 1.
         ada_every: steps between two changes of p.
     """
 
@@ -64,7 +64,7 @@ class Recipe:
     ada_every: int = 4
 
     def __post_init__(self) -> None:
-        choice("augment", self.augment, AUGMENT)
+        choice("augment", self.augment, ("none", "fixed", "ada"))
         for name, low in {"r1_every": 0, "path_every": 0, "path_shrink": 1, "ada_every": 1}.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), low))  # 1e4 becomes an int
         for name in ("mixing", "augment_p", "path_decay"):
@@ -78,24 +78,27 @@ class Recipe:
 
 
 class LitGenerator(pl.LightningModule):
-    """Trains `generator` and `discriminator` by turns; one global step is one turn of both.
+    """Trains `generator` and `discriminator` alternately; each global step updates both.
 
-    Logged every `log_every` steps: `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
-    `train/path_length`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far), `train/images_per_second`;
-    of several devices the mean.
+    Every `log_every` steps it logs `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
+    `train/path_length`, `train/path_penalty`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far) and
+    `train/images_per_second`. With several devices, it logs their mean.
 
-    On a CPU both penalties are computed in full precision, also where the networks `use_half`.
+    On a CPU, both penalties are computed in full precision even if the networks use half precision.
 
-    All random numbers depend only on (seed, step), see `StepRNG`: n devices agree with one, a resumed run with one that
-    was not interrupted. Gradients are averaged over devices here, not by DistributedDataParallel, which does not know
-    double backward through part of a network.
+    All random numbers depend only on (seed, step), see `StepRNG`. Therefore n devices agree with one, and a resumed run
+    agrees with an uninterrupted one. This class averages the gradients over devices, because DistributedDataParallel
+    does not support double backward through part of a network.
 
     Args:
         generator, discriminator: networks of the same size.
-        lr, betas: of Adam, before the correction for lazy regularisation; betas from 0 to below 1.
-        recipe: all other numbers.
-        seed: of the random numbers.
+        lr, betas: Adam's settings before the correction for lazy regularisation; betas from 0 to below 1.
+        recipe: all other hyperparameters.
+        seed: seed of the random numbers.
         log_every: steps between two rows of the log.
+
+    Raises:
+        UserError: the sizes of the networks differ, or `lr` or `betas` is out of range.
 
     Source: Karras et al., StyleGAN2 (arXiv:1912.04958), appendix B; StyleGAN2-ADA (arXiv:2006.06676), section 3.
     """
@@ -124,7 +127,6 @@ class LitGenerator(pl.LightningModule):
                 f"{discriminator.input_size} px."
             )
         self.automatic_optimization = False
-        self.strict_loading = True
         self.generator, self.discriminator = generator, discriminator
         self.g_ema = freeze(copy.deepcopy(generator))
         self.recipe = recipe or Recipe()
@@ -134,22 +136,22 @@ class LitGenerator(pl.LightningModule):
         for name in ("path_mean", "sign_sum", "sign_count"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("augment_p", torch.tensor(0.0 if self.recipe.augment == "none" else self.recipe.augment_p))
-        self.register_buffer("images_shown", torch.zeros((), dtype=torch.int64))  # float32 ends at 16 million
+        self.register_buffer("images_shown", torch.zeros((), dtype=torch.int64))  # float32 counts only to 16 million
         self._step, self._p, self._sign = 0, 0.0, 0.0
         self._row: dict[str, Tensor] = {}
         self._clock = (0.0, 0)
         self.train()
 
-    # --- parts of a step
+    # --- steps
 
     def draws(self, purpose: int) -> StepRNG:
-        """The random numbers of this step for one purpose."""
+        """Return this step's random numbers for one purpose."""
         trainer = self._trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return StepRNG(self.seed, self._step, purpose, rank, world, self.device)
 
     def styles(self, n: int, draws: StepRNG) -> Tensor:
-        """(n, n_styles, style_dim): mapped latents, some of them mixed.
+        """Return mapped latents (n, n_styles, style_dim), some of them mixed.
 
         Source: StyleGAN (arXiv:1812.04948), section 3.1.
         """
@@ -165,12 +167,12 @@ class LitGenerator(pl.LightningModule):
         return torch.where((layer >= first[:, None])[..., None], other, w_plus)
 
     def render(self, w_plus: Tensor, draws: StepRNG) -> Tensor:
-        """Images with fresh noise, (B, C, S, S)."""
+        """Return images (B, C, S, S) with new noise."""
         noise = [draws.normal(len(w_plus), 1, side, side) for side in self.generator.noise_sides()]
         return self.generator.synthesis(w_plus, noise)
 
     def scores(self, images: Tensor, draws: StepRNG) -> Tensor:
-        """What the discriminator says to augmented images, (B,)."""
+        """Augment images and return the discriminator's scores (B,)."""
         return self.discriminator(augment(images, self._p, draws))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -187,9 +189,9 @@ class LitGenerator(pl.LightningModule):
         fake = self.render(self.styles(n, draws), draws)
         fake_scores = self.scores(fake, draws)
         row["loss_g"] = adversarial.generator_loss(fake_scores)
-        # Lightning counts the steps of its wrapper: of this one alone, so that one turn of both is one global step
+        # Lightning counts the steps of its wrapper, which only this update uses: one global step per update of both
         self._descend(counted, self.generator, row["loss_g"])
-        if self._due(recipe.path_every):
+        if recipe.path_every and self._step % recipe.path_every == 0:
             row |= self._path_step(max(1, n // recipe.path_shrink), optimizer_g)
 
         self._train_only(self.discriminator)
@@ -200,7 +202,7 @@ class LitGenerator(pl.LightningModule):
         real_scores = self.scores(real, draws)
         row["loss_d"] = adversarial.discriminator_loss(real_scores, fake_scores)
         self._descend(optimizer_d.optimizer, self.discriminator, row["loss_d"])
-        if self._due(recipe.r1_every):
+        if recipe.r1_every and self._step % recipe.r1_every == 0:
             row |= self._r1_step(real, optimizer_d.optimizer)
 
         self._refuse_non_finite(row, batch)
@@ -208,7 +210,7 @@ class LitGenerator(pl.LightningModule):
         self._update_ema(n * world)
         self._adapt(real_scores.detach(), n * world)
         row |= {"score_real": real_scores.mean(), "score_fake": fake_scores.mean()}
-        self._row |= {key: value.detach() for key, value in row.items()}  # penalties keep their last value
+        self._row |= {key: value.detach() for key, value in row.items()}  # keeps the last penalties
         self.log_dict({f"train/{k}": v for k, v in self._row.items()}, prog_bar=True, logger=False)
 
     def _path_step(self, n: int, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -233,23 +235,20 @@ class LitGenerator(pl.LightningModule):
         return {"r1": mean_over_ranks(penalty.detach())}
 
     def _penalty_precision(self, network: HalfPrecision) -> AbstractContextManager[None]:
-        """Context of a penalty that holds a gradient: in full precision on a CPU.
+        """Return the context for a penalty on a gradient: full precision on a CPU.
 
-        Differentiating the gradient of a 3x3 convolution takes a convolution whose kernel is as large as an image and
-        whose channels are the batch. PyTorch computes these wrongly in bfloat16 on processors with AMX (seen with 2.15:
+        Differentiating the gradient of a 3x3 convolution needs a convolution whose kernel is as large as an image and
+        whose channels are the batch. On processors with AMX, PyTorch computes it wrongly in bfloat16 (seen in 2.15:
         relative error 1).
         """
         return network.full_precision() if self.device.type == "cpu" else nullcontext()
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and self._step % every == 0
 
     def _train_only(self, network: nn.Module) -> None:
         self.generator.requires_grad_(network is self.generator)
         self.discriminator.requires_grad_(network is self.discriminator)
 
     def _descend(self, optimizer: Any, network: nn.Module, loss: Tensor) -> None:
-        """One step of `optimizer` down `loss`, with the gradients' mean over ranks."""
+        """Make one step of `optimizer` with the gradients of `loss`, averaged over ranks."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_over_ranks(p.grad for p in network.parameters() if p.grad is not None)
@@ -257,9 +256,9 @@ class LitGenerator(pl.LightningModule):
 
     @torch.no_grad()
     def _update_ema(self, batch: int) -> None:
-        """Exponential moving average of the generator's weights.
+        """Update the exponential moving average of the generator's weights.
 
-        Source: StyleGAN2-ADA (arXiv:2006.06676), appendix: half-life in images, at most a share of those shown.
+        Source: StyleGAN2-ADA (arXiv:2006.06676), appendix: a half-life in images, limited to a fraction of those shown.
         """
         recipe = self.recipe
         half_life = batch * 10_000 / 32 if recipe.ema_images is None else recipe.ema_images
@@ -271,7 +270,7 @@ class LitGenerator(pl.LightningModule):
             mine.copy_(new)
 
     def _adapt(self, real_scores: Tensor, batch: int) -> None:
-        """Adaptive augmentation: more when the discriminator knows its training images by heart.
+        """Adapt the augmentation: increase it when the discriminator overfits.
 
         Source: StyleGAN2-ADA (arXiv:2006.06676), section 3, the heuristic r_t.
         """
@@ -306,7 +305,7 @@ class LitGenerator(pl.LightningModule):
         row |= {"train/augment_p": self._p, "train/ada_sign": self._sign, "train/images": shown}
         for logger in self.loggers:
             logger.log_metrics({**row, "train/images_per_second": rate}, step=step)
-            logger.save()  # on the disk at once, for whoever watches the run
+            logger.save()  # write to disk at once, so that the run can be watched
 
     def _refuse_non_finite(self, row: dict[str, Tensor], batch: dict[str, Any]) -> None:
         if torch.isfinite(torch.stack([value.detach().float() for value in row.values()])).all():
@@ -314,8 +313,9 @@ class LitGenerator(pl.LightningModule):
         name = next(key for key, value in row.items() if not torch.isfinite(value))
         raise UserError(
             f"'{name}' became {float(row[name].detach())} at step {self._step + 1}. Files of the batch: "
-            f"{', '.join(map(str, batch['path'][:4]))}, ... The last checkpoint is intact: check these files, lower "
-            "optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN takes its weights."
+            f"{', '.join(map(str, batch['path'][:4]))}, ... The last checkpoint is intact. Check these "
+            "files, or start a new run from its weights with init_from=RUN, and lower optimizer.lr or raise "
+            "model.r1_gamma."
         )
 
     # --- optimizers, checkpoints
@@ -323,47 +323,45 @@ class LitGenerator(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         result = []
         for network, every in ((self.generator, self.recipe.path_every), (self.discriminator, self.recipe.r1_every)):
-            # a step of regularisation comes on top of every k-th: the corrections of StyleGAN2, appendix B
+            # correct for the additional regularisation step after every k-th step: StyleGAN2, appendix B
             ratio = every / (every + 1) if every else 1.0
             betas = tuple(beta**ratio for beta in self.betas)
             result.append(torch.optim.Adam(network.parameters(), lr=self.lr * ratio, betas=betas, eps=1e-8))  # type: ignore[arg-type]
         return result
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Strict for everything.
+        """Load `state_dict` strictly.
 
         Raises:
-            UserError: the weights are those of other networks.
+            UserError: the weights belong to other networks.
         """
         try:
             return super().load_state_dict(rename_state(state_dict), strict=True, assign=assign)
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:3]]
-            raise UserError(
-                f"The checkpoint is of other networks than network.* and domain.size say: {lines}"
-            ) from None
+            raise UserError(f"The checkpoint's networks do not match network.* and domain.size: {lines}") from None
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """The networks of a checkpoint's state dict, without its counters and statistics.
+        """Load the networks from a checkpoint's state dict, without its counters and statistics.
 
         Raises:
-            UserError: they are other networks.
+            UserError: the weights belong to other networks.
         """
         mine = self.state_dict()
         networks = ("generator.", "discriminator.", "g_ema.")
         self.load_state_dict({**mine, **{k: v for k, v in rename_state(state).items() if k.startswith(networks)}})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises `UserError` when weights are not finite, before the former checkpoint is replaced."""
+        """Raise a UserError if weights are not finite, before the previous checkpoint is replaced."""
         for name, parameter in self.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"The weights '{name}' are not finite after step {self._step + 1}; no checkpoint is written and "
-                    "the former one stays. Lower optimizer.lr or raise model.r1_gamma in a new run; init_from=RUN "
-                    "takes its weights."
+                    f"The weights '{name}' are not finite after step {self._step + 1}; no checkpoint was written and "
+                    "the previous one is intact. Start a new run from its weights with init_from=RUN, and lower "
+                    "optimizer.lr or raise model.r1_gamma."
                 )
         checkpoint["generator"] = dict(self.generator.config)
-        # what the next row of the log repeats: penalties are not computed in every step
+        # penalties are not computed in every step: the next row of the log repeats them
         checkpoint["logged"] = {"row": {k: float(v) for k, v in self._row.items()}, "sign": self._sign}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Prediction: a network over a list of inputs, outputs written while the next batch is computed."""
+"""Prediction: run a network on a list of inputs and write outputs while the next batch is computed."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ FORMATS = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quali
 
 
 class LitPredictor(pl.LightningModule):
-    """Encodes, or takes codes as they are, mixes styles and decodes.
+    """Encodes sources (or reads codes), mixes styles and decodes.
 
     Args:
         net: the network.
-        latent_mask: styles that are replaced; None: no mixing.
-        inject: (n_outputs, n_styles, style_dim) the injected styles, one an output.
-        alpha: 1: only the injected style; 0: none of it.
+        latent_mask: indices of the styles to replace; None: no mixing.
+        inject: (n_outputs, n_styles, style_dim), the styles to inject for each output.
+        alpha: weight of the injected style, 1 (only this style) to 0 (none of it).
         size: edge length of the outputs; None: the generator's.
-        composite: inpainting: keep the known pixels.
-        space: of the codes, where batches hold `latents` instead of `source`.
-        average: (n_styles, style_dim), added to codes that lack it.
+        composite: keep the known pixels (inpainting).
+        space: space of the codes in batches that contain `latents` instead of `source`.
+        average: (n_styles, style_dim), added to codes that do not include it.
         compile: compile encoding and decoding for batches of `batch_size`.
-        cuda_graphs: on CUDA, replay them as graphs for batches of `batch_size`.
-        batch_size: of all batches but the last.
+        cuda_graphs: on CUDA, replay encoding and decoding as graphs for batches of `batch_size`.
+        batch_size: size of all batches except the last.
     """
 
     inject: Tensor | None
@@ -98,7 +98,7 @@ class LitPredictor(pl.LightningModule):
             if self.size is not None:
                 image = F.adaptive_avg_pool2d(image, self.size)  # as the reference resizes
             outputs.append(image.clamp(-1, 1))
-        # copying to the host waits for the device, so that the time below is the batch's
+        # copying to the host waits for the device, so the time below covers the whole batch
         images, w_plus = torch.stack(outputs, dim=1).cpu(), w_plus.float().cpu()
         seconds = (time.perf_counter() - start) / len(w_plus)
         return {"images": images, "w_plus": w_plus, "seconds": seconds}
@@ -113,16 +113,16 @@ def _composite(image: Tensor, known: Tensor, hole: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that inputs become, and what the manifest says of them.
+    """The output files of each input, and their lines in the manifest.
 
     Attributes:
         folder: output folder.
-        files: all inputs; everything else refers to them by index.
+        files: all inputs; the methods refer to them by index.
         format: suffix of the images.
-        n_outputs: outputs of one input.
-        side_by_side: whether source | output is written as well.
-        latents: whether w_plus is written as well, a file for each input.
-        named: whether the inputs are entries of one file, so that the manifest tells their names.
+        n_outputs: number of outputs per input.
+        side_by_side: also write source | output.
+        latents: also write w_plus, one file per input.
+        named: the inputs are entries of one file, so the manifest includes their names.
     """
 
     folder: Path
@@ -134,25 +134,25 @@ class Outputs:
     named: bool = False
 
     def images(self, index: int) -> list[Path]:
-        """Return the images that an input becomes."""
+        """Return the paths of an input's output images."""
         name = self.files[index].name
         names = [name] if self.n_outputs == 1 else [f"{name}_{k}" for k in range(self.n_outputs)]
         return [self.folder / f"{name}.{self.format}" for name in names]
 
-    def beside(self, index: int) -> Path:
-        """Return where source | output of an input goes."""
+    def comparison(self, index: int) -> Path:
+        """Return the path of an input's image source | output."""
         return self.folder / "side_by_side" / f"{self.files[index].name}.{self.format}"
 
     def code(self, index: int) -> Path:
-        """Return where the code of an input goes."""
+        """Return the path of an input's code."""
         return self.folder / "latents" / f"{self.files[index].name}.safetensors"
 
     def all(self, index: int) -> list[Path]:
-        """Return every file that an input becomes."""
-        return self.images(index) + [self.beside(index)] * self.side_by_side + [self.code(index)] * self.latents
+        """Return the paths of all files of an input."""
+        return self.images(index) + [self.comparison(index)] * self.side_by_side + [self.code(index)] * self.latents
 
     def record(self, index: int, status: str, seconds: float = 0.0, error: str | None = None) -> dict[str, Any]:
-        """Return the manifest's line about an input."""
+        """Return the manifest's record of an input."""
         line: dict[str, Any] = {
             "index": index,
             "source": os.fspath(self.files[index].path),
@@ -165,25 +165,19 @@ class Outputs:
 
 
 class PredictionWriter(Callback):
-    """Writes outputs in threads and keeps a record for each input.
+    """Writes outputs in threads and collects a record per input.
 
-    Args:
-        outputs: what the inputs become.
-        spec: what the source is, for side-by-side pictures.
-        generator: `generator_hash` of the network, for files of latents.
-        checkpoint: its name, for those files.
+    `spec` describes the source in side-by-side images. Files of latents include `generator`, the network's
+    `generator_hash`, and `checkpoint`, its name.
     """
 
     def __init__(
         self, outputs: Outputs, spec: InputSpec | None, generator: str | None = None, checkpoint: str | None = None
     ) -> None:
         self.outputs, self.spec, self.generator, self.checkpoint = outputs, spec, generator, checkpoint
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(max_workers=4)
         self._waiting: list[Future[dict[str, Any]]] = []
         self.records: list[dict[str, Any]] = []
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=4)
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
@@ -191,43 +185,41 @@ class PredictionWriter(Callback):
     ) -> None:  # fmt: skip
         for index, error, seconds in batch["failed"]:
             self.records.append(self.outputs.record(index, "error", seconds, error))
-        assert self._threads is not None
         source = batch["source"].cpu() if self.outputs.side_by_side and batch["index"] else None
         for i, index in enumerate(batch["index"]):
-            job = (
-                index, batch["seconds"][i] + outputs["seconds"], outputs["images"][i], outputs["w_plus"][i],
-                None if source is None else source[i : i + 1],
-            )  # fmt: skip
+            seconds = batch["seconds"][i] + outputs["seconds"]
+            shown = None if source is None else source[i : i + 1]
+            job = (index, seconds, outputs["images"][i], outputs["w_plus"][i], shown)
             self._waiting.append(self._threads.submit(self._write, *job))
         while len(self._waiting) > 64 or (self._waiting and self._waiting[0].done()):
-            self.records.append(self._waiting.pop(0).result())  # bounded memory: writing may be the slowest part
+            self.records.append(self._waiting.pop(0).result())  # bounds memory if writing is the slowest part
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.records += [future.result() for future in self._waiting]
         self._waiting = []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def _write(
         self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
     ) -> dict[str, Any]:
-        start, to = time.perf_counter(), self.outputs
-        for image, path in zip(images, to.images(index), strict=True):
-            save_atomic(to_pil(image), path, **FORMATS[to.format])
+        start, outputs = time.perf_counter(), self.outputs
+        for image, path in zip(images, outputs.images(index), strict=True):
+            save_atomic(to_pil(image), path, **FORMATS[outputs.format])
         if source is not None:
             assert self.spec is not None
             shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
-            save_atomic(to_pil(torch.cat([shown[0], *images], dim=-1)), to.beside(index), **FORMATS[to.format])
-        if to.latents:
-            names = (to.files[index].name,)
-            save_latents(to.code(index), Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint))
-        return to.record(index, "ok", seconds + time.perf_counter() - start)
+            row = to_pil(torch.cat([shown[0], *images], dim=-1))
+            save_atomic(row, outputs.comparison(index), **FORMATS[outputs.format])
+        if outputs.latents:
+            names = (outputs.files[index].name,)
+            save_latents(outputs.code(index), Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint))
+        return outputs.record(index, "ok", seconds + time.perf_counter() - start)
 
 
 def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write one JSON line a record, in the order of the inputs."""
+    """Write one JSON line per record, in the order of the inputs."""
     lines = ({k: v for k, v in r.items() if k != "index"} for r in sorted(records, key=lambda r: r["index"]))
     with replacing(path) as part:
         part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -236,19 +228,19 @@ def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
 def make_inject(
     net: PSP, latent_mask: Sequence[int] | None, n_outputs: int, seed: int, reference: Tensor | None
 ) -> Tensor | None:
-    """Return the styles to inject, (n_outputs, n_styles, style_dim); None without a mask.
+    """Return the styles to inject, (n_outputs, n_styles, style_dim), or None without a mask.
 
-    Output k gets the same style for every input: the one drawn from (seed, k), or the reference's.
+    Output k has the same style for every input: the reference's, or one drawn from (seed, k).
 
     Raises:
-        UserError: several outputs or a reference without a mask; a style that does not exist.
+        UserError: there are several outputs or a reference but no mask, or a style does not exist.
     """
     n_styles = net.n_styles
     if latent_mask is None:
         if n_outputs > 1 or reference is not None:
             raise UserError(f"mix.n_outputs and mix.reference need mix.latent_mask: styles from 0 to {n_styles - 1}.")
         return None
-    net.mix_styles(net.latent_avg[None], None, latent_mask)  # refuses styles that do not exist
+    net.mix_styles(net.latent_avg[None], None, latent_mask)  # raises if a style does not exist
     if reference is not None:
         return net.encode(reference[None]).expand(n_outputs, -1, -1)
     z_dim: int = net.generator.z_dim  # type: ignore[assignment]
@@ -257,20 +249,20 @@ def make_inject(
     return w[:, None].expand(-1, n_styles, -1)
 
 
-def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: int = 128) -> None:
-    """Write a picture of up to `most` inputs, each with its outputs beside it, all `edge` pixels high, in lines.
+def save_sheet(path: Path, records: list[dict[str, Any]], limit: int = 64, edge: int = 128) -> None:
+    """Write an overview of the first `limit` inputs and their outputs, each `edge` pixels high, in rows.
 
-    Latents are no pictures: only their outputs are shown.
+    Inputs that are latents appear only as their outputs.
     """
-    found = [record for record in records if record["output"] and record["status"] != "error"][:most]
+    found = [record for record in records if record["output"] and record["status"] != "error"][:limit]
     shown = [([] if "name" in record else [record["source"]]) + record["output"] for record in found]
     if not shown:
         return
     gap = edge // 8
     width = edge * max(map(len, shown)) + gap
     columns = max(1, 8 * edge // width)
-    lines = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, lines * (edge + gap) - gap), "white")
+    rows = -(-len(shown) // columns)
+    sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, rows * (edge + gap) - gap), "white")
     for i, names in enumerate(shown):
         for k, name in enumerate(names):
             with Image.open(name) as image:
@@ -280,7 +272,7 @@ def save_sheet(path: Path, records: list[dict[str, Any]], most: int = 64, edge: 
 
 
 class PredictionBar(TQDMProgressBar):
-    """The progress of a prediction."""
+    """The progress bar for prediction."""
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
         super().on_predict_batch_start(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""LitPSP: training and validation steps of a PSP network, with its losses and its optimizer."""
+"""LitPSP: train and validate a PSP network."""
 
 from __future__ import annotations
 
@@ -28,27 +28,28 @@ BATCH_NORM_POLICIES = ("sync", "frozen", "local")
 
 
 class LitPSP(pl.LightningModule):
-    """Trains the encoder of `net`; the generator and the networks inside the losses stay as they are.
+    """Trains the encoder of `net`; the generator and the networks inside the losses are frozen.
 
-    Logged: `train/loss` and `train/loss_<term>` every `log_every` optimizer steps, `val/loss`,
-    `val/loss_<term>`, `val/<metric>` after each validation. The logged step is the number of optimizer steps done.
+    Logs `train/loss`, `train/loss_<term>` and `train/lr` every `log_every` optimizer steps, and `val/loss`,
+    `val/loss_<term>` and `val/<metric>` after each validation. The logged step is the number of finished optimizer
+    steps.
 
     Args:
-        net: encoder, frozen generator, average latent.
+        net: encoder, frozen generator and average latent.
         losses: the objective.
-        optimizer: called with the encoder's trainable parameters.
-        metrics: name to torchmetrics Metric over (output, target), both (B, 3, S, S), computed at each validation.
+        optimizer: builds the optimizer from the encoder's trainable parameters.
+        metrics: torchmetrics metrics by name; each validation updates them with (output, target), both (B, 3, S, S).
         noise: the generator's noise in training, `random` or `const`; validation always uses `const`.
-        batch_norm: `sync` and `local` train the BatchNorm layers (the Trainer tells the two apart), `frozen` keeps
-            them at their running statistics.
-        warmup_steps: optimizer steps over which the learning rate rises linearly.
-        decay_steps: last steps of the run over which it falls to zero, along half a cosine.
-        total_steps: length of the run; needed with `decay_steps`.
+        batch_norm: `sync` and `local` train the BatchNorm layers (the Trainer implements the difference); `frozen`
+            keeps their running statistics.
+        warmup_steps: number of first optimizer steps over which the learning rate rises linearly.
+        decay_steps: number of last optimizer steps over which it falls to zero along half a cosine.
+        total_steps: length of the run in optimizer steps; required if `decay_steps` is not 0.
         log_every: optimizer steps between two training rows of the log.
-        source_is_target: the task's source and target are the same image, which a loss then looks at once.
+        source_is_target: the source and the target are the same image; a loss then processes it only once.
 
     Raises:
-        UserError: unknown policy or noise.
+        UserError: `batch_norm` or `noise` is unknown, or a number of steps is invalid.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class LitPSP(pl.LightningModule):
         super().__init__()
         self.net = net
         self.losses = losses
-        self.val_metrics = dict(metrics or {})  # plain: they are no part of the checkpoint
+        self.val_metrics = dict(metrics or {})  # in a plain dict, which keeps them out of the checkpoint
         self.make_optimizer = optimizer
         self.noise: Noise = choice("noise", noise, ("random", "const"))
         self.log_every = log_every
@@ -78,21 +79,20 @@ class LitPSP(pl.LightningModule):
         self.decay_steps = whole("decay_steps", decay_steps, 0)
         self.total_steps = total_steps
         self.source_is_target = source_is_target
-        self.strict_loading = True
         self._val_sums: dict[str, Tensor] = {}
         self._val_count = 0
         self._row: dict[str, Tensor] = {}
         self._random_state: list[dict[str, Any]] | None = None
-        self.train()  # Lightning keeps the modes that it finds
+        self.train()  # Lightning does not change the modes of modules
 
     # --- steps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output (B, 3, output_size, output_size), unclamped, of a source (B, C, S, S)."""
+        """Map a source (B, C, S, S) to an output (B, 3, output_size, output_size), not clamped."""
         return self.net(x)
 
     def evaluate(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the objective, its detached parts by name, and the output (B, 3, S, S) pooled to the target's size."""
+        """Return the objective, the detached values to log, and the output (B, 3, S, S) pooled to the target's size."""
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
         delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
@@ -114,7 +114,7 @@ class LitPSP(pl.LightningModule):
         return {"loss": total, "y_hat": y_hat.detach()}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Log the step that is about to be made: before any checkpoint of it, so that a resumed log has it."""
+        """Log the step that follows, so that its row is written before any checkpoint of the step."""
         step = self.global_step + 1
         if step % self.log_every == 0:
             row = {f"train/{name}": float(value) for name, value in self._row.items()}
@@ -124,7 +124,7 @@ class LitPSP(pl.LightningModule):
         total, values, y_hat = self.evaluate(batch, "const")
         n = y_hat.shape[0]
         for name, value in self._log_names(total, values).items():
-            # weighted by the batch's size: the last batch may be smaller
+            # weighted by batch size, since the last batch may be smaller
             self._val_sums[name] = self._val_sums.get(name, torch.zeros((), device=self.device)) + value.detach() * n
         self._val_count += n
         for metric in self.val_metrics.values():
@@ -134,7 +134,7 @@ class LitPSP(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: float(value) for name, value in self._val_sums.items()}
-        shares = gather((sums, self._val_count))  # every rank's: one may have had no image at all
+        shares = gather((sums, self._val_count))  # of every rank; one may have had no image
         count = sum(n for _, n in shares)
         names = {name: None for share, _ in shares for name in share}
         results = {f"val/{name}": sum(share.get(name, 0.0) for share, _ in shares) / count for name in names}
@@ -142,7 +142,7 @@ class LitPSP(pl.LightningModule):
             results[f"val/{name}"] = float(metric.compute())
             metric.reset()
         self._val_sums, self._val_count = {}, 0
-        # float64 keeps these averages equal on every device count; mps has none
+        # float64 makes these averages equal for any number of devices; mps does not support it
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         self.log_dict({k: torch.tensor(v, dtype=kind, device=self.device) for k, v in results.items()}, logger=False)
         self._write(results, self.global_step)
@@ -154,17 +154,17 @@ class LitPSP(pl.LightningModule):
     def _write(self, values: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
-            logger.save()  # on the disk at once, for whoever watches the run
+            logger.save()  # write to disk at once, so that the run can be watched
 
     def _refuse_non_finite(self, total: Tensor, values: dict[str, Tensor], batch: Batch) -> None:
-        """Stop at a loss that is not finite: one comparison a step; the term is searched for only when it fails."""
-        if torch.isfinite(total):
+        """Raise a UserError if the loss is not finite."""
+        if torch.isfinite(total):  # one comparison per step; the terms are searched only on failure
             return
         name = next((k for k, v in values.items() if not torch.isfinite(v)), "sum of the terms")
         raise UserError(
             f"the loss term '{name}' became {float(values.get(name, total))} at step {self.global_step + 1}. "
             f"Files of the batch: {', '.join(map(str, batch['path']))}. The last checkpoint is intact: check these "
-            "files, lower optimizer.lr or set trainer.gradient_clip_val, then go on with resume=RUN."
+            "files, lower optimizer.lr or set trainer.gradient_clip_val, then continue with resume=RUN."
         )
 
     # --- optimizer
@@ -173,21 +173,20 @@ class LitPSP(pl.LightningModule):
         optimizer = self.make_optimizer([p for p in self.net.encoder.parameters() if p.requires_grad])
         if self.warmup_steps == self.decay_steps == 0:
             return optimizer
-        # a partial has no state: a run that goes on with more steps falls at its new end
-        settings = {"warmup": self.warmup_steps, "decay": self.decay_steps, "total": self.total_steps}
-        factor = functools.partial(rate_factor, **settings)
+        # checkpoints do not save a partial, so a run resumed with more steps decays at its new end
+        factor = functools.partial(
+            rate_factor, warmup=self.warmup_steps, decay=self.decay_steps, total=self.total_steps
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Make one step, then free the gradients: Lightning would keep them through the next forward pass, when memory
-        is shortest."""
+        """Step, then free the gradients, which Lightning would keep through the next forward pass, the memory peak."""
         super().optimizer_step(*args, **kwargs)
-        for p in self.net.encoder.parameters():
-            p.grad = None
+        self.net.encoder.zero_grad()
 
     def train(self, mode: bool = True) -> LitPSP:
-        """Set the train mode, except for what is frozen."""
+        """Set the mode of every module that is not frozen."""
         super().train(mode)
         if self.batch_norm == "frozen":
             for module in self.net.encoder.modules():
@@ -195,14 +194,14 @@ class LitPSP(pl.LightningModule):
                     module.eval()
         return self
 
-    # --- checkpoints: tensors and plain values only, so that torch.load(weights_only=True) reads them
+    # --- checkpoints: only tensors and plain values, which torch.load(weights_only=True) can read
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return `net.*` only: the networks inside the losses come from their own files."""
+        """Return only `net.*`; the networks inside the losses are loaded from their own files."""
         return {key: value for key, value in super().state_dict(*args, **kwargs).items() if key.startswith("net.")}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load strictly everything that `state_dict` holds."""
+        """Load `state_dict` strictly."""
         state = {key.removeprefix("net."): value for key, value in state_dict.items()}
         return load_strict(self.net, state, what="this run's network")
 
@@ -215,15 +214,15 @@ class LitPSP(pl.LightningModule):
 
     def on_train_start(self) -> None:
         if self._random_state is None:
-            rng.offset(self.global_rank)  # ranks draw different noise
+            rng.offset(self.global_rank)  # each rank draws different noise
         elif len(self._random_state) == self.trainer.world_size:
             rng.restore(self._random_state[self.global_rank])
         self._random_state = None
 
 
 def rate_factor(step: int, warmup: int, decay: int, total: int) -> float:
-    """Return the factor of the learning rate: it rises linearly for `warmup` steps, and falls along half a cosine over
-    the last `decay` steps."""
+    """Return the learning rate's factor, which rises linearly over the first `warmup` steps and falls along half a
+    cosine over the last `decay` steps."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     left = max(0.0, min(1.0, (total - step) / decay)) if decay else 1.0
     return rise * (0.5 - 0.5 * math.cos(math.pi * left))

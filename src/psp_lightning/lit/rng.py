@@ -1,4 +1,4 @@
-"""Random numbers of a step, which depend only on (seed, step, purpose), and the random states of a process."""
+"""Random numbers that depend only on (seed, step, purpose), and saving and restoring random states."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from torch import Tensor
 class StepRNG:
     """Random numbers for one purpose in one step.
 
-    Every rank draws the numbers of the whole batch and keeps every `world`-th row from its own on: n ranks together see
-    what one rank with the whole batch sees, and a resumed run draws what the interrupted one would have drawn.
-
-    Args:
-        seed: of the run.
-        step: number of the step.
-        purpose: another number gives other random numbers.
-        rank, world: this process and their number.
-        device: where the numbers are drawn; devices of different kinds draw different ones.
+    Every rank draws numbers for the whole batch and keeps every `world`-th row, starting at its rank. So n ranks
+    together see the same numbers as one rank with the whole batch, and a resumed run draws the same numbers as an
+    uninterrupted one. Different `purpose` numbers give independent streams. Different kinds of devices draw different
+    numbers.
     """
 
     def __init__(
@@ -32,18 +27,18 @@ class StepRNG:
         self.generator = torch.Generator(self.device).manual_seed(state)
 
     def normal(self, n: int, *shape: int) -> Tensor:
-        """Return float32 (n, *shape), standard normal: the n rows of this rank."""
+        """Return this rank's n rows of standard normal numbers, float32 (n, *shape)."""
         rows = torch.randn(n * self.world, *shape, generator=self.generator, device=self.device)
         return rows[self.rank :: self.world]
 
     def uniform(self, n: int, *shape: int) -> Tensor:
-        """Return float32 (n, *shape), uniform in [0, 1): the n rows of this rank."""
+        """Return this rank's n rows of uniform numbers in [0, 1), float32 (n, *shape)."""
         rows = torch.rand(n * self.world, *shape, generator=self.generator, device=self.device)
         return rows[self.rank :: self.world]
 
 
 def capture() -> dict[str, Any]:
-    """Return the states of python, numpy, torch and the current CUDA device, as tensors and plain values."""
+    """Return the random states of python, numpy, torch and the current CUDA device, as tensors and plain values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -57,7 +52,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set the states that `capture` returned."""
+    """Restore the states that `capture` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -68,6 +63,6 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def offset(rank: int) -> None:
-    """Give this rank torch streams of its own; all ranks started from the same seed."""
+    """Give this rank its own torch streams; all ranks start from the same seed."""
     if rank:
         torch.manual_seed(torch.initial_seed() + rank)

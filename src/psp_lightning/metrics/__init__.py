@@ -1,4 +1,4 @@
-"""torchmetrics metrics over the same functions as the losses."""
+"""torchmetrics metrics that use the same functions as the losses."""
 
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity, ImageMean
 from psp_lightning.metrics.registry import METRICS, register_metric

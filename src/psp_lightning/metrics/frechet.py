@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of feature vectors."""
+"""Frechet distance between the features of two sets of images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ SETS = ("real", "fake")
 
 
 class FrechetDistance(Metric):
-    """Distance of two Gaussians fitted to the features of two sets of images; lower is better.
+    """Distance between two Gaussians fitted to the features of two sets of images; lower is better.
 
-    Not comparable with published FID, whose features are Inception's: only with distances in the same features. Memory
-    does not grow with the number of images, and the result does not depend on batches or ranks beyond rounding in
-    float64; a rank may have no image.
+    Values are comparable only if the features are the same, and so not with published FID, which uses Inception's.
+    Memory does not grow with the number of images. Batch sizes and ranks change the result only by rounding in float64;
+    a rank may have no images. The sums are float64, which mps does not support.
 
     Args:
-        features: from images (B, 3, H, W) in [-1, 1] to (B, size). A network given here is not part of the state dict.
+        features: maps images (B, 3, H, W) in [-1, 1] to (B, size). A network is not part of the state dict, and
+            `metric.to(device)` does not move it: move the network yourself.
         size: number of features.
 
     Source: Heusel et al. (arXiv:1706.08500), equation 6.
@@ -35,7 +36,7 @@ class FrechetDistance(Metric):
 
     def __init__(self, features: Callable[[Tensor], Tensor], size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.__dict__["features"] = features  # not registered: a network would be saved with the metric
+        self.__dict__["features"] = features  # not registered, because a network would be saved with the metric
         for name in SETS:
             self.add_state(f"{name}_count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
             self.add_state(f"{name}_sum", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
@@ -43,7 +44,7 @@ class FrechetDistance(Metric):
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
-        """Add images (B, 3, H, W), clamped to [-1, 1] here, to one of the two sets."""
+        """Add images (B, 3, H, W), clamped to [-1, 1] here, to the real or the fake set."""
         name = SETS[0] if real else SETS[1]
         values = self.features(images.clamp(-1, 1)).double()
         setattr(self, f"{name}_count", getattr(self, f"{name}_count") + len(values))
@@ -51,7 +52,7 @@ class FrechetDistance(Metric):
         setattr(self, f"{name}_products", getattr(self, f"{name}_products") + values.t() @ values)
 
     def compute(self) -> Tensor:
-        """Return the distance, a float64 scalar.
+        """Return the distance as a float64 scalar.
 
         Raises:
             UserError: a set has fewer than two images.
@@ -67,9 +68,9 @@ class FrechetDistance(Metric):
 
 
 def frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:
-    """Return the squared 2-Wasserstein distance of two Gaussians with means (D,), covariances (D, D), float64.
+    """Return the squared 2-Wasserstein distance of two Gaussians with means (D,) and covariances (D, D), float64.
 
-    The trace of `(A B)^(1/2)` is the sum of the roots of the eigenvalues of `A^(1/2) B A^(1/2)`, which is symmetric.
+    The trace of `(A B)^(1/2)` is the sum of the square roots of the eigenvalues of the symmetric `A^(1/2) B A^(1/2)`.
     """
     values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()

@@ -1,4 +1,4 @@
-"""Image metrics: a mean over images, exact whatever the batch sizes and the number of ranks."""
+"""Metrics that average over images, exactly for any batch sizes and number of ranks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from psp_lightning.utils.errors import UserError
 
 
 class ImageMean(Metric):
-    """Mean of one number per image.
+    """A base class for the mean of one number per image; subclasses implement `update`.
 
-    Sum and count are kept and reduced separately, so a short last batch or a rank with fewer images weighs by its
-    images. `update` is left to the subclasses.
+    It keeps and reduces the sum and the count separately, so each image has the same weight, also in a short last batch
+    or on a rank with fewer images.
     """
 
     full_state_update = False
@@ -28,7 +28,7 @@ class ImageMean(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # float32 and not float64, which mps lacks.
+        # mps does not support float64
         self.add_state("total", default=torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -38,29 +38,24 @@ class ImageMean(Metric):
         self.count += values.numel()
 
     def compute(self) -> Tensor:
-        """float32 scalar; NaN before the first image."""
+        """Return the mean as a float32 scalar; NaN before the first image."""
         return self.total / self.count
 
 
 @register_metric("mse")
 class MSE(ImageMean):
-    """Mean squared error, output clamped to [-1, 1]; lower is better."""
+    """Mean squared error of outputs clamped to [-1, 1]; lower is better."""
 
     higher_is_better = False
 
     def update(self, y_hat: Tensor, y: Tensor) -> None:
-        """Add images.
-
-        Args:
-            y_hat: (B, C, H, W) float, clamped here.
-            y: (B, C, H, W) float in [-1, 1].
-        """
+        """Add outputs `y_hat`, clamped here, and targets `y` in [-1, 1], both (B, C, H, W) float."""
         self._add(mse_per_image(y_hat.float().clamp(-1, 1), y.float()))
 
 
 @register_metric("psnr")
 class PSNR(ImageMean):
-    """Peak signal-to-noise ratio in dB, per image, then averaged; output clamped to [-1, 1]; higher is better.
+    """Peak signal-to-noise ratio of outputs clamped to [-1, 1], in dB, averaged over images; higher is better.
 
     The peak is 2, the width of [-1, 1]. Identical images count as 106 dB (squared error 1e-10).
     """
@@ -68,7 +63,7 @@ class PSNR(ImageMean):
     higher_is_better = True
 
     def update(self, y_hat: Tensor, y: Tensor) -> None:
-        """Add images; arguments as for `MSE`."""
+        """Add images; see `MSE.update`."""
         mse = mse_per_image(y_hat.float().clamp(-1, 1), y.float())
         self._add(10 * torch.log10(4 / mse.clamp_min(1e-10)))
 
@@ -78,8 +73,8 @@ class IdSimilarity(ImageMean):
     """Mean cosine similarity of the identity embeddings of output and target, in [-1, 1]; higher is better.
 
     Args:
-        similarity: from two image batches (B, 3, H, W) to (B,), e.g. `IDLoss.similarity`. A function and not a
-            module, so that the network is neither copied nor saved twice. None where `update` gets similarities.
+        similarity: maps two image batches (B, 3, H, W) to (B,), for example `IDLoss.similarity`. It is a function and
+            not a module, so the network is not copied or saved twice. None if `update` receives similarities.
     """
 
     higher_is_better = True
@@ -89,16 +84,16 @@ class IdSimilarity(ImageMean):
         self.similarity = similarity
 
     def update(self, y_hat: Tensor, y: Tensor | None = None) -> None:
-        """Add images, or with one argument similarities (B,) that exist already.
+        """Add outputs (B, 3, H, W) float, clamped here, and targets (B, 3, H, W) float in [-1, 1]; or, without `y`,
+        computed similarities (B,).
 
-        Args:
-            y_hat: (B, 3, H, W) float, clamped here; or (B,) similarities.
-            y: (B, 3, H, W) float in [-1, 1].
+        Raises:
+            UserError: `y` is given and the metric has no `similarity`.
         """
         if y is None:
             self._add(y_hat)
             return
         if self.similarity is None:
-            raise UserError("IdSimilarity was built without a network: give it `similarity`, or pass similarities.")
+            raise UserError("IdSimilarity needs `similarity` to compare images; without it, pass similarities.")
         with torch.no_grad():
             self._add(self.similarity(y_hat.clamp(-1, 1), y))

@@ -1,4 +1,4 @@
-"""Metrics by name, so that a configuration and a log can name them."""
+"""The registry of metrics, whose names configurations and logs use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MetricT = TypeVar("MetricT", bound=type[Metric])
 
 
 def register_metric(name: str) -> Callable[[MetricT], MetricT]:
-    """Class decorator: put a `torchmetrics.Metric` into `METRICS` under `name`, its key in the log.
+    """Return a class decorator that adds a `torchmetrics.Metric` to `METRICS` as `name`, its key in the log.
 
     Raises:
-        UserError: another metric has the name.
+        UserError: another metric already has this name.
     """
 
     def decorate(cls: MetricT) -> MetricT:

@@ -1,4 +1,4 @@
-"""Callbacks of the trainings."""
+"""Callbacks for training."""
 
 from psp_lightning.lit.callbacks.batch_norm import AverageBatchNorm
 from psp_lightning.lit.callbacks.epoch_start import EpochStart

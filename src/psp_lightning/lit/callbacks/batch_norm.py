@@ -1,4 +1,4 @@
-"""Running statistics of BatchNorm that all ranks share."""
+"""BatchNorm running statistics that are equal on all ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from psp_lightning.lit.distributed import average_over_ranks
 
 
 class AverageBatchNorm(Callback):
-    """Averages the encoder's running statistics over the ranks after each step.
+    """Averages the encoder's running statistics over all ranks after each step.
 
-    Without SyncBatchNorm every rank normalises by its own batch and keeps its own running statistics: a validation or a
-    checkpoint would then show only one rank's.
+    Without SyncBatchNorm, each rank updates its running statistics from its own batches only, and validations and
+    checkpoints would use those of a single rank.
     """
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:

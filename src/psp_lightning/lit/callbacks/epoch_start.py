@@ -1,4 +1,4 @@
-"""An exact resume from a checkpoint that was written after the last batch of an epoch."""
+"""Exact resume from a checkpoint written after the last batch of an epoch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytorch_lightning as pl
 
 
 class EpochStart(pl.Callback):
-    """After a resume between two epochs, begin the next epoch as if there had been no interruption.
+    """Starts the next epoch after a resume between two epochs as if the run had not been interrupted.
 
-    Lightning (seen in 2.6.6) resumes from a checkpoint of `on_train_epoch_end`, or of the end of `fit` when it falls on
-    an epoch's end, with the batch counter of the finished epoch: it then ends the next epoch after one batch.
+    A checkpoint written in `on_train_epoch_end`, or at the end of a `fit` that ends with an epoch, contains the batch
+    counter of the finished epoch. Lightning (seen in 2.6.6) resumes with that counter and ends the next epoch after one
+    batch.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -21,6 +22,6 @@ class EpochStart(pl.Callback):
         between = total.ready == total.started == total.processed
         if loop.restarting and between and loop.epoch_loop.batch_progress.current.ready:
             total.completed, current.completed = total.processed, current.processed
-            loop._restarting = False  # its setter keeps True for runs that count steps
+            loop._restarting = False  # the setter keeps True if max_steps is set
             loop.epoch_loop.restarting = False
             loop.reset_restart_stage()

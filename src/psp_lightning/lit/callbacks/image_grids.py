@@ -1,4 +1,4 @@
-"""Pictures of a batch: source | target | output."""
+"""Image grids of a batch: source | target | output."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from psp_lightning.lit.files import keep_picture
 from psp_lightning.utils.arguments import whole
 from psp_lightning.utils.images import from_uint8, to_pil
 
-CAPTION_HEIGHT = 14  # pixels, one line of PIL's default font
+CAPTION_HEIGHT = 14  # pixels; one line in PIL's default font
 
 
 class ImageGrids(Callback):
-    """Grids with a row source | target | output for each image, in the run directory and the image loggers.
+    """Draws grids of up to `n_images` rows source | target | output, for `folder` and the loggers that take images.
 
-    Args:
-        folder: receives `train_00000100.png`, `val_00000100.png`.
-        every_n_steps: steps between training grids (0: none); a validation always leaves one of its first batch.
-        n_images: rows.
+    It draws a training batch every `every_n_steps` steps (0: never), `train_00000100.png`, and the first batch of every
+    validation, `val_00000100.png`.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int) -> None:
@@ -57,11 +55,11 @@ class ImageGrids(Callback):
             return
         n = min(self.n_images, len(y_hat))
         output, target = y_hat[:n].detach().float(), batch["target"][:n].float()
-        identity = module.losses.terms["id"] if "id" in module.losses.terms else None
         captions = None
-        if identity is not None:
+        if "id" in module.losses.terms:
             with torch.no_grad():
-                captions = [f"id {value:.2f}" for value in identity.similarity(output, target).tolist()]
+                similarity = module.losses.terms["id"].similarity(output, target)
+            captions = [f"id {value:.2f}" for value in similarity.tolist()]
         grid = to_pil(image_grid(batch["source"][:n], target, output, trainer.datamodule.spec, captions))
         path = self.folder / f"{stage}_{trainer.global_step:08d}.png"
         keep_picture(trainer, grid, path, f"{stage}/images")
@@ -70,17 +68,14 @@ class ImageGrids(Callback):
 def image_grid(
     source: Tensor, target: Tensor, output: Tensor, spec: InputSpec, captions: Sequence[str] | None = None
 ) -> Tensor:
-    """Return one row source | target | output for each sample.
+    """Draw one row source | target | output per sample; return (3, B * (S + caption), 3 * S) float32 in [-1, 1].
 
     Args:
-        source: (B, C, H, W); resized to the target's size.
+        source: (B, C, H, W), resized to the target's size.
         target: (B, 3, S, S) in [-1, 1].
-        output: (B, 3, S, S), clamped here.
-        spec: what the source is.
-        captions: one text for each row, written below its output.
-
-    Returns:
-        (3, B * (S + caption), 3 * S) float32 in [-1, 1].
+        output: (B, 3, S, S), clamped to [-1, 1] here.
+        spec: describes the source.
+        captions: one text per row, written below its output.
     """
     size = target.shape[-2:]
     shown = F.interpolate(source_to_rgb(source, spec), size=size, mode="nearest")

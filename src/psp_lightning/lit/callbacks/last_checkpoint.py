@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the one that it continues from, also after it was asked to stop, and those of every n steps."""
+"""Checkpoints of a run: `last.ckpt`, from which it resumes, and one every n steps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from psp_lightning.utils.arguments import whole
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, from which a run continues bit for bit.
+    """Writes `folder`/last.ckpt, from which a run resumes bit for bit.
 
-    Written every `every_n_steps` optimizer steps, at the last step, and when ctrl-C or SIGTERM asks the run to stop
-    (the step in progress is finished first). Where a validation falls on the same step it is written after it, so that
-    the best value is part of it.
-
-    Args:
-        folder: where `last.ckpt` is written.
-        every_n_steps: optimizer steps between two checkpoints; None: only at the end and on a stop.
+    It is written every `every_n_steps` optimizer steps (None: never), at the last step, and when ctrl-C or SIGTERM
+    stops the run, after the current step. If there is a validation at the same step, it is written after the
+    validation, so that it includes the best value.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int | None) -> None:
@@ -47,17 +43,17 @@ class LastCheckpoint(Checkpoint):
         self._handlers.clear()
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self._asked and self._ranks == 1:  # asked twice: stop at once
+        if self._asked and self._ranks == 1:  # second request: stop at once
             raise KeyboardInterrupt
         if not self._asked:
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+            os.write(2, b"\nstopping after this step; press ctrl-C again to stop at once\n")  # print is unsafe here
         self._asked = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.interrupted = self._anywhere(trainer, self._asked)
         step = trainer.global_step
         if step == self._step:
-            return  # gradients of half a step are not part of a checkpoint
+            return  # a checkpoint cannot contain accumulated gradients
         self._step = step
         due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
         self._pending = bool(due or self.interrupted)
@@ -73,7 +69,7 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _anywhere(trainer: pl.Trainer, asked: bool) -> bool:
-        """Whether any rank was asked: all of them stop at the same step or none does."""
+        """Return whether any rank was asked to stop: all ranks must stop at the same step."""
         if trainer.world_size == 1:
             return asked
         flag = torch.tensor(float(asked), device=trainer.strategy.root_device)
@@ -90,7 +86,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def step_checkpoints(folder: str | Path, every_n_steps: int | None) -> ModelCheckpoint:
-    """Return a callback that keeps `step_00001000.ckpt` of every so many steps; None: of no step."""
+    """Return a callback that writes `step_00001000.ckpt` and so on every `every_n_steps` steps; None: never."""
     steps = whole("every_n_steps", every_n_steps, 1, optional=True) or 0
     return ModelCheckpoint(
         folder, "step_{step:08d}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=steps

@@ -1,4 +1,4 @@
-"""The progress bar of a training."""
+"""The progress bar for training."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar for the whole run: steps, time left, the loss and its terms."""
+    """One progress bar for the whole run: steps, time left, the loss and its terms."""
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_start(trainer, *args)
         bar = self.train_progress_bar
         bar.reset(trainer.max_steps if trainer.max_steps > 0 else None)
-        bar.initial = bar.n = trainer.global_step  # a resumed run estimates its time from its own steps
+        bar.initial = bar.n = trainer.global_step  # a resumed run estimates the time left from its own steps
         bar.set_description("train")
 
     def on_train_epoch_start(self, *args: Any) -> None:
-        """Leave the bar as it is: it counts steps, not passes over the data."""
+        """Do not reset the bar, which counts the steps of the run."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         bar, step = self.train_progress_bar, trainer.global_step

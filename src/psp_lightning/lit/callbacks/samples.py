@@ -1,4 +1,4 @@
-"""Callbacks of a generator's training: grids of samples, the exported file."""
+"""Callbacks for training a generator: grids of samples, and the exported generator."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from psp_lightning.utils.images import to_pil
 
 @torch.no_grad()
 def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0, batch: int = 32) -> Tensor:
-    """Return n samples (n, C, S, S) on the CPU, at latents that `seed` fixes, with constant noise.
+    """Return n samples (n, C, S, S) on the CPU, with constant noise and latents drawn from `seed`.
 
-    Args:
-        psi: truncation towards the mean w of 10,000 draws.
+    `psi` truncates towards the mean w of 10,000 draws.
     """
     source = torch.Generator().manual_seed(seed)
     z = torch.randn(n, generator.z_dim, generator=source).to(generator.input["input"])
@@ -32,7 +31,7 @@ def sample_images(generator: Generator, n: int, psi: float = 1.0, seed: int = 0,
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Tile (n, C, S, S) into (C, rows * S, columns * S); the last row is filled with white."""
+    """Arrange images (n, C, S, S) in a grid (C, rows * S, columns * S); empty cells are white."""
     n, c, s, _ = images.shape
     rows = -(-n // columns)
     full = torch.ones(rows * columns, c, s, s)
@@ -41,13 +40,10 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 class SampleGrids(Callback):
-    """Grids of samples of the averaged generator (`g_ema`), always at the same latents.
+    """Draws grids of `n_images` samples (1 to 4096) of the averaged generator (`g_ema`), always for the same latents.
 
-    Args:
-        folder: receives `samples_00000500.png`.
-        every_n_steps: steps between two grids; 0: one at the end.
-        n_images: samples in a grid.
-        truncation: psi.
+    It writes `folder`/samples_00000500.png every `every_n_steps` steps (0: never) and at the end. `truncation` is psi,
+    from 0 to 10.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int, truncation: float) -> None:
@@ -65,12 +61,12 @@ class SampleGrids(Callback):
 
 
 class ExportGenerator(Callback):
-    """Writes the averaged generator as `generator.safetensors` at the end of the run, also of an interrupted one.
+    """Writes the averaged generator to `run`/generator.safetensors when the run ends or is interrupted.
 
     Args:
         run: the run directory.
-        every_n_steps: also writes `generator_00001000.safetensors` every so many steps; None: no.
-        origin: training data, licence and the like; steps and images shown are added.
+        every_n_steps: steps between further files such as `generator_00001000.safetensors`; None: no further files.
+        origin: training data, licence and so on; the steps and the images shown are added.
     """
 
     def __init__(self, run: str | Path, every_n_steps: int | None, origin: Mapping[str, Any]) -> None:
