@@ -71,24 +71,14 @@ def shipped() -> dict[str, Shipped]:
     Raises:
         UserError: a damaged record.
     """
-    return _read_records(shipped_dir())
-
-
-@functools.lru_cache(maxsize=8)
-def _read_records(root: Path) -> dict[str, Shipped]:
     found = {}
-    for file in sorted(root.glob("*/records.json")):
+    for file in sorted(shipped_dir().glob("*/records.json")):
         try:
             for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
                 found[name] = Shipped(name=name, **{**entry, "file": file.parent / entry["file"]})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({error}): install psp-lightning again.") from None
     return found
-
-
-def forget_records() -> None:
-    """Read the records again at the next use: their files were written anew."""
-    _read_records.cache_clear()
 
 
 def is_shipped_name(name: str) -> bool:
