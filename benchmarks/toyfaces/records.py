@@ -72,7 +72,6 @@ def write_records(
         raise UserError(f"The files of {folder} have {total} bytes, more than the {LIMIT} that the package may ship.")
     with replacing(folder / "records.json") as part:
         part.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    locate.forget_records()
     return records
 
 

@@ -1,4 +1,4 @@
-"""The two places where the kernels run: on a GPU, and on the CPU thread by thread (`host/launch.cpp`)."""
+"""The two ways to run the kernels: on a GPU, and on the CPU thread by thread (`host/launch.cpp`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psp_lightning.ops.cuda import toolchain as _toolchain
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep, of each test of the kernels, the cases that bring a new pair of parameter values."""
+    """Keep only those cases of each kernel test that add a new pair of parameter values."""
     if config.getoption("--all-kernels"):
         return
     seen: dict[object, set[object]] = {}
@@ -49,7 +49,7 @@ cpp_extension.load("psp_lightning_host", sys.argv[3:], extra_include_paths=[sys.
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """bindings.cpp and the threads' code, compiled for the CPU (about half a minute)."""
+    """bindings.cpp and the code of the threads, compiled for the CPU (about half a minute)."""
     if not _toolchain.compiler_version() or not _toolchain.ninja_version():
         pytest.skip("needs a C++ compiler and ninja")
     folder = tmp_path_factory.mktemp("host")
@@ -81,7 +81,7 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A device whose calls of the ops go to the kernels."""
+    """A device on which calls of the ops use the kernels."""
     if request.param == "cuda":
         assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
         yield torch.device("cuda")

@@ -1,4 +1,4 @@
-"""The kernels compile: the whole build, with the real compiler, for two architectures, without a GPU."""
+"""The whole build of the kernels, with the real compiler, for two architectures, without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ except RuntimeError as error:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_compile_for_two_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About half a minute on one core. Loading is a part: a symbol that is missing would show here."""
+    """Takes about half a minute on one core. Loading the library would reveal a missing symbol."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path))
     monkeypatch.setenv("MAX_JOBS", "1")
     library = _jit.ensure_built(["8.0", "9.0"])
@@ -48,7 +48,7 @@ def test_kernels_compile_for_two_architectures(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_an_error_of_the_real_compiler_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An architecture that no compiler knows, through torch's own build."""
+    """An unknown architecture, passed to the build of torch."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path))
     with pytest.raises(_jit.BuildError, match="The compiler failed"):
         _jit.ensure_built(["1.0"])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, devices, graphs, huge tensors, memory errors, the networks as a whole."""
+"""Tests that need a GPU: streams, devices, graphs, huge tensors, memory errors, whole networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def exact() -> Iterator[None]:
-    """Kernels loaded, convolutions in full float32."""
+    """Load the kernels and compute convolutions in full float32."""
     assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
     kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -35,14 +35,14 @@ def exact() -> Iterator[None]:
 
 
 def all_ops(x: torch.Tensor) -> torch.Tensor:
-    """Every kernel once, backward included."""
+    """Run every kernel once, including its backward."""
     x = x.detach().requires_grad_()
-    filter = fir_filter(gain=4).to(x.device)
+    fir = fir_filter(gain=4).to(x.device)
     demod = torch.linspace(0.5, 1.5, x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2]).requires_grad_()
     bias = torch.linspace(-1, 1, x.shape[1], device=x.device, requires_grad=True)
-    y = modconv_epilogue(x, filter, (1, 1), demod, bias=bias)
-    y = upfirdn2d(modconv_epilogue(y, demod=demod, bias=bias), filter, 2, 1, (2, 1))
-    y = fused_leaky_relu(upfirdn2d(y, filter, 1, 2, (1, 1)), bias)
+    y = modconv_epilogue(x, fir, (1, 1), demod, bias=bias)
+    y = upfirdn2d(modconv_epilogue(y, demod=demod, bias=bias), fir, 2, 1, (2, 1))
+    y = fused_leaky_relu(upfirdn2d(y, fir, 1, 2, (1, 1)), bias)
     grads = torch.autograd.grad(y.square().sum(), (x, demod, bias))
     return torch.cat([t.double().flatten() for t in (y, *grads)])
 
@@ -79,11 +79,11 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 
 def test_a_captured_graph_replays_them() -> None:
-    filter = fir_filter(gain=4).to(CUDA)
+    fir = fir_filter(gain=4).to(CUDA)
     x, bias = torch.randn(2, 16, 33, 33, device=CUDA), torch.randn(16, device=CUDA)
 
     def step() -> torch.Tensor:
-        return upfirdn2d(modconv_epilogue(x, filter, (1, 1), bias=bias), filter, 2, 1, (2, 1))
+        return upfirdn2d(modconv_epilogue(x, fir, (1, 1), bias=bias), fir, 2, 1, (2, 1))
 
     with torch.no_grad():
         step()
@@ -104,20 +104,20 @@ def free_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "last"])
 def test_more_elements_than_32_bits_count(order: torch.memory_format) -> None:
-    """Compared where an index of 32 bits would have wrapped, with the first and the last samples alone."""
+    """The first and the last sample, compared with the same sample by itself; a 32-bit index would wrap."""
     b, c, side = 9, 64, 2048  # 2.4 billion
     if free_bytes() < 5 * b * c * side**2 * 2:
         pytest.skip("needs 25 GB of free GPU memory")
-    filter, bias = fir_filter((1, 3, 2, 1), gain=4).to(CUDA), torch.linspace(-1, 1, c, device=CUDA)
+    fir, bias = fir_filter((1, 3, 2, 1), gain=4).to(CUDA), torch.linspace(-1, 1, c, device=CUDA)
     demod = torch.linspace(0.5, 1.5, b * c, device=CUDA).view(b, c)
     x = torch.empty(b, c, side, side, dtype=torch.float16, device=CUDA, memory_format=order).normal_()
     assert x.numel() > 2**31
     with torch.no_grad():
         for function in (
             lambda x, d: modconv_epilogue(x, None, (0, 0), d, bias=bias),
-            lambda x, d: modconv_epilogue(x, filter, (2, 1), d, bias=bias),
-            lambda x, d: upfirdn2d(x, filter, 1, 1, (2, 1), gain=0.5),
-            lambda x, d: upfirdn2d(x, filter[:3], 1, 2, (1, 2)),
+            lambda x, d: modconv_epilogue(x, fir, (2, 1), d, bias=bias),
+            lambda x, d: upfirdn2d(x, fir, 1, 1, (2, 1), gain=0.5),
+            lambda x, d: upfirdn2d(x, fir[:3], 1, 2, (1, 2)),
         ):
             whole = function(x, demod)
             for i in (0, b - 1):
@@ -179,8 +179,8 @@ def test_ref_means_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSP_OPS", "ref")
     x, bias = torch.randn(2, 4, 8, 8, device=CUDA), torch.randn(4, device=CUDA)
     assert torch.equal(fused_leaky_relu(x, bias), bias_act_ref(x, bias, 0.2, 2**0.5))
-    filter = fir_filter().to(CUDA)
-    assert torch.equal(upfirdn2d(x, filter, padding=(1, 2)), upfirdn2d_ref(x, filter, padding=(1, 2, 1, 2)))
+    fir = fir_filter().to(CUDA)
+    assert torch.equal(upfirdn2d(x, fir, padding=(1, 2)), upfirdn2d_ref(x, fir, padding=(1, 2, 1, 2)))
 
 
 SANITISED = """
@@ -201,7 +201,7 @@ print("done")
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Without PyTorch's own cache, so that a read beside a tensor is beside an allocation too."""
+    """PyTorch's cache is off, so a read outside a tensor is also outside an allocation."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     command += [sys.executable, "-c", SANITISED, str(Path(__file__).parent)]
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

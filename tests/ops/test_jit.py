@@ -1,4 +1,4 @@
-"""Building once, atomically, without hanging: with a compiler that is a few lines of Python."""
+"""Builds happen once, atomically and without hanging; the compiler is a few lines of Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from psp_lightning.utils.errors import UserError
 pytestmark = pytest.mark.serial
 
 ARCH = ["8.0"]
-# What a process of a test does: build with a fake compiler, which notes that it ran, and say what came out.
+# A process of a test: build with a fake compiler, which records that it ran, and print the result.
 WORKER = """
 import os, sys
 from psp_lightning.ops.cuda import build as _jit
@@ -36,7 +36,7 @@ except _jit.BuildError as error:
     print("failed", str(error).replace(chr(10), " "))
 """
 NOTE = "import os, sys, time; open(os.environ['RUNS'], 'a').write('x')\n"
-# until the other processes of the test have arrived, and a moment longer
+# wait until the other processes of the test have arrived, and a moment longer
 WAIT = """
 end = time.monotonic() + 90
 while len(open(os.environ["ARRIVED"]).read()) < 3 and time.monotonic() < end: time.sleep(0.05)
@@ -44,7 +44,7 @@ time.sleep(1.5)
 """
 GOOD = "open(sys.argv[1] + '/psp_lightning_ops.so', 'w').write('a library')"
 BAD = "print('kernel.cu(7): error: no such thing'); sys.exit(3)"
-# the file is there and half written when the compiler dies
+# the compiler dies when the file is half written
 KILLED = "f = open(sys.argv[1] + '/psp_lightning_ops.so', 'w'); f.write('a li'); f.flush(); os.kill(os.getpid(), 9)"
 
 
@@ -54,7 +54,7 @@ def compiler(what: str) -> str:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, a fresh state of the process, no real toolchain."""
+    """An empty cache, a fresh process state, no real toolchain."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("ARRIVED", str(tmp_path / "arrived"))
@@ -87,14 +87,14 @@ def test_built_once_and_then_found(folder, tmp_path, monkeypatch):
     left = {path.name for path in folder.iterdir()} - {f"{library.parent.name}.lock"}
     assert left == {library.parent.name}, "scratch folder left"
     assert _jit.ensure_built(["9.0"]) != library and runs(tmp_path) == 2
-    monkeypatch.setattr(_toolchain, "missing", lambda: "no compiler")  # what is built needs none
+    monkeypatch.setattr(_toolchain, "missing", lambda: "no compiler")  # a built library needs none
     assert _jit.ensure_built(ARCH) == library
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what, word", [(GOOD, "built a library"), (BAD, "failed")], ids=["good", "bad"])
 def test_parallel_processes_compile_once(tmp_path, what, word):
-    """All wait for the one that compiles; they take its library, or its failure."""
+    """All processes wait for the one that compiles, and use its library or its failure."""
     workers = [start(what) for _ in range(3)]
     answers = [worker.communicate(timeout=120)[0] for worker in workers]
     assert all(answer.startswith(word) for answer in answers), answers
@@ -163,7 +163,7 @@ def test_a_failing_compiler_warns_once(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PSP_OPS", "cuda")
     with pytest.raises(UserError, match="PSP_OPS=cuda.*status 3"):
         _jit.kernels()
-    monkeypatch.setattr(_jit, "_outcome", None)  # a new process tries again: the compiler may be mended
+    monkeypatch.setattr(_jit, "_outcome", None)  # a new process tries again: the compiler may be fixed
     use(monkeypatch, GOOD)
     assert _jit.ensure_built(ARCH).is_file() and runs(tmp_path) == 2
     assert not list(folder.glob("*.failed"))
@@ -183,7 +183,7 @@ def test_a_half_written_library_is_never_taken(folder, tmp_path, monkeypatch):
     assert not list(folder.rglob("*.so"))
     use(monkeypatch, GOOD)
     library = _jit.ensure_built(ARCH)
-    library.write_text("a li")  # damaged later, by a full disk say
+    library.write_text("a li")  # damaged later, e.g. by a full disk
     assert _jit.ensure_built(ARCH).read_text() == "a library" and runs(tmp_path) == 3
     (library.parent / "build.json").unlink()
     assert _jit.ensure_built(ARCH).read_text() == "a library" and runs(tmp_path) == 4
@@ -193,7 +193,7 @@ def test_a_compiler_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(_jit, "TIME_LIMIT", 2)
     use(monkeypatch, "print('working', flush=True); time.sleep(60)")
     began = time.monotonic()
-    with pytest.raises(_jit.BuildError, match="did not end in 2 s.*\nworking"):
+    with pytest.raises(_jit.BuildError, match="did not finish in 2 s.*\nworking"):
         _jit.ensure_built(ARCH)
     assert time.monotonic() - began < 30
 

@@ -1,6 +1,6 @@
-"""The kernels against plain PyTorch in float64: forward, backward, double backward, all types and orders in memory.
+"""The kernels against plain PyTorch in float64: forward, backward, double backward, all dtypes and memory layouts.
 
-Runs on a GPU where there is one, and everywhere on the CPU, thread by thread.
+They run on a GPU if there is one, and always on the CPU, thread by thread.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 DTYPES = tuple(BOUNDS)
 FORMATS = (torch.contiguous_format, torch.channels_last)
-BLUR = fir_filter((1, 3, 2, 1), gain=4)  # not symmetric, so that a wrong flip shows
+FIR = fir_filter((1, 3, 2, 1), gain=4)  # asymmetric, so a wrong flip shows
 FULL = torch.tensor([[1.0, 2, 0, -1], [0, 3, 1, 1], [2, 0, 0, 1], [1, 1, -2, 0]]) / 4
 both_orders = pytest.mark.parametrize("order", FORMATS, ids=["planes", "last"])
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 class Draw:
-    """Fresh numbers of a fixed stream, rounded to the type, on the device, leaves of the graph."""
+    """New leaf tensors on the device from a fixed random stream, rounded to the dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, order: torch.memory_format, seed: int = 0) -> None:
         self.source = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def poison(device: torch.device) -> None:
-    """Leave NaN in memory that the allocator hands out next."""
+    """Fill the memory that the allocator returns next with NaN."""
     if device.type == "cuda":
         kept = [torch.full((n,), float("nan"), device=device) for n in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 22)]
         del kept
@@ -60,7 +60,7 @@ def compare(
     second: bool = True,
     clamp: float | None = None,
 ) -> None:
-    """Values, first and second derivatives of `function` against those of `reference` in float64."""
+    """Compare values and first and second derivatives of `function` with those of `reference` in float64."""
     exact = double(tensors)
     poison(device)
     y, expected = function(*tensors), reference(*exact)
@@ -86,7 +86,7 @@ def compare(
     penalty = sum((g * w.to(g)).sum() for g, w in zip(composed, weights, strict=True))
     expected_penalty = sum((g * w.to(g)).sum() for g, w in zip(expected_grads, weights, strict=True))
     found, wanted = (
-        # a map that is linear in all inputs has no second derivative, and may have no graph for it
+        # a map that is linear in all inputs has no second derivative and may have no graph for it
         torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         for value, leaves in ((penalty, given), (expected_penalty, given_exact))
     )
@@ -131,11 +131,11 @@ SETTINGS = [(1, 1, (1, 1)), (1, 1, (2, 1)), (1, 1, (-1, 3)), (2, 1, (2, 1)), (2,
 def compare_upfirdn2d(device, dtype, order, setting, separable, shape):
     up, down, padding = setting
     draw = Draw(device, dtype, order)
-    filter = fir_filter((1, 3, 2, 1)) if separable else FULL
+    fir = fir_filter((1, 3, 2, 1)) if separable else FULL
     flip, gain = not separable, 1.5
     compare(
-        lambda x: upfirdn2d(x, filter.to(device), up, down, padding, flip, gain),
-        lambda x: upfirdn2d_ref(x, filter.double(), (up, up), (down, down), (*padding, *padding), flip, gain),
+        lambda x: upfirdn2d(x, fir.to(device), up, down, padding, flip, gain),
+        lambda x: upfirdn2d_ref(x, fir.double(), (up, up), (down, down), (*padding, *padding), flip, gain),
         [draw(*shape)],
         dtype,
         device,
@@ -164,15 +164,15 @@ def test_upfirdn2d_of_all_types(device, dtype, order, setting):
 def test_upfirdn2d_of_other_filters(device, order, taps, separable):
     draw = Draw(device, torch.float32, order)
     if separable:
-        filter = torch.outer(*(torch.rand(n, generator=draw.source) + 0.1 for n in taps))
+        fir = torch.outer(*(torch.rand(n, generator=draw.source) + 0.1 for n in taps))
     else:
-        filter = torch.randn(*taps, generator=draw.source)
+        fir = torch.randn(*taps, generator=draw.source)
     for up, down, flip in ((1, 1, False), (2, 1, True), (1, 2, False), (2, 2, True)):
         padding = (max(taps) // 2, max(taps) - max(taps) // 2)
         compare(
-            lambda x, a=(up, down, padding, flip): upfirdn2d(x, filter.to(device), *a),
+            lambda x, a=(up, down, padding, flip): upfirdn2d(x, fir.to(device), *a),
             lambda x, u=up, d=down, p=(*padding, *padding), f=flip: upfirdn2d_ref(
-                x, filter.double(), (u, u), (d, d), p, f
+                x, fir.double(), (u, u), (d, d), p, f
             ),
             [draw(2, 4, 11, 10)],
             torch.float32,
@@ -181,33 +181,33 @@ def test_upfirdn2d_of_other_filters(device, order, taps, separable):
 
 
 @both_orders
-@pytest.mark.parametrize("blur, padding", [(None, (0, 0)), (BLUR, (1, 1)), (BLUR, (2, 0)), (FULL, (1, 2))])
+@pytest.mark.parametrize("fir, padding", [(None, (0, 0)), (FIR, (1, 1)), (FIR, (2, 0)), (FULL, (1, 2))])
 @pytest.mark.parametrize("shape", [(2, 16, 9, 9), (3, 5, 7, 6), (1, 1, 17, 5), (2, 24, 5, 8)], ids=str)
 @pytest.mark.parametrize("each, clamp", [(True, None), (False, 1.0)], ids=["noise of each", "one noise, bounded"])
-def test_epilogue(device, order, blur, padding, shape, each, clamp):
-    compare_epilogue(device, torch.float32, order, blur, padding, shape, each, clamp)
+def test_epilogue(device, order, fir, padding, shape, each, clamp):
+    compare_epilogue(device, torch.float32, order, fir, padding, shape, each, clamp)
 
 
 @all_types
 @both_orders
 @pytest.mark.parametrize("shape", [(2, 16, 9, 8), (3, 5, 7, 7)], ids=str)
 def test_epilogue_of_all_types(device, dtype, order, shape):
-    for blur in (None, BLUR, FULL):
-        # a filter that is not separable has a pass of its own, whose result is rounded: no clamp, which would make that
-        # error large beside the result
-        compare_epilogue(device, dtype, order, blur, (2, 1), shape, True, None if blur is FULL else 1.0)
+    for fir in (None, FIR, FULL):
+        # A filter that is not separable takes a separate pass, whose result is rounded. A clamp would make this error
+        # large relative to the result.
+        compare_epilogue(device, dtype, order, fir, (2, 1), shape, True, None if fir is FULL else 1.0)
 
 
-def compare_epilogue(device, dtype, order, blur, padding, shape, each, clamp):
+def compare_epilogue(device, dtype, order, fir, padding, shape, each, clamp):
     draw = Draw(device, dtype, order)
     b, c, h, w = shape
-    if blur is not None:
+    if fir is not None:
         h, w = h + sum(padding) - 3, w + sum(padding) - 3
-    here = None if blur is None else blur.to(device)
+    here = None if fir is None else fir.to(device)
 
     def reference(x, demod, noise, strength, bias):
-        if blur is not None:
-            x = upfirdn2d_ref(x, blur.double(), padding=(*padding, *padding))
+        if fir is not None:
+            x = upfirdn2d_ref(x, fir.double(), padding=(*padding, *padding))
         return epilogue_ref(x, demod, noise, strength, bias, 0.2, 1.4, clamp)
 
     noise = draw(b if each else 1, 1, h, w, small=True)
@@ -224,23 +224,23 @@ def compare_epilogue(device, dtype, order, blur, padding, shape, each, clamp):
 
 @both_orders
 @pytest.mark.parametrize("given", [(), ("demod",), ("noise", "strength"), ("bias",)], ids=str)
-@pytest.mark.parametrize("blur", [None, BLUR], ids=["plain", "filter"])
-def test_epilogue_of_some_parts(device, order, given, blur):
+@pytest.mark.parametrize("fir", [None, FIR], ids=["plain", "filter"])
+def test_epilogue_of_some_parts(device, order, given, fir):
     draw = Draw(device, torch.float32, order)
     shapes = {"demod": (2, 8), "noise": (2, 1, 6, 5), "strength": (1,), "bias": (8,)}
     parts = {name: draw(*shapes[name], small=True) for name in given}
-    x = draw(2, 8, 6, 5) if blur is None else draw(2, 8, 7, 6)
+    x = draw(2, 8, 6, 5) if fir is None else draw(2, 8, 7, 6)
     names = ("demod", "noise", "strength", "bias")
 
     def reference(x, *rest):
-        if blur is not None:
-            x = upfirdn2d_ref(x, blur.double(), padding=(1, 1, 1, 1))
+        if fir is not None:
+            x = upfirdn2d_ref(x, fir.double(), padding=(1, 1, 1, 1))
         named = dict(zip(given, rest, strict=True))
         return epilogue_ref(x, *(named.get(name) for name in names), 1.0, 1.0, None)
 
     compare(
         lambda x, *rest: modconv_epilogue(
-            x, None if blur is None else blur.to(device), (1, 1), **dict(zip(given, rest, strict=True)),
+            x, None if fir is None else fir.to(device), (1, 1), **dict(zip(given, rest, strict=True)),
             negative_slope=1, gain=1,
         ),
         reference,
@@ -252,7 +252,7 @@ def test_epilogue_of_some_parts(device, order, given, blur):
 
 @both_orders
 def test_sums_over_many_chunks(device, order):
-    """A map that several blocks share, whose last chunk is not full."""
+    """Several blocks share a map, and the last chunk is not full."""
     for dtype, side in ((torch.float32, 211), (torch.float16, 210)):
         draw = Draw(device, dtype, order)
         noise = draw(1, 1, side, side, small=True).detach()
@@ -268,11 +268,11 @@ def test_sums_over_many_chunks(device, order):
 
 def test_gradcheck(device):
     draw = Draw(device, torch.float64, torch.channels_last)
-    noise, blur = draw(1, 1, 4, 5, small=True), BLUR.to(device)
+    noise, fir = draw(1, 1, 4, 5, small=True), FIR.to(device)
     inputs = (draw(2, 3, 5, 6), draw(2, 3), noise, draw(1), draw(3))
 
     def function(x, d, n, s, b):
-        return modconv_epilogue(x, blur, (1, 1), d, n, s, b, clamp=3.0)
+        return modconv_epilogue(x, fir, (1, 1), d, n, s, b, clamp=3.0)
 
     assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
     for up, down, padding in SETTINGS:
@@ -291,18 +291,18 @@ def test_empty_batch(device, shape):
     b, c, h, w = shape
     x = torch.zeros(shape, device=device, requires_grad=True)
     demod, bias = torch.ones(b, c, device=device, requires_grad=True), torch.ones(c, device=device, requires_grad=True)
-    for blur in (None, BLUR.to(device)):
-        y = modconv_epilogue(x, blur, (2, 1), demod, bias=bias)
+    for fir in (None, FIR.to(device)):
+        y = modconv_epilogue(x, fir, (2, 1), demod, bias=bias)
         assert y.shape == shape
         y.sum().backward()
     assert x.grad is not None and x.grad.shape == shape
     assert bias.grad is not None and not bias.grad.any()
-    assert upfirdn2d(x, BLUR.to(device), 2, 1, (2, 1)).shape == (b, c, 12, 12)
+    assert upfirdn2d(x, FIR.to(device), 2, 1, (2, 1)).shape == (b, c, 12, 12)
     assert fused_leaky_relu(x, bias).shape == shape
 
 
 def test_inputs_that_are_not_dense(device):
-    """Slices, transposed and expanded tensors, also where their address is no multiple of 16 bytes."""
+    """Slices, transposed and expanded tensors, also with addresses that are not multiples of 16 bytes."""
     base = torch.randn(2, 9, 10, 13, generator=torch.Generator().manual_seed(0)).to(device)
     bias = torch.randn(8, generator=torch.Generator().manual_seed(1)).to(device)
     views = [base[:, 1:, 1:, 1:], base[:, :8].transpose(2, 3), base[:1, :8].expand(2, -1, -1, -1),
@@ -310,8 +310,8 @@ def test_inputs_that_are_not_dense(device):
     for x in views:
         assert relative_error(fused_leaky_relu(x, bias), bias_act_ref(x.double(), bias.double(), 0.2, 2**0.5)) < 1e-6
         for up in (1, 2):
-            expected = upfirdn2d_ref(x.double(), BLUR.double().to(device), (up, up), (1, 1), (1, 2, 1, 2))
-            assert relative_error(upfirdn2d(x, BLUR.to(device), up, 1, (1, 2)), expected) < 1e-6
+            expected = upfirdn2d_ref(x.double(), FIR.double().to(device), (up, up), (1, 1), (1, 2, 1, 2))
+            assert relative_error(upfirdn2d(x, FIR.to(device), up, 1, (1, 2)), expected) < 1e-6
 
 
 def test_not_a_number_stays_visible(device):
@@ -322,11 +322,11 @@ def test_not_a_number_stays_visible(device):
 
 def test_a_changed_filter_is_looked_at_again(device):
     x = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0)).to(device)
-    filter = BLUR.clone().to(device)
-    upfirdn2d(x, filter, padding=(1, 2))
-    filter.copy_(FULL)
+    fir = FIR.clone().to(device)
+    upfirdn2d(x, fir, padding=(1, 2))
+    fir.copy_(FULL)
     expected = upfirdn2d_ref(x.double(), FULL.double().to(device), padding=(1, 2, 1, 2))
-    assert relative_error(upfirdn2d(x, filter, padding=(1, 2)), expected) < 1e-6
+    assert relative_error(upfirdn2d(x, fir, padding=(1, 2)), expected) < 1e-6
 
 
 def sizes(device):
@@ -341,7 +341,7 @@ def test_what_psp_doctor_checks(device):
 
 
 def test_the_check_finds_a_wrong_kernel(device, monkeypatch):
-    """A kernel that leaves out the bias, as psp-doctor would see it."""
+    """A kernel that omits the bias, as psp-doctor would see it."""
     run = _cuda.epilogue
     monkeypatch.setattr(_cuda, "epilogue", lambda *a: run(*a[:7], None, *a[8:]))
     wrong = {result.name.split()[0] for result in run_checks(device, sizes(device)) if not result.good}

@@ -18,7 +18,7 @@ def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_()
 
 
-FILTER = torch.tensor([[1.0, 2, 0, -1], [0, 3, 1, 1], [2, 0, 0, 1], [1, 1, -2, 0]], dtype=torch.float64) / 4
+FIR = torch.tensor([[1.0, 2, 0, -1], [0, 3, 1, 1], [2, 0, 0, 1], [1, 1, -2, 0]], dtype=torch.float64) / 4
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def test_they_are_what_torch_library_asks_for():
     ops = torch.ops.psp_lightning
     x, demod, noise, strength, bias = leaf(2, 3, 4, 5), leaf(2, 3), leaf(1, 1, 5, 6), leaf(1), leaf(3)
     rest = (0.2, 1.4, 3.0)
-    torch.library.opcheck(ops.epilogue.default, (x, FILTER, [2, 2, 2, 2], demod, noise, strength, bias, *rest))
+    torch.library.opcheck(ops.epilogue.default, (x, FIR, [2, 2, 2, 2], demod, noise, strength, bias, *rest))
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(ops.epilogue.default, (last, None, [], None, None, None, bias, *rest))
     torch.library.opcheck(ops.epilogue.default, (last, None, [], None, None, None, None, 1.0, 1.0, -1.0))
-    torch.library.opcheck(ops.upfirdn2d.default, (last, FILTER, [2, 1], [1, 2], [2, 1, -1, 3], True, 1.4))
+    torch.library.opcheck(ops.upfirdn2d.default, (last, FIR, [2, 1], [1, 2], [2, 1, -1, 3], True, 1.4))
     torch.library.opcheck(ops.act_backward.default, (x, leaf(2, 3, 4, 5, seed=1).detach(), *rest))
     plain = [t.detach() for t in (x, leaf(2, 3, 4, 5, seed=1), x, demod)]
     torch.library.opcheck(ops.epilogue_backward.default, (*plain, None, *rest, True))
@@ -49,7 +49,7 @@ def test_they_are_what_torch_library_asks_for():
 def test_derivatives_of_the_registered_epilogue():
     inputs = (leaf(2, 2, 3, 4), leaf(2, 2), None, leaf(1), leaf(2))
     with registered():
-        for fir, padding in ((FILTER, (2, 2)), (None, (0, 0))):
+        for fir, padding in ((FIR, (2, 2)), (None, (0, 0))):
             side = (4, 5) if fir is not None else (3, 4)
             noise = leaf(1, 1, *side)
             fixed = noise.detach()
@@ -57,7 +57,7 @@ def test_derivatives_of_the_registered_epilogue():
             def every(x, d, n, s, b, f=fir, p=padding):
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
-            def without_noise_maps(x, d, s, b, n=fixed, f=fir, p=padding):  # the path of one fused pass
+            def without_noise_maps(x, d, s, b, n=fixed, f=fir, p=padding):  # takes the fused backward
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
             given = (inputs[0], inputs[1], noise, inputs[3], inputs[4])
@@ -72,7 +72,7 @@ def test_derivatives_of_the_registered_filter(up, down, padding):
         for flip in (False, True):
 
             def function(x, f=flip):
-                return upfirdn2d(x, FILTER, up, down, padding, f, 1.7)
+                return upfirdn2d(x, FIR, up, down, padding, f, 1.7)
 
             x = (leaf(2, 2, 5, 4),)
             assert gradcheck(function, x) and gradgradcheck(function, x, fast_mode=True)
@@ -130,7 +130,7 @@ def test_export_of_the_generator(generator, through_ops):
 
 
 def test_the_choice_can_be_traced(monkeypatch):
-    """On CUDA it is read while a graph is made."""
+    """On CUDA it is read while a graph is captured."""
     monkeypatch.setenv("PSP_OPS", "ref")
     torch._dynamo.reset()
 
@@ -141,7 +141,7 @@ def test_the_choice_can_be_traced(monkeypatch):
 
 
 def test_autocast(generator):
-    """Convolutions in bfloat16 feed the operators, which keep that type; small factors stay in float32."""
+    """The operators keep the bfloat16 of the convolutions before them; small factors stay in float32."""
     z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         expected = generator(z)
@@ -157,7 +157,7 @@ def test_autocast(generator):
 
 
 def test_penalties_through_the_operators(generator):
-    """R1 and path length, the second derivatives of generator training, are those of plain PyTorch."""
+    """R1 and path length, the second derivatives of generator training, agree with plain PyTorch."""
     discriminator = Discriminator(16, 64, 8)
     z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -186,7 +186,7 @@ def test_a_result_is_never_its_argument():
 
 
 def test_plain_path_is_used_on_the_cpu(monkeypatch):
-    """No operator is called: tracing, speed and every derivative stay those of PyTorch's own functions."""
+    """No operator is called, so tracing, speed and derivatives are the same as for PyTorch's functions."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("an operator was called")

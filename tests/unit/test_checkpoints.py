@@ -214,7 +214,7 @@ def test_channels_without_a_rule_are_listed():
         assert convert.infer_generator(net.state_dict()) == net.config
     assert net.config["channels"] == channels and net.convs[2].conv.weight.shape[:2] == (80, 48)
     for wrong in ([64, 48, 80], [64, 48, 80, 0]):
-        with pytest.raises(UserError, match="give 4 counts, one a resolution"):
+        with pytest.raises(UserError, match="give 4 counts, one per resolution"):
             Generator(32, channels=wrong)
 
 

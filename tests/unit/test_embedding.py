@@ -79,7 +79,7 @@ def test_id_loss_takes_an_embedding(file: Path) -> None:
 
 
 def test_weights_beside_an_embedding_are_refused(file: Path) -> None:
-    with pytest.raises(UserError, match=r"other\.pth does not go with .*leave one of them out"):
+    with pytest.raises(UserError, match=r"other\.pth cannot be combined with .*Leave one of them out"):
         IDLoss(str(file), weights="other.pth")
 
 

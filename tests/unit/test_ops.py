@@ -62,7 +62,7 @@ def naive_modulated_conv2d(x, weight, style, demodulate, up, fir):
 @pytest.mark.parametrize("padding", [(0, 0), (2, 1), (1, 1), (3, 0), (-1, 2)])
 @pytest.mark.parametrize("size", [(7, 9), (8, 8)])
 def test_upfirdn2d_equals_naive(up, down, padding, size):
-    x, fir = rand(2, 3, *size), rand(4, 4)  # not symmetric, so a wrong flip shows
+    x, fir = rand(2, 3, *size), rand(4, 4)  # asymmetric, so a wrong flip shows
     actual = upfirdn2d(x, fir, up, down, padding)
     torch.testing.assert_close(actual, naive_upfirdn2d(x, fir, up, down, padding))
 
@@ -92,7 +92,7 @@ def test_upfirdn2d_flip_and_gain(up, down):
 @pytest.mark.parametrize("up, down", [((1, 1), (1, 1)), ((2, 1), (1, 3)), ((3, 2), (2, 1)), ((1, 2), (2, 2))])
 @pytest.mark.parametrize("padding", [(2, 1, 0, 3), (-1, 2, 3, -1)])
 def test_adjoint_padding(up, down, padding):
-    """`<upfirdn2d(x), y> = <x, upfirdn2d(y)>` with factors exchanged, the filter turned, and this padding."""
+    """`<upfirdn2d(x), y> = <x, upfirdn2d(y)>` with factors exchanged, the FIR filter flipped, and this padding."""
     x, fir = rand(1, 2, 8, 7), rand(3, 4)
     out = upfirdn2d_ref(x, fir, up, down, padding)
     y = rand(*out.shape, seed=1)

@@ -57,8 +57,7 @@ def folder(tmp_path, monkeypatch):
     trained = network(load_generator("toyfaces/generator")[0])
     save_psp(folder / "inversion.safetensors", trained, ORIGIN, HALF, generator_file="toyfaces/generator")
     write_records(folder)
-    yield folder
-    locate.forget_records()
+    return folder
 
 
 @torch.no_grad()
@@ -135,7 +134,6 @@ def test_missing_files_and_damaged_records(folder):
     with pytest.raises(UserError, match="toyfaces/identity are missing"):
         load_embedding("toyfaces/identity")
     (folder / "records.json").write_text('{"toyfaces/a": {"file": "a"}}')
-    locate.forget_records()
     with pytest.raises(UserError, match=r"records\.json is damaged"):
         load_psp("toyfaces/a")
 

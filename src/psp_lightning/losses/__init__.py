@@ -1,4 +1,4 @@
-"""Loss terms, one file each, their registry (`LOSSES`) and their weighted sum."""
+"""Loss terms (one file each), their registry (`LOSSES`) and their weighted sum."""
 
 from psp_lightning.losses.base import LOSSES, LossInputs, LossTerm, TermOutput, register_loss
 from psp_lightning.losses.composite import CompositeLoss

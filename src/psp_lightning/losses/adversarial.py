@@ -1,4 +1,4 @@
-"""The objective of a generator against its discriminator.
+"""The objectives of a generator and its discriminator.
 
 Source: Karras et al., StyleGAN2 (arXiv:1912.04958): non-saturating logistic loss, R1 (Mescheder et al.,
 arXiv:1801.04406, equation 9) and path-length regularisation (section 3.2, equation 4).
@@ -24,28 +24,25 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def r1_penalty(real_scores: Tensor, images: Tensor) -> Tensor:
-    """Return the mean squared norm of the scores' gradient with respect to the real images.
+    """Return the mean squared norm of the gradient of the scores with respect to the real images.
 
-    R1 is half of it, times gamma. It is differentiable with respect to the discriminator's weights.
-
-    Args:
-        real_scores: (B,), computed from `images`.
-        images: (B, C, H, W), requires a gradient.
+    R1 is this value times gamma / 2. It is differentiable with respect to the weights of the discriminator. The scores
+    (B,) are computed from the images (B, C, H, W), which must require a gradient.
     """
     (grad,) = torch.autograd.grad(real_scores.sum(), images, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
 
 
 def path_lengths(images: Tensor, w_plus: Tensor, noise: Tensor) -> Tensor:
-    """Return the norm of `J_w^T y`: how far the image moves, in random directions, when the style moves.
+    """Return the norm of `J_w^T y`: how far the image moves in a random direction when the style moves.
 
     Args:
         images: (B, C, H, W), made from `w_plus`.
-        w_plus: (B, n_styles, style_dim), requires a gradient.
-        noise: standard normal, shape of `images`.
+        w_plus: (B, n_styles, style_dim), must require a gradient.
+        noise: standard normal, with the shape of `images`.
 
     Returns:
-        (B,): the norm over style_dim of the root mean square over styles, differentiable.
+        (B,): the root mean square over styles of the norm over style_dim; differentiable.
     """
     noise = noise / math.sqrt(images.shape[2] * images.shape[3])
     (grad,) = torch.autograd.grad((images * noise).sum(), w_plus, create_graph=True)

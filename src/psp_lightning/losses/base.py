@@ -1,4 +1,4 @@
-"""The base class of loss terms with its input and output, their registry, and the face crop that some share."""
+"""The base class of loss terms, its inputs and outputs, the registry, and the face crop."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FACE_REFERENCE_SIZE = 256
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything that a loss term may look at.
+    """The inputs of a loss term.
 
     Attributes:
         y_hat: (B, 3, S, S) float, the output, nominally in [-1, 1] but not clamped.
         y: (B, 3, S, S) float in [-1, 1], the target.
-        x: (B, C, S', S') float, the source; it is the object `y` itself where source and target are the same image.
+        x: (B, C, S', S') float, the source; if source and target are the same image, it is the same object as `y`.
         delta_w_plus: (B, n_styles, style_dim) float, the encoder's output before the average latent is added.
         w_plus: (B, n_styles, style_dim) float, the codes that the generator received.
         latent_avg: (n_styles, style_dim) float, the average latent.
@@ -40,7 +40,7 @@ class LossInputs:
     latent_avg: Tensor | None = None
 
     def float(self) -> LossInputs:
-        """Return the same inputs in float32; `x` stays the same object as `y` where it was."""
+        """Return the inputs in float32; if `x` is the same object as `y`, it stays so."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value.float() for name, value in values.items() if value is not None}
         if self.x is self.y:
@@ -49,11 +49,11 @@ class LossInputs:
 
 
 class TermOutput(NamedTuple):
-    """A term's value, and more numbers for the log.
+    """The value of a term, and further values for the log.
 
     Attributes:
         value: scalar with a graph.
-        logs: full log name to detached scalar.
+        logs: detached scalars by full log name.
     """
 
     value: Tensor
@@ -61,17 +61,17 @@ class TermOutput(NamedTuple):
 
 
 class LossTerm(nn.Module, ABC):
-    """One summand of the training objective.
+    """A term of the training objective.
 
-    A subclass implements `forward`, which runs in float32 with autocast off (see `CompositeLoss`), must not modify its
-    inputs and must not wait for the device (no `.item()`). `register_loss` sets its `name`.
+    Subclasses implement `forward`, which runs in float32 with autocast off (see `CompositeLoss`). It must not modify
+    its inputs or wait for the device (no `.item()`). `register_loss` sets `name`.
     """
 
     name: str = ""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:
-        """Return the unweighted value, a scalar averaged over the batch, and more logs if there are any."""
+        """Return the unweighted value, a scalar averaged over the batch, optionally with further logs."""
 
 
 LOSSES: dict[str, type[LossTerm]] = {}
@@ -79,10 +79,10 @@ Term = TypeVar("Term", bound=type[LossTerm])
 
 
 def register_loss(name: str) -> Callable[[Term], Term]:
-    """Class decorator: put a `LossTerm` into `LOSSES` under `name`, which is also its key in the log.
+    """Decorate a `LossTerm` to register it in `LOSSES` under `name`, which is also its key in the log.
 
     Raises:
-        UserError: another loss has the name.
+        UserError: another loss has this name.
     """
 
     def decorate(cls: Term) -> Term:
@@ -94,7 +94,7 @@ def register_loss(name: str) -> Callable[[Term], Term]:
 
 
 def face_crop(image: Tensor) -> Tensor:
-    """Cut the face out of an aligned image: rows 35:223 and columns 32:220 of 256, scaled with the image.
+    """Crop the face of an aligned image: rows 35:223 and columns 32:220 of 256 px, scaled to the image.
 
     Args:
         image: (B, C, H, W).
@@ -111,5 +111,5 @@ def face_crop(image: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Turn autocast off on `device`: frozen networks and sums over pixels lose too much in 16 bits."""
+    """Disable autocast on `device`: frozen networks and sums over pixels lose too much precision in 16 bits."""
     return torch.autocast(device_type=device.type, enabled=False)

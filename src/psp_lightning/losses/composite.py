@@ -13,17 +13,17 @@ from psp_lightning.utils.errors import UserError, suggest
 
 
 class CompositeLoss(nn.Module):
-    """Weighted sum of terms.
+    """The weighted sum of loss terms.
 
-    A term of weight 0 is computed without a graph and logged, and adds nothing.
+    A term with weight 0 is computed without a graph, only for the log.
 
     Args:
-        terms: name to term; the names are the log keys.
-        weights: name to weight, a finite number >= 0; the names are those of `terms`.
+        terms: terms by name; the names are the log keys.
+        weights: weights by name, finite numbers >= 0, with the same names as `terms`.
 
     Raises:
-        UserError: there is no term, a weight lacks its term or a term its weight, a weight is not a finite number >= 0,
-            or all are 0.
+        UserError: there are no terms, a weight has no term, a term has no weight, a weight is not a finite number >= 0,
+            or all weights are 0.
 
     Source: pSp, section 3.2, eq. 5.
     """
@@ -31,7 +31,7 @@ class CompositeLoss(nn.Module):
     def __init__(self, terms: Mapping[str, LossTerm], weights: Mapping[str, float]) -> None:
         super().__init__()
         if not terms:
-            raise UserError("No loss is selected: choose at least one, e.g. loss=[l2].")
+            raise UserError("No loss is selected. Choose at least one, e.g. loss=[l2].")
         for name in weights:
             if name not in terms:
                 selected = ",".join(terms)
@@ -47,7 +47,7 @@ class CompositeLoss(nn.Module):
             if not number or not math.isfinite(weight) or weight < 0:
                 raise UserError(f"loss.{name}.weight must be a finite number >= 0, not {weight!r}.")
         if not any(weights.values()):
-            raise UserError(f"Every selected loss has weight 0 ({', '.join(terms)}): nothing would be trained.")
+            raise UserError(f"All selected losses have weight 0 ({', '.join(terms)}), so nothing would be trained.")
         self.terms = nn.ModuleDict(terms)
         self.weights = {name: float(weights[name]) for name in terms}
 
@@ -55,8 +55,8 @@ class CompositeLoss(nn.Module):
         """Compute every term in float32 with autocast off.
 
         Returns:
-            The objective, a scalar with a graph; and detached float32 scalars, each term's unweighted value under its
-            name and then the terms' own logs. Nothing waits for the device.
+            The objective, a scalar with a graph; and detached float32 scalars: the unweighted value of each term under
+            its name, then the terms' own logs. Nothing waits for the device.
         """
         with full_precision(inputs.y_hat.device):
             inputs = inputs.float()
@@ -71,7 +71,7 @@ class CompositeLoss(nn.Module):
                     logs.update(output.logs)
                     output = output.value
                 values[name] = output.detach()
-                if weight != 0:  # not 0 * value, which a single NaN would carry into the sum
+                if weight != 0:  # 0 * value would carry a NaN into the sum
                     total = total + weight * output
         return total, {**values, **logs}
 

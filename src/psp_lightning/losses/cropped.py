@@ -1,4 +1,4 @@
-"""l2 and LPIPS of the face only: frontalization weighs the face higher than its surroundings."""
+"""l2 and LPIPS of the face crop: frontalization weights the face more than its surroundings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class L2CropLoss(LossTerm):
 
 @register_loss("lpips_crop")
 class LPIPSCropLoss(LPIPSLoss):
-    """LPIPS of the face crop; arguments as of `LPIPSLoss`.
+    """LPIPS of the face crop; arguments as for `LPIPSLoss`.
 
     Source: pSp, section 4.2 (frontalization), and its code at commit 5cfff38.
     """

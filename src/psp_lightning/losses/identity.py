@@ -1,4 +1,4 @@
-"""Identity loss: cosine distance of face embeddings."""
+"""The identity loss: cosine distance between face embeddings."""
 
 from __future__ import annotations
 
@@ -18,31 +18,8 @@ from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.zoo.locate import find
 
-INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # side of the face crop that the network was trained with
+INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # side of the face crops that the network was trained on
 RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}  # weight record of the network
-
-
-def load_face_network(backbone: str, weights: str | os.PathLike[str] | None) -> nn.Module:
-    """Load a frozen network from face crops (B, 3, s, s) in [-1, 1] to unit vectors (B, 512).
-
-    Args:
-        backbone: `ir_se50` (ArcFace, the paper's, s = 112) or `facenet` (facenet-pytorch's InceptionResnetV1, s = 160).
-        weights: its file; None looks in the weights folder.
-
-    Raises:
-        UserError: the backbone is unknown; facenet-pytorch is not installed; the file is missing, unreadable or of
-            another network.
-    """
-    if backbone not in RECORD:
-        raise UserError(
-            f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}, and files "
-            "of embeddings, as toyfaces/identity."
-        )
-    network = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
-    path = find(RECORD[backbone], Path(weights) if weights is not None else None)
-    # facenet-pytorch's files also hold the classifier of their training set
-    load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
-    return freeze(network)
 
 
 def _facenet() -> nn.Module:
@@ -63,12 +40,14 @@ class IDLoss(SimilarityLoss):
     Logs `id_similarity` and, for an RGB source, `id_improvement`.
 
     Args:
-        backbone: `ir_se50` or `facenet`, which see the face crop; or the file or name of an embedding of this library,
-            as `toyfaces/identity`, which sees the whole image.
-        weights: the network's file; None looks in the weights folder. Not with an embedding.
+        backbone: `ir_se50` (ArcFace, as in the paper) or `facenet` (InceptionResnetV1 of facenet-pytorch), which
+            receive the face crop at 112 or 160 px; or the file or name of an embedding of this library, such as
+            `toyfaces/identity`, which receives the whole image.
+        weights: file of the network; None looks in the weights folder. Not allowed with an embedding.
 
     Raises:
-        UserError: see `load_face_network`; `weights` is given with an embedding.
+        UserError: the backbone is unknown, facenet-pytorch is not installed, the file is missing, unreadable or for
+            another network, or `weights` is given with an embedding.
 
     Source: pSp, section 3.2, eq. 3, with ArcFace (Deng et al. 2019); crop and pooling as in its code at commit
         5cfff38, against which the numbers were checked.
@@ -80,12 +59,21 @@ class IDLoss(SimilarityLoss):
         if "/" in backbone or backbone.endswith(".safetensors"):
             if weights is not None:
                 raise UserError(
-                    f"loss.id.weights={weights} does not go with loss.id.backbone={backbone}, which is a file already: "
-                    "leave one of them out."
+                    f"loss.id.weights={weights} cannot be combined with loss.id.backbone={backbone}, which is already "
+                    "a file. Leave one of them out."
                 )
             self.network = freeze(load_embedding(backbone))
-        else:
-            self.network = load_face_network(backbone, weights)
+            return
+        if backbone not in RECORD:
+            raise UserError(
+                f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}, and "
+                "files of embeddings, such as toyfaces/identity."
+            )
+        network = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
+        path = find(RECORD[backbone], Path(weights) if weights is not None else None)
+        # facenet-pytorch's files also contain the classifier of the training set
+        load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
+        self.network = freeze(network)
 
     def embed(self, image: Tensor) -> Tensor:
         if self.input_size is None:

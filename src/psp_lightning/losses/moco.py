@@ -1,4 +1,4 @@
-"""MoCo loss: the identity loss's counterpart for images that are not faces."""
+"""The MoCo loss: the counterpart of the identity loss for images other than faces."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from psp_lightning.zoo.locate import find
 
 
 def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a MoCo file's (or torchvision's) ResNet-50 to torchvision's keys, without the classifier.
+    """Convert the ResNet-50 of a MoCo or torchvision file to torchvision's keys, without the classifier.
 
-    MoCo saves the query encoder under `module.encoder_q.`, next to the key encoder and the queue; both its projection
-    head and torchvision's classifier are called `fc`.
+    MoCo saves the query encoder under `module.encoder_q.`, next to the key encoder and the queue. Its projection head
+    and torchvision's classifier are both called `fc`.
     """
     state = checkpoint.get("state_dict", checkpoint)
     assert isinstance(state, Mapping)
@@ -31,23 +31,6 @@ def convert_moco(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 
-def load_resnet50(weights: str | os.PathLike[str] | None) -> nn.Module:
-    """Load a frozen ResNet-50 from (B, 3, 224, 224) to (B, 2048).
-
-    Raises:
-        UserError: the file is missing, unreadable or of another network.
-    """
-    path = find("moco_v2", Path(weights) if weights is not None else None)
-    state = convert_moco(read(path))
-
-    from torchvision.models import resnet50  # here, since importing this library should not import torchvision
-
-    network = resnet50(weights=None)
-    network.fc = nn.Identity()
-    load_strict(network, state, what=str(path))
-    return freeze(network)
-
-
 @register_loss("moco")
 class MocoLoss(SimilarityLoss):
     """Cosine distance between the MoCo v2 features of output and target.
@@ -55,18 +38,26 @@ class MocoLoss(SimilarityLoss):
     Logs `moco_similarity` and, for an RGB source, `moco_improvement`.
 
     Args:
-        weights: MoCo v2 checkpoint of a ResNet-50, or torchvision's file of one; None looks in the weights folder.
+        weights: ResNet-50 checkpoint of MoCo v2 or torchvision; None looks in the weights folder.
 
     Raises:
-        UserError: see `load_resnet50`.
+        UserError: the file is missing, unreadable or for another network.
 
     Source: e4e (Tov et al. 2021), section 4.3.1, in the form of pSp's code at commit 5cfff38, against which the
-        numbers were checked: [-1, 1] images, without ImageNet's mean and deviation, resized to 224 (nearest).
+        numbers were checked: images in [-1, 1], without ImageNet's mean and deviation, resized to 224 (nearest).
     """
 
     def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        self.network = load_resnet50(weights)
+        path = find("moco_v2", Path(weights) if weights is not None else None)
+        state = convert_moco(read(path))
+
+        from torchvision.models import resnet50  # here, because importing this library should not import torchvision
+
+        network = resnet50(weights=None)
+        network.fc = nn.Identity()
+        load_strict(network, state, what=str(path))
+        self.network = freeze(network)
 
     def embed(self, image: Tensor) -> Tensor:
         features = self.network(F.interpolate(image, size=(224, 224), mode="nearest"))  # (B, 2048)

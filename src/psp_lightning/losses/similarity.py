@@ -1,4 +1,4 @@
-"""Base class of the losses that compare embeddings of a frozen network."""
+"""Base classes of the losses that compare embeddings or features of a frozen network."""
 
 from __future__ import annotations
 
@@ -11,27 +11,19 @@ from psp_lightning.losses.base import LossInputs, LossTerm, TermOutput, full_pre
 
 
 class SimilarityLoss(LossTerm):
-    """1 - cos(embedding(y_hat), embedding(y)), mean over the batch.
+    """1 - cos(embedding(y_hat), embedding(y)), averaged over the batch.
 
-    Logs `<name>_similarity` = mean cos(y_hat, y) and, where the source is an RGB image, `<name>_improvement` =
-    mean(cos(y_hat, y) - cos(y, x)). Target and source are embedded without a graph, and once where they are the
-    same object.
+    It logs `<name>_similarity` = mean cos(y_hat, y) and, if the source is an RGB image, `<name>_improvement` =
+    mean(cos(y_hat, y) - cos(y, x)). Target and source are embedded without a graph, and only once if they are the same
+    object.
     """
 
     @abstractmethod
     def embed(self, image: Tensor) -> Tensor:
-        """Map (B, 3, H, W) float32, nominally [-1, 1], to unit vectors (B, D)."""
+        """Map (B, 3, H, W) float32, nominally in [-1, 1], to unit vectors (B, D)."""
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the cosine of the two images' embeddings, in [-1, 1].
-
-        Args:
-            a: (B, 3, H, W) float, nominally [-1, 1].
-            b: (B, 3, H, W) float, nominally [-1, 1].
-
-        Returns:
-            (B,) float32.
-        """
+        """Return the cosine similarity (B,) float32 of the embeddings of images (B, 3, H, W), nominally in [-1, 1]."""
         with full_precision(a.device):
             return cosine(self.embed(a.float()), self.embed(b.float()))
 
@@ -47,6 +39,31 @@ class SimilarityLoss(LossTerm):
         if source is not None:
             logs[f"{self.name}_improvement"] = (similarity.detach() - cosine(target, source)).mean()
         return TermOutput((1 - similarity).mean(), logs)
+
+
+class FeatureLoss(LossTerm):
+    """A distance between feature maps of output and target, summed over layers and averaged over the batch."""
+
+    @abstractmethod
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) float32, nominally in [-1, 1], to feature maps (B, C, h, w)."""
+
+    @abstractmethod
+    def layer_distances(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        """Return the distance (B,) of each layer."""
+
+    def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return the distance (B,) float32, >= 0, of images (B, 3, H, W), nominally in [-1, 1].
+
+        Gradients flow into `y_hat`; the features of `y` are computed without a graph.
+        """
+        with full_precision(y_hat.device):
+            with torch.no_grad():
+                target = self.features(y.float())
+            return torch.stack(self.layer_distances(self.features(y_hat.float()), target)).sum(0)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        return self.distance(inputs.y_hat, inputs.y).mean()
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distance of the codes from the average latent."""
+"""The distance of the codes from the average latent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from psp_lightning.utils.errors import UserError
 
 @register_loss("w_norm")
 class WNormLoss(LossTerm):
-    """Euclidean norm of each sample's whole code relative to the average latent, mean over the batch.
+    """Euclidean norm of the whole code of each sample relative to the average latent, averaged over the batch.
 
-    The encoder's output (`delta_w_plus`) is this difference where the average is added to it, and the code itself where
-    it is not: the reference takes its norm in both settings. Without it, the difference is `w_plus - latent_avg`, or
+    The encoder's output (`delta_w_plus`) is this difference if the average is added to it, and otherwise the code
+    itself; the reference uses its norm in both settings. If it is missing, the difference is `w_plus - latent_avg`, or
     `w_plus` without an average.
 
     Source: pSp, section 3.2, eq. 4 (numbers checked against its code at commit 5cfff38).
@@ -24,6 +24,6 @@ class WNormLoss(LossTerm):
         delta = inputs.delta_w_plus
         if delta is None:
             if inputs.w_plus is None:
-                raise UserError("The loss 'w_norm' needs the codes: give LossInputs delta_w_plus or w_plus.")
+                raise UserError("The loss 'w_norm' needs the codes: pass delta_w_plus or w_plus to LossInputs.")
             delta = inputs.w_plus if inputs.latent_avg is None else inputs.w_plus - inputs.latent_avg
         return torch.linalg.vector_norm(delta.flatten(1), dim=1).mean()  # (B, n_styles * style_dim) -> (B,) -> ()

@@ -1,4 +1,4 @@
-"""Activation checkpointing of residual units: less memory in training for more time.
+"""Activation checkpointing of residual units: training takes less memory and more time.
 
 Source: Chen et al. (arXiv:1604.06174).
 """
@@ -20,7 +20,7 @@ from psp_lightning.utils.errors import UserError
 
 
 def checkpoint_units(encoder: nn.Module) -> None:
-    """Let the encoder's residual units keep only their inputs for the backward pass, in place.
+    """Make the residual units of an encoder keep only their inputs for the backward pass, in place.
 
     Raises:
         UserError: the encoder has no residual units.
@@ -34,7 +34,7 @@ def checkpoint_units(encoder: nn.Module) -> None:
 
 
 class CheckpointedUnit(ResidualUnit):
-    """A residual unit that computes its activations again in the backward pass."""
+    """A residual unit that recomputes its activations in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or is_captured():
@@ -47,9 +47,9 @@ class CheckpointedUnit(ResidualUnit):
 
 
 class _WithoutStatistics:
-    """Context in which a module's BatchNorm layers do not count a batch again; it may be entered several times.
+    """A reusable context in which the BatchNorm layers of a module do not count a batch again.
 
-    It changes the layers' settings, so that one thread is in it at a time.
+    It changes settings of the layers, so only one thread may be in it at a time.
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -57,12 +57,12 @@ class _WithoutStatistics:
         self.before: list[tuple[Any, float | None, Tensor | None]] = []
 
     def __enter__(self) -> None:
-        _one_at_a_time().acquire()
+        _statistics_lock().acquire()
         norms = [m for m in self.unit.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         for norm in norms:
             count = norm.num_batches_tracked
             self.before.append((norm, norm.momentum, None if count is None else count.clone()))
-            norm.momentum = 0.0  # with track_running_stats=False other tensors would be kept than the first time
+            norm.momentum = 0.0  # track_running_stats=False would save other tensors than in the first pass
 
     def __exit__(self, *_: object) -> None:
         for norm, momentum, count in self.before:
@@ -70,10 +70,10 @@ class _WithoutStatistics:
             if count is not None:
                 norm.num_batches_tracked.copy_(count)
         self.before.clear()
-        _one_at_a_time().release()
+        _statistics_lock().release()
 
 
 @functools.cache
-def _one_at_a_time() -> Any:
-    """Return the lock of `_WithoutStatistics`, which is made at its first use, since importing does no work."""
+def _statistics_lock() -> Any:
+    """Return the lock of `_WithoutStatistics`, created at its first use because imports do no work."""
     return threading.RLock()

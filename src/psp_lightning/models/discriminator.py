@@ -1,4 +1,4 @@
-"""StyleGAN2 discriminator: the residual network that a generator is trained against.
+"""The StyleGAN2 discriminator: the residual network that a generator is trained against.
 
 Source: Karras et al., StyleGAN2 (arXiv:1912.04958), figure 7 (residual nets) and appendix B; minibatch standard
 deviation from Karras et al., Progressive GAN (arXiv:1710.10196), section 3.
@@ -20,7 +20,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class EqualisedConv(nn.Module):
-    """Convolution with an equalised learning rate and "same" padding."""
+    """A convolution with an equalised learning rate and "same" padding."""
 
     fir: Tensor
 
@@ -29,8 +29,8 @@ class EqualisedConv(nn.Module):
         in_channels: int,
         out_channels: int,
         size: int,  # side of the kernel, odd
-        down: bool = False,  # low-pass filter and halve the resolution
-        activation: bool = True,  # add a bias and follow with a leaky ReLU
+        down: bool = False,  # apply a FIR filter and halve the resolution
+        activation: bool = True,  # add a bias, then apply a leaky ReLU
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
@@ -41,9 +41,9 @@ class EqualisedConv(nn.Module):
             self.register_buffer("fir", fir_filter(), persistent=False)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        """Map (B, in_channels, H, W) to (B, out_channels, H, W), or to half of H and W, and multiply by `gain`."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H, W), or half of H and W, multiplied by `gain`."""
         weight, size = self.weight * self.scale, self.weight.shape[-1]
-        if self.down and size == 1:  # the filter commutes with a 1x1 convolution, which then has a quarter of the work
+        if self.down and size == 1:  # filtering first quarters the work of a 1x1 convolution
             x = F.conv2d(upfirdn2d(x, self.fir, down=2, padding=(1, 1)), weight)
         elif self.down:
             x = upfirdn2d(x, self.fir, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
@@ -65,17 +65,17 @@ class ResidualBlock(nn.Module):
         self.skip = EqualisedConv(in_channels, out_channels, 1, down=True, activation=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = math.sqrt(0.5)  # the sum of both keeps the variance
+        half = math.sqrt(0.5)  # keeps the variance of the sum
         return self.conv2(self.conv1(x), half) + self.skip(x, half)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
-    """Append one channel: the standard deviation of the features over a group of images, one number for each group.
+    """Append a channel: the standard deviation of the features over a group of images, one value per group.
 
     Args:
         x: (B, C, H, W).
-        group: images in a group; image i belongs to group `i % (B / group)`. The largest divisor of B that is not above
-            `group` is taken.
+        group: images per group, reduced to the largest divisor of B that is not above it. Image i belongs to group
+            `i % (B / group)`.
 
     Returns:
         (B, C + 1, H, W).
@@ -90,12 +90,12 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(HalfPrecision):
-    """StyleGAN2's residual discriminator: image to one score, higher is more real.
+    """StyleGAN2's residual discriminator: it maps an image to a score, which is higher for real images.
 
     A layer at resolution r has `min(max_channels, channel_base // r)` channels.
 
     Raises:
-        UserError: for a size that is no power of two, or a count below one.
+        UserError: the size is not a power of two from 8, or a count is below one.
     """
 
     config: dict[str, Any]
@@ -107,20 +107,14 @@ class Discriminator(HalfPrecision):
         channel_base: int = 32768,
         max_channels: int = 512,
         image_channels: int = 3,
-        group: int = 4,  # images over which the minibatch standard deviation is taken
+        group: int = 4,  # images per group of the minibatch standard deviation
     ) -> None:
         super().__init__()
         if input_size < 8 or input_size & (input_size - 1):
             raise UserError(f"Discriminator input_size={input_size}: it must be a power of two, 8 or more.")
-        counts = {
-            "channel_base": channel_base,
-            "max_channels": max_channels,
-            "image_channels": image_channels,
-            "group": group,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"Discriminator {name}={value}: it must be 1 or more.")
+        for name in ("channel_base", "max_channels", "image_channels", "group"):
+            if self.config[name] < 1:
+                raise UserError(f"Discriminator {name}={self.config[name]}: it must be 1 or more.")
         self.input_size, self.group = input_size, group
 
         def channels(resolution: int) -> int:
@@ -138,7 +132,7 @@ class Discriminator(HalfPrecision):
         """Map images (B, image_channels, input_size, input_size) in [-1, 1] to scores (B,).
 
         Raises:
-            UserError: when the image has another shape.
+            UserError: the image has another shape.
         """
         expected = (self.config["image_channels"], self.input_size, self.input_size)
         if image.ndim != 4 or tuple(image.shape[1:]) != expected:

@@ -1,7 +1,7 @@
-"""A small face embedding for domains that have no public one: identity, perceptual features, Frechet statistics.
+"""A small face embedding for domains without a public one: identity, perceptual features, Frechet statistics.
 
-Source: this library's own; a residual network in the manner of He et al. (arXiv:1512.03385), unit-length output as in
-FaceNet (arXiv:1503.03832).
+Source: designed for this library; a residual network similar to He et al. (arXiv:1512.03385), with unit-length output
+as in FaceNet (arXiv:1503.03832).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class _Stage(nn.Module):
-    """Residual block that halves the resolution."""
+    """A residual block that halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -38,23 +38,23 @@ class _Stage(nn.Module):
 
 @register_embedding
 class ToyFaceEmbedding(nn.Module):
-    """Map images to unit vectors, whose dot product says how alike two identities are.
+    """A network from images to unit vectors, whose dot product measures the similarity of two identities.
 
     Raises:
-        UserError: the stages cannot halve `input_size`.
+        UserError: `input_size` is not a power of two, or too small for the stages to halve it.
     """
 
     @record_config
     def __init__(
         self,
-        input_size: int = 64,  # side of the images, a power of two; other images are resized to it
-        widths: Sequence[int] = (32, 64, 96, 128),  # channels of the stages, each of half the former's resolution
+        input_size: int = 64,  # side of the images, a power of two; other images are resized
+        widths: Sequence[int] = (32, 64, 96, 128),  # channels of the stages, each with half the previous resolution
         dim: int = 64,  # length of the vector
     ) -> None:
         super().__init__()
         if input_size < 1 << len(widths) or input_size & (input_size - 1):
             raise UserError(
-                f"ToyFaceEmbedding input_size={input_size}: a power of two from {1 << len(widths)} is needed."
+                f"ToyFaceEmbedding input_size={input_size}: it must be a power of two, {1 << len(widths)} or more."
             )
         self.input_size = input_size
         self.stages = nn.ModuleList(_Stage(a, b) for a, b in zip((3, *widths), widths, strict=False))
@@ -62,7 +62,7 @@ class ToyFaceEmbedding(nn.Module):
         self.project = nn.Linear(widths[-1] * side * side, dim)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Map (B, 3, H, W) in [-1, 1] to the stages' outputs, (B, widths[i], S / 2^(i+1), S / 2^(i+1))."""
+        """Map (B, 3, H, W) in [-1, 1] to the outputs of the stages, (B, widths[i], S / 2^(i+1), S / 2^(i+1))."""
         if image.shape[-2:] != (self.input_size, self.input_size):
             size = (self.input_size, self.input_size)
             larger = min(image.shape[-2:]) > self.input_size
@@ -78,5 +78,5 @@ class ToyFaceEmbedding(nn.Module):
         return F.normalize(self.project(self.features(image)[-1].flatten(1)), dim=1)
 
     def statistics(self, image: Tensor) -> Tensor:
-        """Map (B, 3, H, W) in [-1, 1] to (B, sum of widths): the stages' spatial means, for Frechet distances."""
+        """Map (B, 3, H, W) in [-1, 1] to (B, sum of widths): the spatial means of the stages, for Frechet distances."""
         return torch.cat([stage.mean((2, 3)) for stage in self.features(image)], 1)

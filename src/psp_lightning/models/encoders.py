@@ -1,8 +1,8 @@
 """Encoders from an image to StyleGAN's W or W+ space.
 
 Source: Richardson et al., pSp (arXiv:2008.00951), section 3 (gradual style encoder, map2style) and section 4.1 (the
-encoders into W and W+ that it is compared with). Codes are checked against the reference, commit 5cfff38; the state
-dicts have the keys of the released files.
+baseline encoders into W and W+). Codes are checked against the reference, commit 5cfff38; the state dicts have the keys
+of the released files.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from psp_lightning.models.registry import record_config, register_encoder
 from psp_lightning.ops.cpu.strided_conv import strided_conv
 from psp_lightning.utils.errors import UserError
 
-IMAGE_CHANNELS = 3  # of the generator's image, which a ReStyle encoder sees
+IMAGE_CHANNELS = 3  # of the generator's image, an input of ReStyle encoders
 COARSE, MIDDLE = 3, 7  # styles 0-2 come from the 1/16 map, 3-6 from the 1/8 map, the others from the 1/4 map
 
 
 class IRSEEncoder(IRSEBody):
-    """Base class of the encoders: the arguments that they share, the backbone, and the check of the input.
+    """The base class of the encoders: shared arguments, the backbone, and the check of the input.
 
     Raises:
-        UserError: an argument is out of its range, or the input has another shape than the encoder was built for.
+        UserError: an argument is out of range, or the input has another shape than the encoder was built for.
     """
 
     smallest_input = 16
-    image_channels = 0  # channels of the image that is seen beside the source
+    image_channels = 0  # channels of an image that is an input besides the source
+    iterations = 0  # see `models.protocols.Encoder`
 
     @record_config
     def __init__(
@@ -42,7 +43,7 @@ class IRSEEncoder(IRSEBody):
         input_size: int = 256,  # side of the source, a power of two
         n_layers: int = 50,  # depth of the published backbones: 50, 100 or 152
         mode: str = "ir_se",  # residual units without ("ir") or with ("ir_se") squeeze and excitation
-        blocks: Sequence[int] | None = None,  # residual units of the four stages, in place of n_layers
+        blocks: Sequence[int] | None = None,  # residual units of the four stages, instead of n_layers
         width: int = 64,  # channels of the stem; the stages have 1, 2, 4 and 8 times as many
     ) -> None:
         name, smallest = type(self).__name__, self.smallest_input
@@ -64,8 +65,8 @@ class IRSEEncoder(IRSEBody):
             raise UserError(f"{name} takes a batch (B, {self.in_channels}, {side}, {side}), got {tuple(x.shape)}.")
         if x.shape[1] != self.in_channels:
             raise UserError(
-                f"{name} was built for sources of {self.in_channels} channels, got {x.shape[1]}. "
-                "Give the kind of source that it was trained for, or set in_channels."
+                f"{name} was built for sources with {self.in_channels} channels, got {x.shape[1]}. "
+                "Use the kind of source that it was trained for, or set in_channels."
             )
         if tuple(x.shape[2:]) != (side, side):
             raise UserError(
@@ -74,7 +75,7 @@ class IRSEEncoder(IRSEBody):
             )
 
     def check_styles(self, n_styles: int) -> int:
-        """Return `n_styles`, or raise a UserError for less than one."""
+        """Return `n_styles`, or raise a UserError if it is less than one."""
         if n_styles < 1:
             raise UserError(
                 f"{type(self).__name__} n_styles={n_styles}: it must be 1 or more (2 * log2(output size) - 2)."
@@ -83,7 +84,7 @@ class IRSEEncoder(IRSEBody):
 
 
 class StridedConv(nn.Conv2d):
-    """3x3 convolution with a stride of two, computed by `strided_conv`."""
+    """A 3x3 convolution with a stride of two, computed by `strided_conv`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, 2, 1)
@@ -94,7 +95,7 @@ class StridedConv(nn.Conv2d):
 
 
 class MapToStyle(nn.Module):
-    """Feature map to one style: strided convolutions down to 1x1, then a linear layer.
+    """The head from a feature map to one style: strided convolutions down to 1x1, then a linear layer.
 
     Source: pSp (arXiv:2008.00951), figure 2, "map2style".
     """
@@ -115,7 +116,7 @@ class MapToStyle(nn.Module):
 
 @register_encoder
 class GradualStyleEncoder(IRSEEncoder):
-    """pSp's encoder: a feature pyramid over three stages, and one map2style head for each style.
+    """The encoder of pSp: a feature pyramid over three stages, and one map2style head for each style.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
@@ -157,16 +158,16 @@ def _upsample_and_add(coarse: Tensor, fine: Tensor) -> Tensor:
 
 @register_encoder
 class Encoder4Editing(GradualStyleEncoder):
-    """e4e's encoder: the first head gives one style for all, and the others add their differences to it.
+    """The encoder of e4e: the first head gives a style for all layers, and the others add differences to it.
 
-    Arguments, layers and state dict are those of `GradualStyleEncoder`.
+    Arguments, layers and state dict are the same as in `GradualStyleEncoder`.
 
-    Source: Tov et al., e4e (arXiv:2102.02766), section 4, in its last stage of training, where every style has its
+    Source: Tov et al., e4e (arXiv:2102.02766), section 4, as in the last stage of training, where every style has a
     difference.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a source to its codes; shapes as of `GradualStyleEncoder`."""
+        """Map a source to its codes, with the shapes of `GradualStyleEncoder`."""
         return _add_to_first(super().forward(x))
 
 
@@ -177,11 +178,7 @@ def _add_to_first(codes: Tensor) -> Tensor:
 
 @register_encoder
 class EncoderIntoW(IRSEEncoder):
-    """One w for the whole image, from the average of the last feature map.
-
-    Args:
-        *args, **kwargs: see `IRSEEncoder`.
-    """
+    """An encoder to one w for all layers, from the average of the last feature map; arguments as for `IRSEEncoder`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -196,7 +193,7 @@ class EncoderIntoW(IRSEEncoder):
 
 @register_encoder
 class EncoderIntoWPlus(IRSEEncoder):
-    """All styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
+    """An encoder to all styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
@@ -223,13 +220,14 @@ class EncoderIntoWPlus(IRSEEncoder):
 
 @register_encoder
 class ReStyleEncoder(IRSEEncoder):
-    """ReStyle's encoder: all styles from the last feature map, refined in several passes, which `PSP` makes.
+    """The encoder of ReStyle: all styles from the last feature map, refined by `PSP` in several passes.
+
+    The channels of the image follow those of the source in the input of the first layer.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
-        iterations: passes, 1 to 100; published are 5.
-        *args, **kwargs: see `IRSEEncoder`; `input_size` is at least 32. The first layer takes the image's channels
-            after the source's.
+        iterations: number of passes, 1 to 100; the published networks use 5.
+        *args, **kwargs: see `IRSEEncoder`; `input_size` is at least 32.
 
     Source: Alaluf et al., ReStyle (arXiv:2104.02699), section 3; its code, commit 5e80276, `BackboneEncoder`.
     """
@@ -251,17 +249,17 @@ class ReStyleEncoder(IRSEEncoder):
 
         Args:
             x: the source, (B, in_channels, input_size, input_size) float.
-            image: of the codes so far, (B or 1, 3, H, W) in about [-1, 1]; it is pooled to the source's size.
+            image: the image of the codes so far, (B or 1, 3, H, W) in about [-1, 1]; it is pooled to the source's size.
 
         Returns:
-            (B, n_styles, style_dim), to be added to these codes.
+            The update of these codes, (B, n_styles, style_dim).
 
         Raises:
             UserError: the source has another shape, or the image does not have three channels.
         """
         self.check_source(x)
         if image.shape[1] != IMAGE_CHANNELS:
-            raise UserError(f"ReStyle's encoder looks at images of 3 channels, the generator makes {image.shape[1]}.")
+            raise UserError(f"ReStyle's encoder takes images of 3 channels, the generator makes {image.shape[1]}.")
         image = F.adaptive_avg_pool2d(image, self.input_size).expand(x.shape[0], -1, -1, -1)
         x = self.body(self.input_layer(torch.cat([x, image], dim=1)))  # (B, 512, 16, 16)
         return torch.stack([head(x) for head in self.styles], 1)
@@ -269,11 +267,11 @@ class ReStyleEncoder(IRSEEncoder):
 
 @register_encoder
 class ReStyleEncoder4Editing(ReStyleEncoder):
-    """`ReStyleEncoder` over e4e: in every pass the other heads' styles are differences from the first's.
+    """ReStyle over e4e: in every pass, the first head gives a style for all layers, and the others add differences.
 
-    Source: `ProgressiveBackboneEncoder` of ReStyle's code, in its last stage of training.
+    Source: `ProgressiveBackboneEncoder` of ReStyle's code, as in the last stage of training.
     """
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        """Make one pass; shapes as of `ReStyleEncoder`."""
+        """Make one pass, with the shapes of `ReStyleEncoder`."""
         return _add_to_first(super().forward(x, image))

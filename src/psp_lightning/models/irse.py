@@ -1,8 +1,8 @@
-"""IR and IR-SE residual backbones: the body of every encoder and of the face recognition network.
+"""IR and IR-SE residual backbones, used by every encoder and the face recognition network.
 
 Source: Deng et al., ArcFace (arXiv:1801.07698), section 3.1 (the "improved residual unit"), with the squeeze and
-excitation of Hu et al. (arXiv:1709.01507). Module names follow the published IR-SE50 and pSp files, so that their
-state dicts load unchanged. Checked against the pSp reference, commit 5cfff38.
+excitation of Hu et al. (arXiv:1709.01507). Module names follow the published IR-SE50 and pSp files, so their state
+dicts load unchanged. Checked against the pSp reference, commit 5cfff38.
 """
 
 from __future__ import annotations
@@ -16,31 +16,24 @@ from psp_lightning.ops.cpu.prelu import prelu
 from psp_lightning.ops.cpu.spatial_mean import spatial_mean
 from psp_lightning.utils.errors import UserError
 
-BLOCKS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}  # residual units of the stages, by depth
-MODES = ("ir", "ir_se")
+BLOCKS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}  # residual units of the stages by depth
 
 
-def resolve_blocks(n_layers: int, mode: str, blocks: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the residual units of the four stages: `blocks` if given, else those of the published depth `n_layers`.
-
-    Raises:
-        UserError: an unknown depth or mode, or `blocks` is not four positive counts.
-    """
-    if mode not in MODES:
-        raise UserError(f"Unknown backbone mode {mode!r}: choose one of {', '.join(MODES)}.")
+def _resolve_blocks(n_layers: int, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the residual units of the four stages: `blocks` if given, otherwise those of the depth `n_layers`."""
     if blocks is not None:
-        counts = tuple(int(b) for b in blocks)
+        counts = tuple(map(int, blocks))
         if len(counts) != 4 or min(counts) < 1:
-            raise UserError(f"blocks={list(blocks)}: give four positive counts, one a stage, for example [1, 1, 1, 1].")
+            raise UserError(f"blocks={list(blocks)}: give four positive counts, one per stage, e.g. [1, 1, 1, 1].")
         return counts
     if n_layers not in BLOCKS:
-        depths = ", ".join(str(d) for d in BLOCKS)
+        depths = ", ".join(map(str, BLOCKS))
         raise UserError(f"Unknown backbone depth n_layers={n_layers}: use one of {depths}, or blocks=[a,b,c,d].")
     return BLOCKS[n_layers]
 
 
 class PReLU(nn.PReLU):
-    """`nn.PReLU` of one slope a channel, computed by `prelu`."""
+    """`nn.PReLU` with one slope per channel, computed by `prelu`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return prelu(x, self.weight)
@@ -49,9 +42,9 @@ class PReLU(nn.PReLU):
 class SqueezeExcite(nn.Module):
     """Channel attention: global average, bottleneck of `channels // 16`, sigmoid gate."""
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // 16)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
@@ -61,7 +54,7 @@ class SqueezeExcite(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """BN - conv - PReLU - conv(stride) - BN [- SE], plus a shortcut (strided pick, or 1x1 conv where widths differ)."""
+    """BN - conv - PReLU - conv(stride) - BN [- SE], plus a shortcut (strided, or a 1x1 conv if widths differ)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, se: bool) -> None:
         super().__init__()
@@ -89,18 +82,24 @@ class ResidualUnit(nn.Module):
 
 
 class IRSEBody(nn.Module):
-    """Stem and four stages, each of which halves the resolution; it has no head."""
+    """A stem and four stages, each of which halves the resolution, without a head.
+
+    Raises:
+        UserError: an unknown depth or mode, or `blocks` is not four positive counts.
+    """
 
     def __init__(
         self,
         in_channels: int = 3,  # channels of the input
         n_layers: int = 50,  # depth of the published backbones: 50, 100 or 152
         mode: str = "ir_se",  # residual units without ("ir") or with ("ir_se") squeeze and excitation
-        blocks: Sequence[int] | None = None,  # residual units of the four stages, in place of n_layers
+        blocks: Sequence[int] | None = None,  # residual units of the four stages, instead of n_layers
         width: int = 64,  # channels of the stem; the stages have 1, 2, 4 and 8 times as many
     ) -> None:
         super().__init__()
-        counts = resolve_blocks(n_layers, mode, blocks)
+        if mode not in ("ir", "ir_se"):
+            raise UserError(f"Unknown backbone mode {mode!r}: choose one of ir, ir_se.")
+        counts = _resolve_blocks(n_layers, blocks)
         self.in_channels = in_channels
         self.widths = tuple(width * 2**i for i in range(4))
         self.stage_ends = tuple(sum(counts[: i + 1]) for i in range(4))
@@ -127,10 +126,10 @@ class IRSEBody(nn.Module):
 
 
 class ArcFaceIRSE(IRSEBody):
-    """Face recognition network: maps an aligned face to a point on the unit sphere.
+    """A face recognition network from an aligned face to a point on the unit sphere.
 
-    Its state-dict keys are those of `model_ir_se50.pth` (depth 50, "ir_se") and of CurricularFace's IR-101
-    (depth 100, "ir").
+    Its state dict has the keys of `model_ir_se50.pth` (depth 50, "ir_se") and of CurricularFace's IR-101 (depth 100,
+    "ir").
 
     Source: ArcFace (arXiv:1801.07698), section 3.1, output setting "E": BN - dropout - FC - BN.
     """
@@ -143,20 +142,18 @@ class ArcFaceIRSE(IRSEBody):
         blocks: Sequence[int] | None = None,  # see `IRSEBody`
         width: int = 64,  # see `IRSEBody`
         embed_dim: int = 512,  # length of the embedding
-        affine: bool | None = None,  # weights of the last BatchNorm; None as published: with "ir_se", not with "ir"
-        dropout: float = 0.4,  # probability before the last linear layer, in training
     ) -> None:
         super().__init__(3, n_layers, mode, blocks, width)
         if input_size < 16 or input_size % 16:
-            raise UserError(f"ArcFaceIRSE input_size={input_size}: it must be a multiple of 16, published is 112.")
+            raise UserError(f"ArcFaceIRSE input_size={input_size}: it must be a multiple of 16; published is 112.")
         self.input_size = input_size
         channels = self.widths[-1]
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(channels),
-            nn.Dropout(dropout),
+            nn.Dropout(0.4),
             nn.Flatten(),
             nn.Linear(channels * (input_size // 16) ** 2, embed_dim),
-            nn.BatchNorm1d(embed_dim, affine=mode == "ir_se" if affine is None else affine),
+            nn.BatchNorm1d(embed_dim, affine=mode == "ir_se"),  # as published
         )
 
     def forward(self, x: Tensor) -> Tensor:

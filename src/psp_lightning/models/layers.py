@@ -1,4 +1,4 @@
-"""What the networks share: the linear layer with an equalised learning rate, half precision, freezing."""
+"""Parts that the networks share: the equalised linear layer, half precision, freezing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class EqualisedLinear(nn.Module):
-    """Linear layer whose stored weights have unit variance and are scaled when used.
+    """A linear layer whose stored weights have unit variance and are scaled when used.
 
     Source: Karras et al., Progressive GAN (arXiv:1710.10196), section 4.1.
     """
@@ -28,9 +28,9 @@ class EqualisedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias_init: float = 0.0,  # first value of the (used) bias
+        bias_init: float = 0.0,  # initial value of the stored bias
         lr_multiplier: float = 1.0,  # factor of the effective learning rate of weight and bias
-        activation: bool = False,  # follow with `fused_leaky_relu`
+        activation: bool = False,  # apply `fused_leaky_relu`
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
@@ -48,9 +48,9 @@ class EqualisedLinear(nn.Module):
 
 
 class HalfPrecision(nn.Module):
-    """Base of networks whose blocks from a resolution on may run in bfloat16 or float16.
+    """The base class of networks that can run their blocks from a given resolution in bfloat16 or float16.
 
-    Nearly all time and memory goes to these blocks.
+    These blocks take nearly all time and memory.
 
     Source: StyleGAN2-ADA (arXiv:2006.06676), appendix D: mixed precision in the four highest resolutions, activations
     clamped to 256.
@@ -62,12 +62,12 @@ class HalfPrecision(nn.Module):
         self.half_dtype = torch.bfloat16
 
     def use_half(self, resolution: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Run blocks at `resolution` and above in `dtype`; None: everything in the precision of the weights."""
+        """Run blocks at `resolution` and above in `dtype`; None: run all in the precision of the weights."""
         self.half_from, self.half_dtype = resolution, dtype
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Run every block in the weights' own precision within this context; `use_half` holds again after it."""
+        """Run every block in the precision of the weights inside this context; restore `use_half` afterwards."""
         resolution, self.half_from = self.half_from, None
         try:
             yield
@@ -79,27 +79,27 @@ class HalfPrecision(nn.Module):
         return self.half_from is not None and resolution >= self.half_from
 
     def precision(self, resolution: int, device: torch.device) -> AbstractContextManager[None]:
-        """Return the context in which the block at `resolution` runs."""
+        """Return the autocast context of the block at `resolution`."""
         if not self.is_half(resolution):
             return torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type))
         return torch.autocast(device.type, dtype=self.half_dtype)
 
     def cast(self, x: Tensor, resolution: int) -> Tensor:
-        """Return `x` in the precision of the block."""
+        """Return `x` in the precision of the block at `resolution`."""
         return x.to(self.half_dtype) if self.is_half(resolution) else x.float() if self.half_from is not None else x
 
     def bound(self, resolution: int) -> float | None:
-        """Return the bound of the absolute activations, which only float16 blocks have."""
+        """Return the bound of absolute activations, which only float16 blocks have."""
         return FLOAT16_LIMIT if self.is_half(resolution) and self.half_dtype == torch.float16 else None
 
     def clamp(self, x: Tensor, resolution: int) -> Tensor:
-        """Return `x` within the bound."""
+        """Return `x` clamped to the bound."""
         bound = self.bound(resolution)
         return x if bound is None else x.clamp(-bound, bound)
 
 
 class _StayInEval:
-    """Stands in for `train` of one frozen module. A class and not a closure, so that it can be pickled and copied."""
+    """Replace `train` of a frozen module. It is a class so that it can be pickled and copied, unlike a closure."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -111,9 +111,9 @@ class _StayInEval:
 def freeze(module: ModuleT) -> ModuleT:
     """Freeze `module` in place and return it.
 
-    It stays in eval mode: `.train()`, called on it or on a parent, changes neither it nor its submodules, so that
-    BatchNorm statistics stay as they are and dropout stays off. No parameter requires a gradient, so that backward
-    computes none for the weights; gradients still flow through to the input.
+    It stays in eval mode: calling `.train()` on it or on a parent changes neither it nor its submodules, so BatchNorm
+    statistics do not change and dropout stays off. No parameter requires a gradient, so backward computes none for the
+    weights; gradients still flow to the input.
     """
     module.eval()
     module.requires_grad_(False)

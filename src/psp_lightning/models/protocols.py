@@ -1,60 +1,59 @@
-"""Interfaces of the networks that a user may replace.
+"""Interfaces of the networks that users can replace.
 
-A network of one's own is an `nn.Module` with these members; it derives from nothing here. `EncoderModule` and
-`GeneratorModule` exist for type checkers, which know no other way to say "a module with this interface".
+A custom network is an `nn.Module` with these members and does not derive from these classes. `EncoderModule` and
+`GeneratorModule` exist for type checkers, which have no other way to express "a module with this interface".
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from psp_lightning.models.stylegan2 import Noise
 
 
-@runtime_checkable
 class Encoder(Protocol):
     """A network from sources to codes, registered with `register_encoder`.
 
-    Where it has `n_styles` and `style_dim`, they must be those of the generator.
+    If it has `n_styles` and `style_dim`, they must equal those of the generator.
 
     Attributes:
-        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+        config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.
         in_channels: channels of the source.
         input_size: side of the source.
+        iterations: number of passes of a `RefiningEncoder`, 0 for others. `PSP` sets it to 0 if it is missing.
     """
 
     config: dict[str, Any]
     in_channels: int
     input_size: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, input_size, input_size) to codes relative to the average latent: (B, n_styles,
-        style_dim), or (B, style_dim), one style for all layers."""
-
-
-@runtime_checkable
-class RefiningEncoder(Encoder, Protocol):
-    """An encoder that refines its codes in several passes, see `PSP.encode_delta`.
-
-    Attributes:
-        iterations: number of passes.
-    """
-
     iterations: int
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, input_size, input_size) to codes relative to the average latent.
+
+        They are (B, n_styles, style_dim), or (B, style_dim) to use one style for all layers.
+        """
+
+
+class RefiningEncoder(Encoder, Protocol):
+    """An encoder that refines its codes in `iterations` passes, see `PSP.encode_delta`."""
+
     def __call__(self, x: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
-        """Map a source and the image (B or 1, 3, output_size, output_size) of the codes so far to what is added to
-        these codes, (B, n_styles, style_dim)."""
+        """Return the update (B, n_styles, style_dim) of the codes so far.
+
+        Args:
+            x: the source.
+            image: the image of the codes so far, (B or 1, 3, output_size, output_size).
+        """
 
 
-@runtime_checkable
 class Generator(Protocol):
     """A network from codes to images, registered with `register_generator`.
 
     Attributes:
-        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+        config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.
         output_size: side of the image.
         n_styles: styles of an image.
         style_dim: length of a style.
@@ -71,18 +70,17 @@ class Generator(Protocol):
         """Map z (B, z_dim), standard normal, to w (B, style_dim)."""
 
     def synthesis(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
-        """Map w_plus (B, n_styles, style_dim) to images (B, 3, output_size, output_size), about [-1, 1], unclamped."""
+        """Map w_plus (B, n_styles, style_dim) to unclamped images (B, 3, output_size, output_size), about [-1, 1]."""
 
     def latent_average(self, n: int = 100_000, seed: int = 0) -> Tensor:
         """Return the mean w (style_dim,) of `n` draws of z."""
 
 
-@runtime_checkable
 class Embedding(Protocol):
     """A network from images to unit vectors, registered with `register_embedding`.
 
     Attributes:
-        config: plain values that build it again, `cls(**config)`; `record_config` collects them.
+        config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.
     """
 
     config: dict[str, Any]

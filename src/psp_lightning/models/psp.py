@@ -1,4 +1,4 @@
-"""pSp: an encoder in front of a frozen generator.
+"""pSp: an encoder followed by a frozen generator.
 
 Source: Richardson et al., pSp (arXiv:2008.00951), section 3: `pSp(x) = G(E(x) + w_average)`.
 """
@@ -24,20 +24,20 @@ FORMAT = 1
 
 
 class PSP(nn.Module):
-    """Encoder, frozen generator and average latent.
+    """An encoder, a frozen generator and an average latent.
 
     Args:
         encoder: see `models.protocols.Encoder` and `RefiningEncoder`.
         generator: see `models.protocols.Generator`; it is frozen in place.
         latent_avg: (style_dim,) or (n_styles, style_dim) average latent; None means zeros.
-        start_from_latent_avg: add it to the encoder's codes.
-        source: what the network takes as source, as plain values (`InputSpec.to_dict()`); it is only carried along.
+        start_from_latent_avg: add the average latent to the codes of the encoder.
+        source: description of the source as plain values (`InputSpec.to_dict()`); it is only stored.
 
     Attributes:
         latent_avg: buffer (n_styles, style_dim).
 
     Raises:
-        UserError: encoder, generator and average do not fit together.
+        UserError: encoder, generator and average latent do not match.
     """
 
     encoder: EncoderModule
@@ -54,6 +54,8 @@ class PSP(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = cast(EncoderModule, encoder)
+        if not hasattr(encoder, "iterations"):
+            self.encoder.iterations = 0
         self.generator = cast(GeneratorModule, freeze(generator))
         self.n_styles, self.style_dim = self.generator.n_styles, self.generator.style_dim
         self.start_from_latent_avg = bool(start_from_latent_avg)
@@ -75,14 +77,14 @@ class PSP(nn.Module):
 
     @property
     def passes(self) -> int:
-        """Number of passes of an encoder that refines its codes; 0 for one that looks at the source only."""
-        return getattr(self.encoder, "iterations", 0)
+        """The number of passes of an encoder that refines its codes; 0 for an encoder that only sees the source."""
+        return self.encoder.iterations
 
     def encode_delta(self, x: Tensor) -> Tensor:
         """Map a source (B, C, input_size, input_size) to codes (B, n_styles, style_dim), without the average latent.
 
-        A `RefiningEncoder` is called once for each of its passes, with the source and the image of the codes so far
-        (first of the average), and its results add up. Gradients go through the codes of all passes, not through the
+        A `RefiningEncoder` is called once per pass with the source and the image of the codes so far (at first, of the
+        average latent), and its results are summed. Gradients flow through the codes of all passes, not through the
         images.
 
         Raises:
@@ -110,50 +112,44 @@ class PSP(nn.Module):
     def decode(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
         """Map w_plus (B, n_styles, style_dim) to images (B, 3, output_size, output_size), about [-1, 1], not clamped.
 
-        Args:
-            w_plus: the codes.
-            noise: see `Generator.synthesis`.
+        `noise` is explained in `Generator.synthesis`.
         """
         return self.generator.synthesis(w_plus, noise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a source to its image, `decode(encode(x))`."""
+        """Map a source to an image, `decode(encode(x))`."""
         return self.decode(self.encode(x))
 
     def mix_styles(
         self, w_plus: Tensor, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
     ) -> Tensor:
-        """Return the codes with some of their styles replaced.
+        """Return the codes with some styles replaced, (B, n_styles, style_dim).
 
         Args:
-            w_plus: (B, n_styles, style_dim); it is not changed.
-            inject: (B or 1, style_dim) or (B or 1, n_styles, style_dim). None sets the styles to zero.
+            w_plus: (B, n_styles, style_dim); it is not modified.
+            inject: (B or 1, style_dim) or (B or 1, n_styles, style_dim); None sets the styles to zero.
             latent_mask: indices of the styles to replace, 0 (coarsest) to n_styles - 1.
             alpha: the styles become `alpha * inject + (1 - alpha) * w_plus`.
 
-        Returns:
-            (B, n_styles, style_dim).
-
         Raises:
-            UserError: an index is out of range, or a shape does not fit.
+            UserError: an index is out of range, or a shape does not match.
 
         Source: pSp (arXiv:2008.00951), section 4.5 (multi-modal synthesis by style mixing).
         """
         indices = [int(i) for i in latent_mask]
-        wrong = [i for i in indices if not 0 <= i < self.n_styles]
-        if wrong:
-            rule = f"must hold styles from 0 to {self.n_styles - 1}: there is no style {wrong[0]}."
-            raise ArgumentError("latent_mask", indices, rule)
+        for i in indices:
+            if not 0 <= i < self.n_styles:
+                rule = f"must contain styles from 0 to {self.n_styles - 1}: there is no style {i}."
+                raise ArgumentError("latent_mask", indices, rule)
         mixed = w_plus.clone()
         if inject is None:
             mixed[:, indices] = 0
             return mixed
         if inject.ndim == 2:
             inject = inject.unsqueeze(1).expand(-1, self.n_styles, -1)
-        fits = tuple(inject.shape[1:]) == tuple(w_plus.shape[1:]) and inject.shape[0] in (1, w_plus.shape[0])
-        if not fits:
+        if inject.shape[1:] != w_plus.shape[1:] or inject.shape[0] not in (1, w_plus.shape[0]):
             raise UserError(
-                f"inject of shape {tuple(inject.shape)} does not fit codes {tuple(w_plus.shape)}: give "
+                f"inject of shape {tuple(inject.shape)} does not match codes {tuple(w_plus.shape)}: give "
                 f"({w_plus.shape[0]} or 1, {self.style_dim}) or ({w_plus.shape[0]} or 1, {self.n_styles}, "
                 f"{self.style_dim})."
             )
@@ -161,23 +157,23 @@ class PSP(nn.Module):
         return mixed
 
     def for_inference(self, dtype: torch.dtype = torch.float32, pack: bool = True) -> PSP:
-        """Return a copy that encodes and decodes faster; it cannot be trained, moved or saved.
+        """Return a copy that encodes and decodes faster, but cannot be trained, moved or saved.
 
         Args:
-            dtype: float32 (results agree with this network's to 1e-4 of their largest value) or bfloat16 (encoder, and
-                generator from 16 px on, compute in it; of an image in [-1, 1] the mean difference is below 2/255).
+            dtype: float32 (results agree with this network to 1e-4 of their largest value) or bfloat16 (used by the
+                encoder, and by the generator from 16 px; for images in [-1, 1] the mean difference is below 2/255).
                 Codes and images are float32 in both cases.
             pack: see `FusedEncoder`.
 
         Raises:
-            UserError: another dtype.
+            UserError: `dtype` is another one.
         """
         from psp_lightning.inference.fused import for_inference
 
         return for_inference(self, dtype, pack)
 
     def describe(self) -> dict[str, Any]:
-        """Return plain values from which `from_description` builds this network again, without its weights."""
+        """Return plain values from which `from_description` rebuilds this network without its weights."""
         return {
             "format": FORMAT,
             "encoder": {"class": type(self.encoder).__name__, **self.encoder.config},
@@ -188,21 +184,21 @@ class PSP(nn.Module):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], generator: nn.Module | None = None) -> PSP:
-        """Build the network of a description, with new weights and a zero average.
+        """Build a network from a description, with new weights and a zero average.
 
         Args:
             description: see `describe`. Its classes are looked up in the registries; nothing is imported.
-            generator: used in place of the described one, which is then ignored.
+            generator: used instead of the described generator, which is then ignored.
 
         Raises:
             UserError: the description has another format, names an unknown class, or has wrong arguments.
         """
         found = description.get("format") if isinstance(description, Mapping) else type(description).__name__
         if found != FORMAT:
-            raise UserError(f"The network's description has format {found!r}, this version reads format {FORMAT}.")
+            raise UserError(f"The network's description has format {found!r}, but this version reads format {FORMAT}.")
         source = description.get("source")
         if source is not None and not isinstance(source, Mapping):
-            raise UserError(f"The network's description has a source of type {type(source).__name__}, expected a dict.")
+            raise UserError(f"The network's description has a source of type {type(source).__name__} instead of dict.")
         encoder = build_described("encoder", description.get("encoder"))
         if generator is None:
             generator = build_described("generator", description.get("generator"))
@@ -210,15 +206,15 @@ class PSP(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:
-        """Load a trained network, in eval mode. No code from the file runs.
+        """Load a trained network in eval mode, without running any code from the file.
 
         Args:
-            path: a run's folder, a checkpoint of ours (.ckpt or .safetensors), a released pSp file, or, where there is
-                no such path, the name of shipped weights (see `from_pretrained`).
-            device: where the network goes.
+            path: the folder of a run, a checkpoint of this library (.ckpt or .safetensors), or a released pSp file. If
+                the path does not exist: the name of shipped weights (see `from_pretrained`).
+            device: the device for the network.
 
         Raises:
-            UserError: `path` holds no such network; the message says what it holds.
+            UserError: `path` contains no such network; the message says what it contains.
         """
         from psp_lightning.inference.frozen import freeze_psp_generator
         from psp_lightning.loading import load_psp
@@ -227,16 +223,16 @@ class PSP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> PSP:
-        """Load a trained network of this package, in eval mode; nothing is downloaded.
+        """Load a trained network of this package in eval mode, without a download.
 
         Args:
             name: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or `toyfaces/superres`: networks for
-                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.zoo.locate.shipped()` has the records of
-                all files: how each was made, its licence and SHA-256.
-            device: where the network goes.
+                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.zoo.locate.shipped()` returns the records
+                of all files: how each was made, its licence and SHA-256.
+            device: the device for the network.
 
         Raises:
-            UserError: no network has the name (the message lists them), or its file was changed.
+            UserError: no network has this name (the message lists the names), or its file was changed.
         """
         from psp_lightning.inference.frozen import freeze_psp_generator
         from psp_lightning.loading import load_pretrained

@@ -1,4 +1,4 @@
-"""Networks by class name: a checkpoint names its classes and their arguments, and never brings code."""
+"""Registries of networks by class name: a checkpoint contains class names and arguments, but no code."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ GENERATORS: dict[str, type[nn.Module]] = {}
 EMBEDDINGS: dict[str, type[nn.Module]] = {}
 TABLES = {"encoder": ENCODERS, "generator": GENERATORS, "embedding": EMBEDDINGS}
 
-LARGEST = 1 << 20  # number in a description of one of the library's own networks
+LARGEST = 1 << 20  # the largest number allowed in a description of this library's networks
 
 
 def register_encoder(cls: ClassT) -> ClassT:
-    """Class decorator: make an encoder loadable by its class name, see `protocols.Encoder`."""
+    """Decorate an encoder class to make it loadable by name, see `protocols.Encoder`."""
     return register(ENCODERS, cls.__name__, cls)
 
 
 def register_generator(cls: ClassT) -> ClassT:
-    """Class decorator: make a generator loadable by its class name, see `protocols.Generator`."""
+    """Decorate a generator class to make it loadable by name, see `protocols.Generator`."""
     return register(GENERATORS, cls.__name__, cls)
 
 
 def register_embedding(cls: ClassT) -> ClassT:
-    """Class decorator: make an embedding loadable by its class name, see `protocols.Embedding`."""
+    """Decorate an embedding class to make it loadable by name, see `protocols.Embedding`."""
     return register(EMBEDDINGS, cls.__name__, cls)
 
 
 def record_config(init: InitT) -> InitT:
-    """Decorate a constructor so that `self.config` holds its arguments, with their defaults, as plain values.
+    """Decorate a constructor to store its arguments, including defaults, as plain values in `self.config`.
 
-    `cls(**config)` builds the module again. The constructor finds `self.config` filled, and may change it. Arguments
-    that it passes on as `*args, **kwargs` are recorded by the decorated constructor of the base class, after its own.
+    `cls(**config)` rebuilds the module. `self.config` is filled before the constructor runs, which may change it. If it
+    forwards `*args, **kwargs`, the decorated constructor of the base class adds those arguments.
     """
     signature = inspect.signature(init)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    own = [name for name, kind in kinds.items() if kind not in collecting][1:]  # not self
-    passes_on = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    own = [name for name, kind in kinds.items() if kind not in collecting][1:]  # without self
+    forwards = inspect.Parameter.VAR_KEYWORD in kinds.values()
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def record_config(init: InitT) -> InitT:
         mine = {name: _plain(given.arguments[name]) for name in own}
         self.config = {**outer, **mine, **outer}
         init(self, *args, **kwargs)
-        if not passes_on:
+        if not forwards:
             self.config = {name: value for name, value in self.config.items() if name in outer or name in mine}
 
     return recorded  # type: ignore[return-value]
@@ -70,14 +70,14 @@ def _plain(value: Any) -> Any:
 
 
 def build_described(role: str, node: Any) -> Any:
-    """Build a network from its description: call the class that `node["class"]` names with the other values.
+    """Build a network from its description: call the class `node["class"]` with the other values.
 
     Args:
-        role: `encoder`, `generator` or `embedding`; its registry has the class.
-        node: the description, plain values.
+        role: `encoder`, `generator` or `embedding`, which selects the registry.
+        node: the description, as plain values.
 
     Raises:
-        UserError: the class is not registered, or the values do not fit it.
+        UserError: the class is not registered, or does not accept the values.
     """
     table = TABLES[role]
     if not isinstance(node, Mapping) or not isinstance(node.get("class"), str):
@@ -87,10 +87,10 @@ def build_described(role: str, node: Any) -> Any:
     name = name if name in table else CLASSES.get(name, name)
     if name not in table:
         raise UserError(
-            f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. An own class must be "
+            f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. A custom class must be "
             f"decorated with register_{role} and imported before its checkpoint is loaded."
         )
-    if table[name].__module__.startswith("psp_lightning."):  # own classes may use numbers as they like
+    if table[name].__module__.startswith("psp_lightning."):  # custom classes may use any numbers
         _check_numbers(role, arguments)
     try:
         return table[name](**arguments)
@@ -99,7 +99,7 @@ def build_described(role: str, node: Any) -> Any:
 
 
 def _check_numbers(role: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse counts that would keep a constructor busy for ever."""
+    """Reject counts that would keep a constructor busy forever."""
     for key, value in arguments.items():
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, (int, float)) and not abs(number) <= LARGEST:

@@ -1,8 +1,8 @@
-"""StyleGAN2 generator: mapping network and synthesis network.
+"""The StyleGAN2 generator: mapping network and synthesis network.
 
 Source: Karras et al., StyleGAN2 (arXiv:1912.04958), figure 2 (synthesis) and section 3 (skip connections). The state
-dict has the published PyTorch layout (`style.*`, `conv1.*`, `convs.*`, `to_rgbs.*`, `noises.*`), from which several
-names of attributes come. Images, codes and truncation are checked against the pSp reference, commit 5cfff38.
+dict has the published PyTorch layout (`style.*`, `conv1.*`, `convs.*`, `to_rgbs.*`, `noises.*`), which determines
+several attribute names. Images, codes and truncation are checked against the pSp reference, commit 5cfff38.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from psp_lightning.ops import fir_filter, modconv_epilogue, modulated_convolutio
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
-FIR_PADDING = (1, 1)  # of the four-tap filter, to make the result of an up-sampling 3x3 convolution twice its input
+FIR_PADDING = (1, 1)  # of the four-tap filter: an upsampling 3x3 convolution then exactly doubles its input
 
 
 class PixelNorm(nn.Module):
-    """Scale each row to unit mean square."""
+    """Scaling of each row to unit mean square."""
 
     def forward(self, z: Tensor) -> Tensor:
         return z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 class FIRFilter(nn.Module):
-    """Hold a low-pass filter, so that it moves and is saved with the network."""
+    """A FIR filter as a buffer, which moves and is saved with the network."""
 
     def __init__(self, gain: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class FIRFilter(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    """Modulated convolution: a style w scales its input channels, and demodulation normalises its output channels."""
+    """A convolution whose input channels are scaled by a style w, and whose output channels are demodulated."""
 
     blur: FIRFilter | None
 
@@ -62,12 +62,12 @@ class ModulatedConv(nn.Module):
         self.register_module("blur", FIRFilter(gain=4) if up else None)
 
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the convolution and its demodulation factors; `modconv_epilogue` applies these and the filter."""
+        """Return the convolution and its demodulation factors; `modconv_epilogue` applies them and the FIR filter."""
         up = self.blur is not None
         return modulated_convolution(x, self.weight * self.scale, self.modulation(w), self.demodulate, up)
 
-    # The published layout has a leading axis of one on the weight. It exists only in state dicts: a parameter with five
-    # dimensions would make `module.to(memory_format=torch.channels_last)` fail.
+    # The weight has a leading axis of one in the published layout. The axis exists only in state dicts, because
+    # `module.to(memory_format=torch.channels_last)` would fail for a parameter with five dimensions.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = destination[prefix + "weight"].unsqueeze(0)
@@ -80,7 +80,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """Modulated convolution, noise, bias, leaky ReLU."""
+    """A modulated convolution, then noise, bias and leaky ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, style_dim: int, up: bool = False) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class StyledConv(nn.Module):
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None, clamp: float | None = None) -> Tensor:
         """Map x (B, C, H, W) and w (B, style_dim) to (B, C', H, W), or to twice H and W.
 
-        Noise is (1 or B, 1, H', W'), or None to draw it from the global random state; `clamp` bounds absolute values.
+        `noise` is (1 or B, 1, H', W'); None draws it from the global random state. `clamp` bounds absolute values.
         """
         batch, _, height, width = x.shape
         fir, up = (None, 1) if self.conv.blur is None else (self.conv.blur.kernel, 2)
@@ -103,7 +103,7 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """1x1 modulated convolution to image channels, added to the up-sampled image so far."""
+    """A 1x1 modulated convolution to image channels, added to the upsampled image so far."""
 
     def __init__(self, in_channels: int, image_channels: int, style_dim: int, up: bool = True) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, image: Tensor | None = None) -> Tensor:
         x, _ = self.conv(x, w)
-        rgb = (x + self.bias).to(self.bias.dtype)  # the image adds up in full precision
+        rgb = (x + self.bias).to(self.bias.dtype)  # the image is summed in full precision
         if image is None or self.upsample is None:
             return rgb
         return rgb + upfirdn2d(image, self.upsample.kernel, up=2, padding=(2, 1))
@@ -121,12 +121,12 @@ class ToRGB(nn.Module):
 
 @register_generator
 class Generator(HalfPrecision):
-    """StyleGAN2: z -> w -> image.
+    """The StyleGAN2 generator: z -> w -> image.
 
     A layer at resolution r has `min(max_channels, channel_base * channel_multiplier // r)` channels.
 
     Raises:
-        UserError: for a size that is no power of two, a count below one, or `channels` of another length.
+        UserError: the size is not a power of two from 8, a count is below one, or `channels` has the wrong length.
     """
 
     config: dict[str, Any]
@@ -140,15 +140,15 @@ class Generator(HalfPrecision):
         channel_multiplier: int = 2,
         max_channels: int = 512,
         image_channels: int = 3,
-        z_dim: int | None = None,  # length of z, style_dim by default
-        channel_base: int = 16384,  # that of the published networks
-        channels: Sequence[int] | None = None,  # at 4, 8, ..., output_size, for networks that follow no rule
+        z_dim: int | None = None,  # length of z; None: style_dim
+        channel_base: int = 16384,  # as in the published networks
+        channels: Sequence[int] | None = None,  # at 4, 8, ..., output_size; None: the rule above
     ) -> None:
         super().__init__()
         if output_size < 8 or output_size & (output_size - 1):
             raise UserError(f"Generator output_size={output_size}: it must be a power of two, 8 or more.")
         z_dim = style_dim if z_dim is None else z_dim
-        if type(self) is Generator:  # the config of a derived class holds the arguments of that class
+        if type(self) is Generator:  # a derived class has its own arguments in config
             self.config["z_dim"] = z_dim
             if channels is None:
                 del self.config["channels"]
@@ -162,7 +162,7 @@ class Generator(HalfPrecision):
         self.output_size, self.style_dim, self.z_dim = output_size, style_dim, z_dim
         log_size = output_size.bit_length() - 1
         if channels is not None and (len(channels) != log_size - 1 or min(channels) < 1):
-            raise UserError(f"Generator channels={list(channels)}: give {log_size - 1} counts, one a resolution.")
+            raise UserError(f"Generator channels={list(channels)}: give {log_size - 1} counts, one per resolution.")
         self.n_styles, self.n_noises = 2 * log_size - 2, 2 * log_size - 3
 
         lengths = [z_dim] + [style_dim] * n_mapping
@@ -188,7 +188,7 @@ class Generator(HalfPrecision):
 
     @classmethod
     def seeded(cls, seed: int, **config: Any) -> Generator:
-        """Return an untrained generator, its weights drawn from `seed`; the global random state does not change."""
+        """Return an untrained generator with weights drawn from `seed`; the global random state is unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return cls(**config)
@@ -197,7 +197,7 @@ class Generator(HalfPrecision):
         """Map z (B, z_dim), standard normal, to w (B, style_dim).
 
         Raises:
-            UserError: when z has another shape.
+            UserError: z has another shape.
         """
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise UserError(f"The mapping network takes z of shape (B, {self.z_dim}), got {tuple(z.shape)}.")
@@ -213,7 +213,7 @@ class Generator(HalfPrecision):
 
     @torch.no_grad()
     def latent_average(self, n: int = 100_000, seed: int = 0) -> Tensor:
-        """Return the mean w (style_dim,) of `n` draws of z, from a random state of its own."""
+        """Return the mean w (style_dim,) of `n` draws of z; the global random state is unchanged."""
         source, total = torch.Generator().manual_seed(seed), torch.zeros(self.style_dim, dtype=torch.float64)
         reference = self.input["input"]
         for start in range(0, n, 10_000):
@@ -242,13 +242,13 @@ class Generator(HalfPrecision):
         Args:
             w_plus: (B, n_styles, style_dim), or (B, style_dim) for the same w in every layer.
             noise: "const" for the stored maps, "random" for new ones (drawn layer by layer from the global random
-                state), or `n_noises` maps (1 or B, 1, r, r), r = 4, 8, 8, 16, 16, ...
+                state), or `n_noises` maps (1 or B, 1, r, r) with r = 4, 8, 8, 16, 16, ...
 
         Returns:
             (B, image_channels, output_size, output_size) float, about [-1, 1], not clamped.
 
         Raises:
-            UserError: when a shape does not fit.
+            UserError: a shape is wrong.
         """
         if w_plus.ndim == 2:
             w_plus = w_plus.unsqueeze(1).expand(-1, self.n_styles, -1)
@@ -262,7 +262,7 @@ class Generator(HalfPrecision):
         x = self.conv1(x, styles[0], maps[0])  # (B, 512, 4, 4)
         image = self.to_rgb1(x, styles[1])  # (B, 3, 4, 4)
         for i, to_rgb in enumerate(self.to_rgbs):
-            first = 2 * i + 1  # a ToRGB shares its style with the next block's first convolution
+            first = 2 * i + 1  # ToRGB shares its style with the first convolution of the next block
             resolution = 8 << i
             with self.precision(resolution, x.device):
                 x, bound = self.cast(x, resolution), self.bound(resolution)
@@ -272,7 +272,7 @@ class Generator(HalfPrecision):
         return image
 
     def forward(self, z: Tensor, psi: float = 1.0, latent: Tensor | None = None, noise: Noise = "const") -> Tensor:
-        """Map z (B, z_dim) to images, with truncation by `psi` towards `latent` (default: `latent_average()`)."""
+        """Map z (B, z_dim) to images, truncated by `psi` towards `latent` (default: `latent_average()`)."""
         w = self.mapping(z)
         if psi != 1:
             w = self.truncate(w, self.latent_average() if latent is None else latent, psi)

@@ -1,7 +1,7 @@
-"""Tensor operations of StyleGAN2.
+"""The tensor operations of StyleGAN2.
 
-Plain PyTorch on the CPU and wherever no CUDA compiler exists: any device, any order of derivative. On CUDA the kernels
-of `cuda/csrc/`, built when they are first needed; `$PSP_OPS` chooses, docs/kernels.md explains.
+Without CUDA or its compiler they are plain PyTorch, for any device and any order of derivative. On CUDA they use the
+kernels of `cuda/csrc/`, which are built at their first use. `$PSP_OPS` selects between them, see docs/kernels.md.
 """
 
 from psp_lightning.ops.bias_act import fused_leaky_relu
@@ -9,10 +9,4 @@ from psp_lightning.ops.epilogue import modconv_epilogue
 from psp_lightning.ops.modulated_conv import modulated_convolution
 from psp_lightning.ops.upfirdn2d import fir_filter, upfirdn2d
 
-__all__ = [
-    "fir_filter",
-    "fused_leaky_relu",
-    "modconv_epilogue",
-    "modulated_convolution",
-    "upfirdn2d",
-]
+__all__ = ["fir_filter", "fused_leaky_relu", "modconv_epilogue", "modulated_convolution", "upfirdn2d"]

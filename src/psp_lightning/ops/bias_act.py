@@ -18,23 +18,23 @@ def fused_leaky_relu(
     scale: float = math.sqrt(2),
     clamp: float | None = None,
 ) -> Tensor:
-    """`scale * leaky_relu(x + bias)`, then bounded to `[-clamp, clamp]`.
+    """Compute `scale * leaky_relu(x + bias)`, clamped to `[-clamp, clamp]`.
 
     Args:
         x: (B, C, ...) float.
         bias: (C,), added along dimension 1; None adds nothing.
         negative_slope: slope for negative values.
         scale: gain; the default keeps the variance of a standard normal input near one.
-        clamp: bound of the result's absolute value; None: none.
+        clamp: bound of the absolute value of the result; None: no bound.
 
     Returns:
-        Same shape and dtype as `x` (promoted with `bias`).
+        The shape of `x`; its dtype, promoted with that of `bias`.
 
-    Source: StyleGAN2 (arXiv:1912.04958), appendix B; values checked against the pSp reference, commit 5cfff38. The
-    bound: StyleGAN2-ADA (arXiv:2006.06676), appendix D.
+    Source: StyleGAN2 (arXiv:1912.04958), appendix B, with values checked against the pSp reference, commit 5cfff38; the
+    clamp is from StyleGAN2-ADA (arXiv:2006.06676), appendix D.
     """
     fits = bias is None or torch.promote_types(x.dtype, bias.dtype) == x.dtype
-    # the kernel's derivative is told from the result's sign, which needs these signs
+    # the kernel derives the gradient from the sign of the result, which requires these signs
     if fits and scale > 0 and negative_slope >= 0 and use_op(x):
         return torch.ops.psp_lightning.epilogue(
             x, None, [], None, None, None, bias, negative_slope, scale, -1.0 if clamp is None else clamp
@@ -45,7 +45,7 @@ def fused_leaky_relu(
 def bias_act_ref(
     x: Tensor, bias: Tensor | None, negative_slope: float, scale: float, clamp: float | None = None
 ) -> Tensor:
-    """`fused_leaky_relu` in plain PyTorch: any device, any order of derivative."""
+    """Compute `fused_leaky_relu` in plain PyTorch, for any device and any order of derivative."""
     if bias is not None:
         x = x + bias.view(1, -1, *([1] * (x.ndim - 2)))
     if negative_slope != 1:

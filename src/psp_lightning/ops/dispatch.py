@@ -1,8 +1,8 @@
-"""The path of a call, plain PyTorch or a registered operator with its CUDA kernel, and how operators are registered.
+"""Dispatch calls to plain PyTorch or to a registered operator with a CUDA kernel, and register these operators.
 
-An operator is declared to torch.library, so that torch.compile, torch.export and autocast treat it as one step. It has
-an implementation for CPU (plain PyTorch) and CUDA (the kernel, or plain PyTorch where it cannot be built), a fake one
-(only shapes and strides) and a derivative, which is again made of these operators, so that every order exists.
+Operators are declared to torch.library, so torch.compile, torch.export and autocast treat each as one step. An operator
+has an implementation for the CPU (plain PyTorch) and CUDA (the kernel, or plain PyTorch if it cannot be built), a fake
+one (only shapes and strides), and a derivative. Derivatives use these operators again, so every order exists.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _forced = False
 
 
 def use_op(x: Tensor) -> bool:
-    """Return whether a call with `x` goes to the registered operator; on the CPU it never does.
+    """Return whether a call with `x` uses the registered operator; on the CPU it never does.
 
-    While torch.compile or torch.export trace CUDA tensors the answer does not depend on a build, which would have no
-    place in a graph: the operator itself takes the kernel or plain PyTorch when it runs.
+    While torch.compile or torch.export trace CUDA tensors, the answer does not depend on a build, which cannot be part
+    of a graph: the operator itself chooses the kernel or plain PyTorch when it runs.
 
     Raises:
-        UserError: for PSP_OPS=cuda where the kernels cannot run.
+        UserError: PSP_OPS=cuda, but PyTorch finds no GPU, or the kernels cannot be built.
     """
     if _forced:
         return True
     if not x.is_cuda:
         if not torch.compiler.is_compiling() and choice() == "cuda" and not torch.cuda.is_available():
             raise UserError(
-                "PSP_OPS=cuda, but PyTorch finds no GPU. Unset it, or set PSP_OPS=auto; `psp-doctor ops` says more."
+                "PSP_OPS=cuda, but PyTorch finds no GPU. Unset it or set PSP_OPS=auto. Run psp-doctor ops for details."
             )
         return False
     if choice() == "ref" or x.dtype not in DTYPES:
@@ -45,18 +45,18 @@ def use_op(x: Tensor) -> bool:
 
 
 def kernels_for(x: Tensor) -> Any:
-    """Return the loaded kernels for a CUDA tensor, else None."""
+    """Return the kernels for a CUDA tensor; None for other tensors, and if plain PyTorch must be used."""
     if not x.is_cuda or choice() == "ref":
         return None
-    from psp_lightning.ops.cuda.build import kernels  # only where a GPU exists
+    from psp_lightning.ops.cuda.build import kernels  # only with a GPU
 
     return kernels()
 
 
 def is_captured() -> bool:
-    """Return whether a graph is being captured, or torch.func or forward mode differentiates.
+    """Return whether a graph is being captured, or torch.func or forward-mode AD is active.
 
-    Operators without such derivatives are not used then.
+    Operators that do not support these must not be used then.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return True
@@ -64,13 +64,13 @@ def is_captured() -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Return whether x stands for many tensors (vmap, `is_grads_batched`), which cannot be written to in place."""
+    """Return whether x represents many tensors (vmap, `is_grads_batched`), which cannot be written in place."""
     return is_captured() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Send every call within it to the registered operators, on the CPU too: to test them and to trace them there."""
+    """Use the registered operators for every call in this context, also on the CPU: to test and trace them there."""
     global _forced
     before, _forced = _forced, True
     try:
@@ -80,22 +80,12 @@ def registered() -> Iterator[None]:
 
 
 def register_op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare `psp_lightning::SCHEMA`, with the decorated function as its implementation on CPU and CUDA."""
+    """Declare `psp_lightning::SCHEMA` with the decorated function as its implementation on CPU and CUDA."""
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         name = "psp_lightning::" + schema.partition("(")[0]
         torch.library.define(name, "(" + schema.partition("(")[2], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, ("CPU", "CUDA"), function)
-        return function
-
-    return declare
-
-
-def register_derivative(name: str, setup_context: Callable[..., None]) -> Callable[..., Any]:
-    """Declare the decorated function as the backward of `psp_lightning::name`."""
-
-    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_autograd(f"psp_lightning::{name}", function, setup_context=setup_context)
         return function
 
     return declare

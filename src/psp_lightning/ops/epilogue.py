@@ -1,4 +1,4 @@
-"""What follows the convolution of a styled layer: filter, demodulation, noise, bias, activation, bound."""
+"""The epilogue of a modulated convolution: FIR filter, demodulation, noise, bias, activation, clamp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.cuda import launch
-from psp_lightning.ops.dispatch import kernels_for, register_derivative, register_op, use_op
+from psp_lightning.ops.dispatch import kernels_for, register_op, use_op
 from psp_lightning.ops.upfirdn2d import adjoint_padding, filtered_shape, upfirdn2d_ref
 
 
@@ -27,28 +27,28 @@ def modconv_epilogue(
     gain: float = math.sqrt(2),
     clamp: float | None = None,
 ) -> Tensor:
-    """Compute `clamp(gain * lrelu(demod * filter(x) + strength * noise + bias))`, on CUDA in one pass over memory.
+    """Compute `clamp(gain * lrelu(demod * fir(x) + strength * noise + bias))`, on CUDA in one pass over memory.
 
     Args:
         x: (B, C, H, W) float, the result of the convolution.
-        fir: (kh, kw) low-pass filter that follows a transposed convolution, applied as by `upfirdn2d`; None: no filter.
-        padding: padding of the filter.
+        fir: (kh, kw) FIR filter after a transposed convolution, applied as in `upfirdn2d`; None: no filter.
+        padding: padding of the filter, before and after.
         demod: (B, C) factor of each sample and channel; None: 1.
         noise: (1 or B, 1, H', W'); None: no noise.
-        strength: (1,) factor of the noise; required with it.
+        strength: (1,) factor of the noise, required with it.
         bias: (C,); None: 0.
-        negative_slope: slope of the leaky ReLU below zero; 1 with `gain=1` is no activation.
+        negative_slope: slope for negative values; 1 together with `gain=1` means no activation.
         gain: factor after the activation.
         clamp: bound of the absolute value of the result; None: no bound.
 
     Returns:
-        (B, C, H', W') in x's dtype, where H' = H without a filter. In half precision the CUDA kernel rounds once, at
-        the end, and plain PyTorch after each step.
+        (B, C, H', W') in the dtype of `x`, with H' = H if there is no filter. In half precision the CUDA kernel rounds
+        once, at the end; plain PyTorch rounds after each step.
 
     Source: StyleGAN2 (arXiv:1912.04958), figure 2 and appendix B.
     """
     if noise is not None and strength is None:
-        raise ValueError("modconv_epilogue: noise needs its strength.")
+        raise ValueError("modconv_epilogue: noise is given without its strength.")
     learned = fir is not None and fir.requires_grad
     if not learned and gain > 0 and negative_slope >= 0 and use_op(x):
         both = [] if fir is None else [*padding, *padding]
@@ -60,16 +60,10 @@ def modconv_epilogue(
 
 
 def epilogue_ref(
-    x: Tensor,
-    demod: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor | None,
-    negative_slope: float,
-    gain: float,
-    clamp: float | None,
-) -> Tensor:
-    """Compute `modconv_epilogue` after its filter, in plain PyTorch."""
+    x: Tensor, demod: Tensor | None, noise: Tensor | None, strength: Tensor | None, bias: Tensor | None,
+    negative_slope: float, gain: float, clamp: float | None,
+) -> Tensor:  # fmt: skip
+    """Compute the part of `modconv_epilogue` after the FIR filter, in plain PyTorch."""
     if demod is not None:
         x = x * demod[:, :, None, None].to(x.dtype)
     if noise is not None and strength is not None:
@@ -78,27 +72,21 @@ def epilogue_ref(
 
 
 def act_backward_ref(dy: Tensor, y: Tensor, negative_slope: float, gain: float, clamp: float) -> Tensor:
-    """Return the gradient of gain, leaky ReLU and clamp (< 0: no clamp) from their result `y`; it is linear in `dy`."""
+    """Return the gradient of gain, leaky ReLU and clamp (< 0: none) from their result `y`; it is linear in `dy`."""
     du = torch.where(y > 0, dy * gain, dy * (gain * negative_slope))
-    # the bound as y can hold it, since that is what y was clamped to
+    # the bound in y's dtype, because y was clamped to that value
     return du if clamp < 0 else torch.where(y.abs() < torch.tensor(clamp, dtype=y.dtype), du, torch.zeros_like(du))
 
 
 def epilogue_backward_ref(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor | None,
-    demod: Tensor | None,
-    noise: Tensor | None,
-    negative_slope: float,
-    gain: float,
-    clamp: float,
-) -> tuple[Tensor, Tensor]:
-    """Compute in one pass what the gradient of an epilogue without filter needs.
+    dy: Tensor, y: Tensor | None, x: Tensor | None, demod: Tensor | None, noise: Tensor | None,
+    negative_slope: float, gain: float, clamp: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the tensors for the gradient of an epilogue without FIR filter.
 
     Returns:
-        `demod * du` (B, C, ...) in dy's dtype, where `du` is the gradient before the activation; and (B, C, 3), sums
-        over pixels of `du * x`, `du` and `du * noise`, in float32 or wider.
+        `demod * du` (B, C, ...) in the dtype of `dy`, where `du` is the gradient before the activation; and the sums
+        over pixels of `du * x`, `du` and `du * noise`, (B, C, 3) in float32 or wider.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     du = (dy if y is None else act_backward_ref(dy, y, negative_slope, gain, clamp)).to(wide)
@@ -111,8 +99,8 @@ def epilogue_backward_ref(
     return g.to(dy.dtype), sums
 
 
-# --- the registered operators
-# act_backward: du = dy * derivative of the activation, computed from its result; linear in dy and its own adjoint
+# The registered operators.
+# act_backward: du = dy * derivative of the activation, computed from its result; linear in dy, so it is its own adjoint
 
 
 @register_op("act_backward(Tensor dy, Tensor y, float slope, float gain, float clamp) -> Tensor")
@@ -132,13 +120,14 @@ def _save_act_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.arguments = inputs[2:]
 
 
-@register_derivative("act_backward", _save_act_backward)
 def _act_backward_backward(ctx: Any, ddu: Tensor) -> tuple[Tensor | None, ...]:
     (y,) = ctx.saved_tensors
     return torch.ops.psp_lightning.act_backward(ddu, y, *ctx.arguments), None, None, None, None
 
 
-# epilogue: clamp(gain * lrelu(demod * filter(x) + strength * noise + bias))
+torch.library.register_autograd("psp_lightning::act_backward", _act_backward_backward, setup_context=_save_act_backward)
+
+# epilogue: clamp(gain * lrelu(demod * fir(x) + strength * noise + bias))
 
 
 @register_op(
@@ -159,10 +148,7 @@ def _epilogue(
 
 
 @torch.library.register_fake("psp_lightning::epilogue")
-def _(
-    x: Tensor, fir: Tensor | None, padding: Sequence[int], demod: Tensor | None, noise: Tensor | None,
-    strength: Tensor | None, bias: Tensor | None, slope: float, gain: float, clamp: float,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, fir: Tensor | None, padding: Sequence[int], *_: Any) -> Tensor:
     return launch.empty(x, x.shape if fir is None else filtered_shape(x, fir, padding))
 
 
@@ -182,33 +168,31 @@ def _epilogue_backward(
 
 
 @torch.library.register_fake("psp_lightning::epilogue_backward")
-def _(
-    dy: Tensor, y: Tensor | None, x: Tensor | None, demod: Tensor | None, noise: Tensor | None,
-    slope: float, gain: float, clamp: float, sums: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    total = dy.new_empty((dy.shape[0], dy.shape[1], 3) if sums else (0,), dtype=wide)
+def _(dy: Tensor, y: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, sums = others
+    total = dy.new_empty((*dy.shape[:2], 3) if sums else (0,), dtype=torch.promote_types(dy.dtype, torch.float32))
     return launch.empty(dy if y is None else y, dy.shape), total
 
 
 def _save_epilogue(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, fir, padding, demod, noise, strength, bias, slope, gain, clamp = inputs
     active = slope != 1 or gain != 1 or clamp >= 0
-    needed = demod is not None and demod.requires_grad  # x is kept for this alone
+    needed = demod is not None and demod.requires_grad  # only this gradient needs x
     ctx.save_for_backward(x if needed else None, fir, demod, noise, strength, bias, output if active else None)
-    ctx.padding, ctx.activation, ctx.has_bias = padding, (slope, gain, clamp), bias is not None
+    ctx.padding, ctx.activation = padding, (slope, gain, clamp)
     if fir is not None:
-        one = (1, 1)
-        ctx.adjoint = adjoint_padding(x.shape[2:], output.shape[2:], one, one, padding, fir.shape)
+        ctx.adjoint = adjoint_padding(x.shape[2:], output.shape[2:], (1, 1), (1, 1), padding, fir.shape)
 
 
-@register_derivative("epilogue", _save_epilogue)
 def _epilogue_derivative(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad  # x, fir, padding, demod, noise, strength, bias, ...
-    # A gradient that is differentiated again is composed of operators that are; a gradient of the noise maps is rare.
+    # A gradient that is differentiated again must use differentiable operators; the gradient of noise maps is rare.
     once = not torch.is_grad_enabled() and not need[4]
     dx, d_demod, d_noise, d_strength, d_bias = (_fused if once else _composed)(ctx, dy, need)
     return dx, None, None, d_demod, d_noise, d_strength, d_bias, None, None, None
+
+
+torch.library.register_autograd("psp_lightning::epilogue", _epilogue_derivative, setup_context=_save_epilogue)
 
 
 def _fused(ctx: Any, dy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -222,7 +206,7 @@ def _fused(ctx: Any, dy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, .
         du, sums = step(dy, y, None, None, noise, *ctx.activation, need[5] or need[6])
         dx = torch.ops.psp_lightning.upfirdn2d(du, fir, [1, 1], [1, 1], ctx.adjoint, True, 1.0)
         d_demod = None
-        if demod is not None:  # sum of du * filter(x) = sum of adjoint filter(du) * x
+        if demod is not None:  # sum of du * fir(x) = sum of adjoint_fir(du) * x
             dx, more = step(dx, None, x, demod, None, 1.0, 1.0, -1.0, need[3])
             d_demod = more[..., 0] if need[3] else None
     d_strength = sums[..., 2].sum().to(strength.dtype).reshape(strength.shape) if need[5] else None
@@ -236,12 +220,10 @@ def _composed(ctx: Any, dy: Tensor, need: Sequence[bool]) -> tuple[Tensor | None
     dx = du if demod is None else du * demod[:, :, None, None].to(du.dtype)
     if fir is not None:
         dx = torch.ops.psp_lightning.upfirdn2d(dx, fir, [1, 1], [1, 1], ctx.adjoint, True, 1.0)
-    du = du.to(torch.promote_types(du.dtype, torch.float32))  # sums over a whole map
+    du = du.to(torch.promote_types(du.dtype, torch.float32))  # for sums over whole maps
     d_demod = d_noise = d_strength = d_bias = None
     if need[3]:
-        t = x
-        if fir is not None:
-            t = torch.ops.psp_lightning.upfirdn2d(x, fir, [1, 1], [1, 1], ctx.padding, False, 1.0)
+        t = x if fir is None else torch.ops.psp_lightning.upfirdn2d(x, fir, [1, 1], [1, 1], ctx.padding, False, 1.0)
         d_demod = (du * t.to(du.dtype)).sum((2, 3)).to(demod.dtype)
     if need[4]:
         d_noise = (du.sum(1, keepdim=True) * strength).sum_to_size(noise.shape).to(noise.dtype)

@@ -1,7 +1,7 @@
-"""Convolution whose weights are scaled by a style, computed on the activations.
+"""Modulated convolution, computed by scaling activations instead of weights.
 
-To scale the weights by the style is to scale the input channels, and to demodulate them is to scale the output
-channels. So one weight serves the whole batch, without grouped convolutions.
+Modulating the weights is equivalent to scaling the input channels, and demodulating them to scaling the output
+channels. So the whole batch shares one weight, without grouped convolutions.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from torch import Tensor
 
 
 def demodulation(weight_sq_sum: Tensor, style: Tensor, eps: float = 1e-8) -> Tensor:
-    """Return one over the expected standard deviation of each output channel.
+    """Return the inverse of the expected standard deviation of each output channel, (B, O).
 
-    Args:
-        weight_sq_sum: (O, I), squared weights summed over the taps.
-        style: (B, I).
-
-    Returns:
-        (B, O): `1 / sqrt(sum over I, k, k of (weight * style)^2 + eps)`.
+    It is `1 / sqrt(sum over I, k, k of (weight * style)^2 + eps)`. `weight_sq_sum` (O, I) contains the squared weights
+    summed over the kernel; `style` is (B, I).
 
     Source: StyleGAN2 (arXiv:1912.04958), equation 3.
     """
@@ -34,26 +30,26 @@ def modulated_convolution(
     up: bool = False,
     weight_sq_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Convolve with modulated weights, up to what `modconv_epilogue` does next: filter and demodulation.
+    """Convolve with modulated weights, without the FIR filter and demodulation, which `modconv_epilogue` applies.
 
     Args:
         x: (B, I, H, W) float.
         weight: (O, I, k, k), k odd, already multiplied by its equalised learning rate.
         style: (B, I), scale of each input channel.
         demodulate: normalise the expected variance of the outputs.
-        up: double the resolution with a transposed convolution, which the low-pass filter has to follow.
-        weight_sq_sum: (O, I), where it is known; see `demodulation`.
+        up: double the resolution with a transposed convolution, which a FIR filter must follow.
+        weight_sq_sum: see `demodulation`; None computes it.
 
     Returns:
-        (B, O, H, W), or with `up` (B, O, 2H+k-2, 2W+k-2); and the factors of demodulation (B, O), float32 or wider, or
+        (B, O, H, W), or with `up` (B, O, 2H+k-2, 2W+k-2); and the demodulation factors (B, O) in float32 or wider, or
         None without `demodulate`.
 
-    Source: StyleGAN2 (arXiv:1912.04958), section 2.2, equations 1 and 3; checked against the form on the weights in the
-    tests and the pSp reference (commit 5cfff38).
+    Source: StyleGAN2 (arXiv:1912.04958), section 2.2, equations 1 and 3; the tests compare it with modulated weights,
+    and values are checked against the pSp reference (commit 5cfff38).
     """
     factor = None
     if demodulate:
-        with torch.autocast(x.device.type, enabled=False):  # sums of squares leave half precision's range
+        with torch.autocast(x.device.type, enabled=False):  # sums of squares exceed the range of half precision
             if weight_sq_sum is None:
                 wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
                 weight_sq_sum = wide.square().sum((2, 3))

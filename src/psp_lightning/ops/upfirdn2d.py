@@ -1,4 +1,4 @@
-"""Up-sample, filter, down-sample."""
+"""Upsample, apply a FIR filter, downsample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psp_lightning.ops.cuda import launch
-from psp_lightning.ops.dispatch import kernels_for, register_derivative, register_op, use_op
+from psp_lightning.ops.dispatch import kernels_for, register_op, use_op
 
 
 def fir_filter(taps: Sequence[float] = (1, 3, 3, 1), gain: float = 1.0) -> Tensor:
-    """Return a separable low-pass filter: the (n, n) float32 outer product of `taps`, with sum `gain`."""
+    """Return a separable low-pass FIR filter: the (n, n) float32 outer product of `taps`, scaled to sum to `gain`."""
     row = torch.tensor(taps, dtype=torch.float32)
     fir = torch.outer(row, row)
     return fir / fir.sum() * gain
@@ -33,18 +33,18 @@ def upfirdn2d(
 
     Args:
         x: (B, C, H, W) float.
-        fir: (kh, kw) filter, applied as a true convolution (turned by 180 degrees).
-        up: factor of up-sampling; each pixel is followed by `up - 1` zeros, also the last.
-        down: factor of down-sampling.
+        fir: (kh, kw) FIR filter, applied as a true convolution (rotated by 180 degrees).
+        up: upsampling factor; `up - 1` zeros follow each pixel, including the last.
+        down: downsampling factor.
         padding: zeros before and after, the same for both axes; negative numbers crop.
-        flip: apply the filter as it is, as a correlation.
+        flip: apply the filter unrotated, as a correlation.
         gain: factor of the result.
 
     Returns:
         (B, C, H', W') with `H' = (H * up + sum(padding) - kh) // down + 1`.
 
-    Source: Karras et al., StyleGAN2 (arXiv:1912.04958), the operator of this name in the released code; values are
-    checked against a naive implementation in the tests and, inside the generator, the pSp reference (commit 5cfff38).
+    Source: Karras et al., StyleGAN2 (arXiv:1912.04958), the operator of this name in the released code; the tests
+    compare it with a naive implementation and, inside the generator, with the pSp reference (commit 5cfff38).
     """
     both = (*padding, *padding)
     if not fir.requires_grad and use_op(x):
@@ -74,8 +74,8 @@ def upfirdn2d_ref(
         if top == bottom and left == right and top >= 0 and left >= 0:
             return F.conv2d(x, weight, stride=stride, padding=(top, left), groups=channels)
         return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, stride=stride, groups=channels)
-    # A transposed convolution scatters the filter without computing with the zeros in between. Its result is the full
-    # convolution, from which the padded one is cut out.
+    # A transposed convolution scatters the filter without multiplying inserted zeros. The padded convolution is cropped
+    # from its result, the full convolution.
     weight = (fir.flip(0, 1) if flip else fir).expand(channels, 1, kh, kw)
     full = F.conv_transpose2d(x, weight, stride=(up[0], up[1]), groups=channels)  # (B, C, (H-1)*up+kh, (W-1)*up+kw)
     cut = (left - kw + 1, up[1] + right - kw, top - kh + 1, up[0] + bottom - kh)
@@ -86,7 +86,7 @@ def upfirdn2d_ref(
 def filtered_shape(
     x: Tensor, fir: Tensor, padding: Sequence[int], up: Sequence[int] = (1, 1), down: Sequence[int] = (1, 1)
 ) -> list[int]:
-    """Return the shape of `upfirdn2d`'s result."""
+    """Return the shape of the result of `upfirdn2d`."""
     sides = [
         (x.shape[2 + axis] * up[axis] + sum(padding[2 * axis : 2 * axis + 2]) - fir.shape[axis]) // down[axis] + 1
         for axis in (0, 1)
@@ -98,12 +98,13 @@ def adjoint_padding(
     size: Sequence[int], out: Sequence[int], up: Sequence[int], down: Sequence[int], padding: Sequence[int],
     taps: Sequence[int],
 ) -> list[int]:  # fmt: skip
-    """Return the padding (top, bottom, left, right) with which `upfirdn2d` is its own adjoint, with its factors
-    exchanged and its filter flipped.
+    """Return the padding (top, bottom, left, right) of the adjoint of `upfirdn2d`.
 
-    With `out[o] = sum_i f[i] z[o * down + i - p]` the adjoint sends `o` to the `r` with `r * up = o * down + i - p`,
-    for each tap i. As a filter over the zero-inserted output, at `v = o * down = r * up + j - q`, it has
-    `i = p + q - j`: the taps in reverse order for `q = taps - 1 - p`. The padding after it makes the size come out.
+    The adjoint is `upfirdn2d` with `up` and `down` exchanged and the filter flipped.
+
+    For `out[o] = sum_i f[i] z[o * down + i - p]` the adjoint maps `o` to the `r` with `r * up = o * down + i - p`, for
+    each tap i. As a filter over the zero-inserted output, at `v = o * down = r * up + j - q`, it uses the tap
+    `i = p + q - j`: the taps in reverse order for `q = taps - 1 - p`. The padding after follows from the size.
     """
     result = []
     for axis in (0, 1):
@@ -113,7 +114,7 @@ def adjoint_padding(
     return result
 
 
-# --- the registered operator: a linear map, whose adjoint is one of the same kind
+# The registered operator: a linear map whose adjoint is the same operator with other arguments.
 
 
 @register_op(
@@ -129,9 +130,7 @@ def _op(
 
 
 @torch.library.register_fake("psp_lightning::upfirdn2d")
-def _(
-    x: Tensor, fir: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], flip: bool, gain: float
-) -> Tensor:
+def _(x: Tensor, fir: Tensor, up: Sequence[int], down: Sequence[int], padding: Sequence[int], *_: Any) -> Tensor:
     return launch.empty(x, filtered_shape(x, fir, padding, up, down))
 
 
@@ -142,9 +141,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.padding = adjoint_padding(x.shape[2:], output.shape[2:], up, down, padding, fir.shape)
 
 
-@register_derivative("upfirdn2d", _save)
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (fir,) = ctx.saved_tensors
     up, down, flip, gain = ctx.arguments
     dx = torch.ops.psp_lightning.upfirdn2d(dy, fir, down, up, ctx.padding, not flip, gain)
     return dx, None, None, None, None, None, None
+
+
+torch.library.register_autograd("psp_lightning::upfirdn2d", _backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Optimizers that torch.optim lacks."""
+"""Optimizers that are not in torch.optim."""
 
 from psp_lightning.optim.ranger import Ranger
 

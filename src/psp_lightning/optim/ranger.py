@@ -1,4 +1,4 @@
-"""Ranger: rectified Adam on centralised gradients, with lookahead."""
+"""Ranger: rectified Adam with centralised gradients and lookahead."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from torch.optim.radam import radam
 
 from psp_lightning.utils.errors import UserError
 
-CPU_BATCH = 1 << 20  # numbers that a step takes at a time on the CPU
+CPU_BATCH = 1 << 20  # elements per batch of a step on the CPU
 
 
 class Ranger(torch.optim.RAdam):
-    """RAdam + gradient centralisation + lookahead, the optimizer of the pSp paper.
+    """RAdam with gradient centralisation and lookahead, the optimizer of the pSp paper.
 
-    Each gradient of two or more dimensions loses its mean over all dimensions but the first. Every `k` steps of a
-    parameter its slow copy, taken just before its first step, moves by `alpha` towards it, and it jumps there.
+    The mean over all dimensions but the first is subtracted from gradients with two or more dimensions. A slow copy of
+    each parameter is taken before its first step. After every `k` steps of a parameter, its slow copy moves by `alpha`
+    towards it, and the parameter is set to the slow copy.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate; the paper's recipe uses 1e-4.
-        alpha: lookahead's step, in (0, 1].
+        alpha: step of the lookahead, in (0, 1].
         k: fast steps per slow step, >= 1.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled (`p <- (1 - lr * weight_decay) p`), not part of the gradient.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled from the gradient, `p <- (1 - lr * weight_decay) p`.
 
     Raises:
-        UserError: alpha or k out of range.
+        UserError: alpha or k is out of range.
 
     Source: Liu et al. 2020 (RAdam), Yong et al. 2020 (gradient centralisation), Zhang et al. 2019 (lookahead), with
-        the defaults and order of Ranger 20.4.11, against which trajectories were checked. torch's RAdam shares its
+        the defaults and order of Ranger 20.4.11, against which trajectories were checked. torch's RAdam has the same
         threshold of 5, place of eps and unrectified first steps.
     """
 
@@ -54,7 +55,7 @@ class Ranger(torch.optim.RAdam):
             raise UserError(f"Ranger: alpha must lie in (0, 1], not {alpha}.")
         if k < 1 or int(k) != k:
             raise UserError(f"Ranger: k must be a whole number >= 1, not {k}.")
-        beta1, beta2 = betas  # a tuple, whatever sequence a config gives: it is saved in checkpoints
+        beta1, beta2 = betas  # a config may give a list, but checkpoints store a tuple
         super().__init__(
             params, lr, (float(beta1), float(beta2)), eps, weight_decay=weight_decay, decoupled_weight_decay=True
         )
@@ -64,7 +65,7 @@ class Ranger(torch.optim.RAdam):
             group.setdefault("k", k)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; `closure`, if given, is called once, first, with gradients enabled, and its value returned."""
+        """Make a step; `closure`, if given, is called first with gradients enabled, and its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -84,36 +85,41 @@ class Ranger(torch.optim.RAdam):
         return loss
 
     def _batches(self, params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters that have a gradient and went as many steps, all of a device at once; on the CPU few at a time, so
-        that each finds its gradient in the processor's cache."""
+        """Yield the parameters with gradients, grouped by device, dtype, number of steps and memory layout.
+
+        On the CPU the groups are small, so that the gradients stay in the processor's cache.
+        """
         alike: dict[Any, list[Tensor]] = {}
         for p in params:
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                raise UserError("Ranger takes no sparse gradients: build the embedding with sparse=False.")
+                raise UserError("Ranger supports no sparse gradients: build the embedding with sparse=False.")
             state = self.state[p]
-            if not state:  # as RAdam's own
+            if not state:  # the first three as in RAdam
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["slow"] = p.detach().clone()
             alike.setdefault((p.device, p.dtype, int(state["step"]), _can_fuse(p, state)), []).append(p)
-        for (device, *_), found in alike.items():
+        for (device, *_), group in alike.items():
             batch: list[Tensor] = []
-            numbers = 0
-            for p in found:
+            size = 0
+            for p in group:
                 batch.append(p)
-                numbers += p.numel()
-                if device.type == "cpu" and numbers >= CPU_BATCH:
+                size += p.numel()
+                if device.type == "cpu" and size >= CPU_BATCH:
                     yield batch
-                    batch, numbers = [], 0
+                    batch, size = [], 0
             if batch:
                 yield batch
 
     def _rectified_adam(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """RAdam's step; on the CPU, once it is rectified, as Adam's, which PyTorch has in one pass over memory: its
-        learning rate takes the rectification, its epsilon the place that RAdam gives it."""
+        """Make a step of RAdam.
+
+        On the CPU, rectified steps use PyTorch's fused Adam, which takes one pass over memory. The rectification is
+        included in its learning rate, and its epsilon is scaled to RAdam's definition.
+        """
         states = [self.state[p] for p in params]
         keys = ("exp_avg", "exp_avg_sq", "step")
         averages, squares, steps = ([state[key] for state in states] for key in keys)
@@ -125,14 +131,14 @@ class Ranger(torch.optim.RAdam):
         usual = not any(group.get(key) for key in ("maximize", "capturable", "differentiable"))
         usual = usual and group.get("decoupled_weight_decay", True) and params[0].device.type == "cpu"
         if rectification and usual and _can_fuse(params[0], states[0]):
-            # as they lie in memory: of channels_last gradients the fused kernel would make copies
+            # in memory order, because the fused kernel would copy channels_last gradients
             stored = [[_as_stored(t) for t in some] for some in (params, gradients, averages, squares)]  # type: ignore[arg-type]
             adamw(
                 stored[0], stored[1], stored[2], stored[3], [], steps, fused=True, amsgrad=False, maximize=False,
                 beta1=beta1, beta2=beta2, lr=lr * rectification, weight_decay=decay / rectification,
                 eps=eps / math.sqrt(1 - beta2**step),
             )  # fmt: skip
-            torch.autograd.graph.increment_version(params)  # the fused step changes them unnoticed
+            torch.autograd.graph.increment_version(params)  # the fused step does not do this
         else:
             names = ("decoupled_weight_decay", "foreach", "differentiable", "capturable", "maximize")
             options = {name: group[name] for name in names if name in group}
@@ -143,7 +149,7 @@ class Ranger(torch.optim.RAdam):
 
 
 def _rectification(step: int, beta2: float) -> float:
-    """RAdam's factor (equation 4 of its paper); 0 in the first steps, which go without the second moment."""
+    """Return RAdam's factor (equation 4 of its paper); 0 in the first steps, which omit the second moment."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
     if length <= 5:
@@ -152,7 +158,7 @@ def _rectification(step: int, beta2: float) -> float:
 
 
 def _can_fuse(p: Tensor, state: dict[str, Any]) -> bool:
-    """Whether all tensors of a parameter lie in memory in one order, which PyTorch's fused Adam takes for granted."""
+    """Return whether all tensors of a parameter have one memory layout, which PyTorch's fused Adam assumes."""
     if p.is_complex():
         return False
     tensors = (p.grad, state["exp_avg"], state["exp_avg_sq"])
@@ -160,5 +166,5 @@ def _can_fuse(p: Tensor, state: dict[str, Any]) -> bool:
 
 
 def _as_stored(t: Tensor) -> Tensor:
-    """A view with the dimensions in the order of memory."""
+    """Return a view with the dimensions in memory order."""
     return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True))

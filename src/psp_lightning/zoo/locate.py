@@ -6,7 +6,6 @@ that shows the command. Shipped weights (`shipped`) are in the package, each fol
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -60,24 +59,14 @@ def shipped_dir() -> Path:
 
 def shipped() -> dict[str, Shipped]:
     """Return the records of the shipped weights by name; a damaged `records.json` is a UserError."""
-    return _read_records(shipped_dir())
-
-
-@functools.lru_cache(maxsize=8)
-def _read_records(root: Path) -> dict[str, Shipped]:
     found = {}
-    for file in sorted(root.glob("*/records.json")):
+    for file in sorted(shipped_dir().glob("*/records.json")):
         try:
             for name, entry in json.loads(file.read_text(encoding="utf-8")).items():
                 found[name] = Shipped(name=name, **{**entry, "file": file.parent / entry["file"]})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({error}). Reinstall psp-lightning.") from None
     return found
-
-
-def forget_records() -> None:
-    """Clear the cache of records, after their files have changed."""
-    _read_records.cache_clear()
 
 
 def is_shipped_name(name: str) -> bool:

@@ -1,5 +1,5 @@
-// The kernels on the CPU: what a thread does is the code of csrc/, here called for one thread after the other. What is
-// left out is what only a GPU has: launching, shared memory, and running at the same time.
+// The kernels on the CPU: the code of csrc/ for one thread is called for one thread after another. Only the parts that
+// need a GPU are missing: launches, shared memory, and threads that run at the same time.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -52,9 +52,9 @@ template <typename T, int V, bool LAST> void run(const EpilogueBackward& a) {
     }
 }
 
-template <typename T, int V, int S, bool LAST> void run(const Blur& b) {
-  const RowTiling t = make_row_tiling(b.e.n, b.e.c, b.out_h, b.out_w, V, LAST, S);
-  each(t.blocks, t.threads, [&](uint32_t block, int i) { blur_thread<T, V, S, LAST>(b, t, block, i); });
+template <typename T, int V, int S, bool LAST> void run(const FirEpilogue& f) {
+  const RowTiling t = make_row_tiling(f.e.n, f.e.c, f.out_h, f.out_w, V, LAST, S);
+  each(t.blocks, t.threads, [&](uint32_t block, int i) { fir_epilogue_thread<T, V, S, LAST>(f, t, block, i); });
 }
 
 template <typename T, int V, bool LAST> void run(const Upfirdn& a) {
@@ -98,12 +98,12 @@ int64_t backward_chunks(const EpilogueBackward& a, Kind kind, bool last) {
   return chunks;
 }
 
-cudaError_t launch_blur(const Blur& b, Kind kind, bool last, cudaStream_t) {
-  const bool fit = last && packs_fit(kind, b.e.c, {b.e.x, b.e.out});
+cudaError_t launch_fir_epilogue(const FirEpilogue& f, Kind kind, bool last, cudaStream_t) {
+  const bool fit = last && packs_fit(kind, f.e.c, {f.e.x, f.e.out});
   with_type(kind, [&](auto value) {
     using T = decltype(value);
-    if (fit) run<T, 16 / sizeof(T), ROWS_OF_PACKS, true>(b);
-    else last ? run<T, 1, ROWS, true>(b) : run<T, 1, ROWS, false>(b);
+    if (fit) run<T, 16 / sizeof(T), ROWS_OF_PACKS, true>(f);
+    else last ? run<T, 1, ROWS, true>(f) : run<T, 1, ROWS, false>(f);
   });
   return cudaSuccess;
 }

@@ -1,9 +1,9 @@
-"""Styled layers with constant weights on the CPU: few passes over memory, and one tensor kept for the backward pass.
+"""Styled layers with constant weights on the CPU: few passes over memory, one tensor kept for the backward pass.
 
-A layer gives `y = gain * lrelu(demod * filter(conv(x * style)) + noise + bias)`. Composed of separate operators it
-keeps five tensors of the size of y for its derivative. With constant weights y and x are enough: y has the sign of the
-activation, and `demod * filter(conv(...))`, which the derivative of `demod` sums up, is y without activation, noise and
-bias. x is the y of the layer before.
+A layer computes `y = gain * lrelu(demod * fir(conv(x * style)) + noise + bias)`. As separate operators it keeps five
+tensors of the size of y for its derivative. With constant weights, y and x are enough: y has the sign of the
+activation, and `demod * fir(conv(...))`, which the derivative of `demod` sums, is y without activation, noise and bias.
+x is the y of the previous layer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from psp_lightning.ops.dispatch import is_batched
 from psp_lightning.ops.modulated_conv import demodulation
 from psp_lightning.ops.upfirdn2d import adjoint_padding, upfirdn2d_ref
 
+SLOPE, GAIN = 0.2, 2**0.5  # of the activation
+
 
 def frozen_styled_conv(
     x: Tensor,
@@ -30,46 +32,37 @@ def frozen_styled_conv(
     bias: Tensor,
     fir: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
-    negative_slope: float = 0.2,
-    gain: float = 2**0.5,
     winograd_weight: Tensor | None = None,
 ) -> Tensor:
-    """Compute a whole styled layer; only x and style have derivatives, of any order.
+    """Compute a styled layer; only x and style have derivatives, of any order.
 
     Args:
         x: (B, I, H, W) float.
         style: (B, I) float32 or wider, scale of each input channel, including the equalised learning rate.
-        weight: (O, I, k, k) in x's dtype; with `fir` the weight of a transposed convolution, (I, O, k, k).
-        weight_sq_sum: (O, I) in style's dtype, squared weights summed over the taps.
+        weight: (O, I, k, k) in the dtype of x; with `fir` the weight of a transposed convolution, (I, O, k, k).
+        weight_sq_sum: (O, I) in the dtype of style, squared weights summed over the kernel.
         noise: (1 or B, 1, H', W'), multiplied by its strength.
         bias: (O,).
-        fir: low-pass filter after a transposed convolution of stride two; None: an ordinary convolution.
-        padding: padding of the filter.
-        negative_slope: slope of the leaky ReLU below zero, positive.
-        gain: factor after the activation, positive.
-        winograd_weight: `winograd_weight(weight)`, with which an ordinary convolution is computed by `winograd_conv`.
+        fir: FIR filter after a transposed convolution of stride two; None: an ordinary convolution.
+        padding: padding of the FIR filter, before and after.
+        winograd_weight: `winograd_weight(weight)`; if given, `winograd_conv` computes the ordinary convolution.
 
     Returns:
-        (B, O, H, W), or (B, O, 2H, 2W) with `fir` and its padding; in x's dtype.
+        (B, O, H, W), or (B, O, 2H, 2W) with `fir` and its padding, in the dtype of x.
 
     Source: StyleGAN2 (arXiv:1912.04958), figure 2, section 2.2, equations 1 and 3, appendix B.
     """
-    arguments = (x, style, weight, weight_sq_sum, noise, bias, fir, winograd_weight, padding, negative_slope, gain)
+    arguments = (x, style, weight, weight_sq_sum, noise, bias, fir, winograd_weight, padding)
     if torch.is_grad_enabled() and (x.requires_grad or style.requires_grad):
         return _FrozenStyledConv.apply(*arguments)  # type: ignore[no-any-return]
     return _forward(*arguments)
 
 
 def _convolve(
-    x: Tensor,
-    style: Tensor,
-    weight: Tensor,
-    weight_sq_sum: Tensor,
-    fir: Tensor | None,
-    padding: tuple[int, int],
+    x: Tensor, style: Tensor, weight: Tensor, weight_sq_sum: Tensor, fir: Tensor | None, padding: tuple[int, int],
     winograd_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the filtered convolution, and the factors that demodulate it."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the convolution after the FIR filter, and its demodulation factors."""
     x = x * style[:, :, None, None].to(x.dtype)
     if winograd_weight is not None:
         x = winograd_conv(x, winograd_weight)
@@ -82,16 +75,16 @@ def _convolve(
 
 def _forward(
     x: Tensor, style: Tensor, weight: Tensor, weight_sq_sum: Tensor, noise: Tensor, bias: Tensor, fir: Tensor | None,
-    winograd_weight: Tensor | None, padding: tuple[int, int], negative_slope: float, gain: float,
+    winograd_weight: Tensor | None, padding: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         y, demod = _convolve(x, style, weight, weight_sq_sum, fir, padding, winograd_weight)
-        # The gain commutes with the leaky ReLU: on the factors it costs nothing. In place, because fresh memory costs
-        # more than the arithmetic.
-        factor, noise, bias = (demod * gain)[:, :, None, None], noise * gain, (bias * gain)[:, None, None]
+        # The gain commutes with the leaky ReLU and costs nothing on the factors. The operations are in place, because
+        # new memory costs more than the arithmetic.
+        factor, noise, bias = (demod * GAIN)[:, :, None, None], noise * GAIN, (bias * GAIN)[:, None, None]
         factor, noise, bias = (t.to(y.dtype) for t in (factor, noise, bias))
         for rows in slices(y):
-            F.leaky_relu_(y[rows].mul_(factor).add_(noise[rows]).add_(bias), negative_slope)
+            F.leaky_relu_(y[rows].mul_(factor).add_(noise[rows]).add_(bias), SLOPE)
         return y
 
 
@@ -100,22 +93,20 @@ class _FrozenStyledConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, padding, negative_slope, gain = inputs
+        *tensors, ctx.padding = inputs
         ctx.save_for_backward(*tensors, output)
-        ctx.settings = (padding, negative_slope, gain)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(dy.device.type, enabled=False):
-            step = _composed if torch.is_grad_enabled() else _gradients
-            return (*step(ctx.saved_tensors, ctx.settings, dy, ctx.needs_input_grad), *[None] * 9)
+            gradients = _composed if torch.is_grad_enabled() else _fused
+            return (*gradients(ctx.saved_tensors, ctx.padding, dy, ctx.needs_input_grad), *[None] * 7)
 
 
-def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
+def _fused(saved: Any, padding: tuple[int, int], dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
     x, style, weight, weight_sq_sum, noise, bias, fir, winograd_weight, y = saved
-    padding, slope, gain = settings
     demod = demodulation(weight_sq_sum, style)
-    du, sums = _before_activation(dy, y, noise * gain, bias * gain, demod * gain, slope, need[1])
+    du, sums = _before_activation(dy, y, noise * GAIN, bias * GAIN, demod * GAIN, need[1])
     if winograd_weight is not None and not is_batched(dy):
         dx = winograd_conv(du, winograd_weight, adjoint=True)
     elif fir is None:
@@ -140,59 +131,52 @@ def _gradients(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor
 
 
 def _before_activation(
-    dy: Tensor, y: Tensor, noise: Tensor, bias: Tensor, factor: Tensor, slope: float, with_sums: bool
+    dy: Tensor, y: Tensor, noise: Tensor, bias: Tensor, factor: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient before the demodulation, and (B, C) sums over pixels for the gradient of the demodulation.
+    """Return the gradient before the demodulation, and sums over pixels (B, C) for the gradient of the demodulation.
 
-    These are sums of du * gain * demod * conv, where du is the gradient before gain and activation: du times the
-    argument of the activation, which is dy * y, less noise and bias. It works slice by slice: what lies between two
-    passes stays in the cache of the processor, and half precision is widened there.
+    The sums are of du * gain * demod * conv, where du is the gradient before gain and activation. This is du times the
+    argument of the activation, that is dy * y, minus noise and bias. The slices keep intermediate values in the
+    processor's cache, where half precision is widened.
     """
     wide = factor.dtype
     factor = factor[:, :, None, None]
     if is_batched(dy):
         d, v, noise, bias = (t.to(wide) for t in (dy, y, noise, bias))
-        before = torch.ops.aten.leaky_relu_backward(d, v, slope, True)
+        before = torch.ops.aten.leaky_relu_backward(d, v, SLOPE, True)
         total = (d * v - before * noise).sum((2, 3)) - before.sum((2, 3)) * bias
         return (before * factor).to(y.dtype), total if with_sums else None
     du = torch.empty_like(y)
     sums = dy.new_zeros(y.shape[:2], dtype=wide) if with_sums else None
     for rows in slices(y):
         d, v = dy[rows].to(wide), y[rows].to(wide)
-        before = torch.ops.aten.leaky_relu_backward(d, v, slope, True)
+        before = torch.ops.aten.leaky_relu_backward(d, v, SLOPE, True)
         if sums is not None:
             total = before.sum((2, 3))
             sums += (d * v).sum((2, 3)) - total * bias.to(wide)
             sums -= (before * noise[rows].to(wide)).sum((2, 3))
         if du.dtype == wide:
             torch.mul(before, factor, out=du[rows])
-        else:  # `out` of another type is far slower
+        else:  # `out` with another dtype is far slower
             du[rows].copy_(before.mul_(factor))
     return du, sums
 
 
-def _composed(saved: Any, settings: Any, dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the same, composed of operators that have a derivative again."""
+def _composed(saved: Any, padding: tuple[int, int], dy: Tensor, need: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients as a composition of differentiable operators."""
     x, style, weight, weight_sq_sum, noise, bias, fir, *_ = saved
-    padding, slope, gain = settings
     y, demod = _convolve(x, style, weight, weight_sq_sum, fir, padding)
     y = y * demod[:, :, None, None].to(y.dtype) + noise.to(y.dtype) + bias[:, None, None].to(y.dtype)
-    y = F.leaky_relu(y, slope) * gain
+    y = F.leaky_relu(y, SLOPE) * GAIN
     wanted = [t for t, needed in zip((x, style), need[:2], strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return next(found) if need[0] else None, next(found) if need[1] else None
 
 
 def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
-    """Convolve 1x1 without demodulation, with the style on the few weights and not on the many activations.
+    """Convolve x (B, I, H, W) with weight (O, I, 1, 1), modulated by style (B, I), without demodulation.
 
-    Args:
-        x: (B, I, H, W) float.
-        style: (B, I).
-        weight: (O, I, 1, 1).
-
-    Returns:
-        (B, O, H, W) in x's dtype and memory order.
+    The style scales the few weights instead of the many activations. The result has the dtype and memory layout of x.
     """
     weight = (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)  # (B, O, I)
     with torch.autocast(x.device.type, enabled=False):
@@ -205,7 +189,7 @@ def frozen_to_rgb(x: Tensor, style: Tensor, weight: Tensor) -> Tensor:
 
 
 class _RowProduct(torch.autograd.Function):
-    """`rows @ weight^T` of batches; the gradient of the weight is the product that is fast for three long columns."""
+    """Batched `rows @ weight^T`; the weight gradient uses the product that is fast for three long columns."""
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:

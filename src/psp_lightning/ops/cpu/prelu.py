@@ -1,4 +1,4 @@
-"""PReLU with a derivative that is fast on a CPU."""
+"""PReLU with a fast derivative on the CPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from psp_lightning.ops.dispatch import is_batched, is_captured
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `F.prelu(x, weight)`; in training on the CPU the derivative is computed in slices of the input.
-
-    Args:
-        x: (B, C, ...) float.
-        weight: (C,), the slope below zero of each channel.
-
-    Returns:
-        Shape and dtype of x.
-    """
+    """Return `F.prelu(x, weight)` for x (B, C, ...) and slopes (C,); training on the CPU uses a faster derivative."""
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fits = x.ndim == 4 and len(weight) == x.shape[1] and (x.dtype == weight.dtype or torch.is_autocast_enabled("cpu"))
     if not wanted or x.device.type != "cpu" or not fits or is_captured():
@@ -42,7 +34,7 @@ class _PReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         slope = weight[:, None, None]
-        if torch.is_grad_enabled() or is_batched(dy):  # to be differentiated again, or for many dy at once
+        if torch.is_grad_enabled() or is_batched(dy):  # for second derivatives, or many dy at once
             below = torch.where(x > 0, 0, dy)
             dx, dw = dy + below * (slope.to(x.dtype) - 1), (below * x).sum((0, 2, 3))
             return dx, dw.to(weight.dtype)

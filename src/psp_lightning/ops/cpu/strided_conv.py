@@ -1,4 +1,4 @@
-"""Wide 3x3 convolutions with a stride of two, those of map2style, in training on the CPU."""
+"""Wide 3x3 convolutions with a stride of two, as in map2style, for training on the CPU."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ from torch import Tensor
 from psp_lightning.ops.cpu.product import has_onednn, product
 from psp_lightning.ops.dispatch import is_batched, is_captured
 
-WIDE = 1 << 20  # weights; below that a convolution's own cost is arithmetic
-PIXELS = 2048  # of the result, that are multiplied at a time: their neighbourhoods take 38 MB of 512 channels
+WIDE = 1 << 20  # number of weights; below it, arithmetic dominates the cost of a convolution
+PIXELS = 2048  # of the result per product; with 512 channels their neighbourhoods take 38 MB
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return `F.conv2d(x, weight, bias, stride=2, padding=1)`; in training on the CPU as a matrix product, where that
-    is faster: oneDNN's convolution reorders the weights three times a step, and its weight gradient is slow with a
-    stride of two.
+    """Return `F.conv2d(x, weight, bias, stride=2, padding=1)` for x (B, I, H, W), weight (O, I, 3, 3) and bias (O,).
 
-    Args:
-        x: (B, I, H, W) float.
-        weight: (O, I, 3, 3).
-        bias: (O,).
-
-    Returns:
-        (B, O, ceil(H / 2), ceil(W / 2)) in autocast's dtype or x's.
+    In training on the CPU it is computed as a matrix product if that is faster: oneDNN's convolution reorders the
+    weights three times per step, and its weight gradient is slow with a stride of two. The result,
+    (B, O, ceil(H / 2), ceil(W / 2)), has the dtype of autocast or x.
     """
     if not _product_pays(x, weight, bias):
         return F.conv2d(x, weight, bias, 2, 1)
@@ -40,7 +34,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _product_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Return whether the product is possible, and was measured to be faster."""
+    """Return whether the product is possible, and was faster in measurements."""
     trained = torch.is_grad_enabled() and weight.requires_grad and weight.numel() >= WIDE
     if x.device.type != "cpu" or x.ndim != 4 or not trained or is_captured():
         return False
@@ -50,23 +44,23 @@ def _product_pays(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def _most_pixels(dtype: torch.dtype) -> float:
-    """Return the number of pixels of the result up to which the product was measured to be faster."""
+    """Return the number of pixels of the result up to which the product was faster in measurements."""
     if dtype == torch.float32:
         return float("inf") if has_onednn() else 64
     return 512 if dtype == torch.bfloat16 else 0
 
 
 class _MatrixConv(torch.autograd.Function):
-    """The product of the pixels' neighbourhoods and the weight, which needs no reordering where it is channels_last.
+    """The product of the pixels' neighbourhoods and the weight, which needs no reordering if it is channels_last.
 
-    The weight is cast to x's dtype, in the backward pass again: to keep the copies of all layers would take memory.
+    The weight is cast to the dtype of x, and again in the backward pass, because keeping the copies would take memory.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         size = [(side + 1) // 2 for side in x.shape[2:]]
         matrix, bias = _matrix(weight, x.dtype).t(), bias.to(x.dtype)
-        rows = [product(_neighbourhoods(x[some]), matrix, bias) for some in _few(x)]
+        rows = [product(_neighbourhoods(x[chunk]), matrix, bias) for chunk in _chunks(x)]
         return _as_images(_cat(rows), (len(x), *size))
 
     @staticmethod
@@ -82,12 +76,12 @@ class _MatrixConv(torch.autograd.Function):
         dx: list[Tensor] = []
         dw: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
-            for some in _few(x):
-                rows = dy[some].permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
+            for chunk in _chunks(x):
+                rows = dy[chunk].permute(0, 2, 3, 1).reshape(-1, dy.shape[1])
                 if need_x:
-                    dx.append(_scatter(product(rows, _matrix(weight, x.dtype)), x[some]))
+                    dx.append(_scatter(product(rows, _matrix(weight, x.dtype)), x[chunk]))
                 if need_weight:
-                    dw = product(rows.t(), _neighbourhoods(x[some]), dw)
+                    dw = product(rows.t(), _neighbourhoods(x[chunk]), dw)
             if dw is not None:
                 dw = dw.to(weight.dtype).view(len(dw), 3, 3, -1).permute(0, 3, 1, 2)
             db = dy.sum((0, 2, 3)).to(weight.dtype) if need_bias else None
@@ -101,7 +95,7 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, need: tuple[boo
 
 
 def _as_images(rows: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return (B * H * W, C) as (B, C, H, W) on the same memory, yet no view, which could not be changed in place."""
+    """Return (B * H * W, C) as (B, C, H, W) in the same memory, but not as a view, so it may be changed in place."""
     batch, height, width = size
     channels = rows.shape[1]
     strides = (height * width * channels, 1, width * channels, channels)
@@ -112,8 +106,8 @@ def _cat(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _few(x: Tensor) -> list[slice]:
-    """Return slices of the batch: as many images at a time as have `PIXELS` pixels, or one."""
+def _chunks(x: Tensor) -> list[slice]:
+    """Return slices of the batch with at most `PIXELS` pixels of the result each, but at least one image."""
     step = max(1, PIXELS // (((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)))
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
@@ -131,7 +125,7 @@ def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scatter(d: Tensor, x: Tensor) -> Tensor:
-    """Map (pixels of the result, 9 * C) to the shape of x, the adjoint of `_neighbourhoods`."""
+    """Map (pixels of the result, 9 * C) to the shape of x: the adjoint of `_neighbourhoods`."""
     batch, channels, height, width = x.shape
     d = d.view(batch, (height + 1) // 2, (width + 1) // 2, 3, 3, channels)
     padded = d.new_zeros(batch, height + 3, width + 3, channels)

@@ -1,4 +1,4 @@
-"""Builds the kernels when CUDA first needs them, once for all processes, and loads them."""
+"""Build and load the CUDA kernels at their first use, once for all processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,70 +27,62 @@ from psp_lightning.utils.cache import cache_dir
 from psp_lightning.utils.errors import UserError
 
 LIBRARY, RECORD = f"{_toolchain.NAME}.so", "build.json"
-TIME_LIMIT = 1800  # seconds that a compiler may take
-LOCK_LIMIT = TIME_LIMIT + 60  # seconds to wait for another process that compiles
-TAIL = 12  # of its last lines in a warning
+TIME_LIMIT = 1800  # seconds for the compiler
+LOCK_LIMIT = TIME_LIMIT + 60  # seconds to wait while another process compiles
+TAIL = 12  # lines of compiler output in a warning
 
 
 class BuildError(Exception):
-    """The kernels could not be built; the message is for a person."""
+    """The kernels could not be built; the message is for the user."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the kernels in this process: their namespace, or the reason why there are none."""
-
-    kernels: Any = None
-    reason: str = ""
-
-
-_outcome: Outcome | None = None
+_outcome: tuple[Any, str] | None = None  # the namespace of the kernels, or None and the reason
 _guards: dict[str, threading.Lock] = {}
 
 
 def ops_dir() -> Path:
-    """The folder of built kernels: `$PSP_OPS_DIR`, else `psp_lightning/ops` in the user's cache folder."""
+    """Return the folder of built kernels: `$PSP_OPS_DIR`, or `psp_lightning/ops` in the user's cache folder."""
     if chosen := os.environ.get("PSP_OPS_DIR"):
         return Path(chosen).expanduser()
     return cache_dir() / "ops"
 
 
 def kernels() -> Any:
-    """The namespace of the loaded kernels, which are built if they have to be; None where plain PyTorch has to do.
+    """Build the kernels if necessary, load them and return their namespace; None if plain PyTorch must be used.
 
-    A failure warns once; there is no second attempt in this process.
+    A failure warns once, and this process does not try again.
 
     Raises:
-        UserError: with PSP_OPS=cuda where there are none.
+        UserError: PSP_OPS=cuda, but the kernels cannot be built or loaded.
     """
-    outcome = _outcome or _decide()
-    if outcome.kernels is None and choice() == "cuda":
-        raise UserError(f"PSP_OPS=cuda, but there are no kernels. {outcome.reason}")
-    return outcome.kernels
+    found, reason = _outcome or _decide()
+    if found is None and choice() == "cuda":
+        raise UserError(f"PSP_OPS=cuda, but there are no kernels. {reason}")
+    return found
 
 
-def _decide() -> Outcome:
+def _decide() -> tuple[Any, str]:
     global _outcome
-    with _guards.setdefault("decide", threading.Lock()):  # autograd has threads of its own
+    with _guards.setdefault("decide", threading.Lock()):  # autograd runs its own threads
         if _outcome is None:
             try:
-                _outcome = Outcome(load(ensure_built(_toolchain.architectures())))
+                _outcome = load(ensure_built(_toolchain.architectures())), ""
             except BuildError as error:
-                _outcome = Outcome(reason=str(error))
-                if choice() != "cuda":  # which ends in an error anyway
+                _outcome = None, str(error)
+                if choice() != "cuda":  # with "cuda", `kernels` raises an error
                     warnings.warn(
-                        f"Plain PyTorch is used in place of the CUDA kernels. {error}\n{_toolchain.ADVICE} "
-                        "More: psp-doctor ops.",
+                        f"Plain PyTorch is used instead of the CUDA kernels. {error}\n{_toolchain.ADVICE} "
+                        "Run psp-doctor ops for details.",
                         stacklevel=2,
                     )
         return _outcome
 
 
 def load(library: Path) -> Any:
-    """Load a built library, and give the namespace of its operators.
+    """Load a built library and return the namespace of its operators.
 
     Raises:
-        BuildError: when it cannot be loaded.
+        BuildError: the library cannot be loaded.
     """
     try:
         torch.ops.load_library(str(library))
@@ -101,13 +92,13 @@ def load(library: Path) -> Any:
 
 
 def ensure_built(architectures: list[str]) -> Path:
-    """The library for these architectures; built if it is not there, by one process while the others wait.
+    """Return the library for these architectures. If it does not exist, one process builds it while the others wait.
 
     Raises:
-        BuildError: when there is no GPU to build for, something is missing, or the compiler fails.
+        BuildError: there is no GPU to build for, something is missing, or the compiler fails.
     """
     if not architectures:
-        raise BuildError("There is no GPU to build for; TORCH_CUDA_ARCH_LIST=9.0 names an architecture all the same.")
+        raise BuildError("There is no GPU to build for. To build for one anyway, set e.g. TORCH_CUDA_ARCH_LIST=9.0.")
     key = _toolchain.key(architectures)
     folder = ops_dir() / key
     if is_complete(folder):
@@ -118,13 +109,12 @@ def ensure_built(architectures: list[str]) -> Path:
         ops_dir().mkdir(parents=True, exist_ok=True)
         return _build_once(folder, architectures)
     except OSError as error:
-        raise BuildError(
-            f"{error.filename or folder}: {error.strerror or error}. Another folder: PSP_OPS_DIR."
-        ) from None
+        message = f"{error.filename or folder}: {error.strerror or error}. Set PSP_OPS_DIR to another folder."
+        raise BuildError(message) from None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` has a library with the bytes that its record names."""
+    """Return whether `folder` has a library that matches the SHA-256 in its record."""
     try:
         record = json.loads((folder / RECORD).read_text())
         return record["sha256"] == _sha256(folder / LIBRARY)
@@ -142,7 +132,7 @@ def _build_once(folder: Path, architectures: list[str]) -> Path:
     with _lock(folder):
         if is_complete(folder):
             return folder / LIBRARY
-        if (failed := _content(failure)) != before:  # another compiler failed while this process waited: so would ours
+        if (failed := _content(failure)) != before:  # failed in another process while this one waited
             raise BuildError(failed.partition("\n")[2])
         try:
             with _scratch(folder) as scratch:
@@ -157,9 +147,9 @@ def _build_once(folder: Path, architectures: list[str]) -> Path:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, or wait for it. The system releases it when its owner dies, however it dies.
+    """Wait for the lock of `folder` and hold it. The system releases it when its owner dies for any reason.
 
-    It saves time only. Should two processes build all the same, the rename in `_install` keeps the result correct.
+    The lock only saves time: if two processes build anyway, the rename in `_install` keeps the result correct.
     """
     path = folder.with_name(f"{folder.name}.lock")
     try:
@@ -167,10 +157,10 @@ def _lock(folder: Path) -> Iterator[None]:
             yield
     except filelock.Timeout:
         raise BuildError(
-            f"Another process has held {path} for {LOCK_LIMIT} s. End it, or choose another folder: PSP_OPS_DIR."
+            f"Another process has held {path} for {LOCK_LIMIT} s. End it, or set PSP_OPS_DIR to another folder."
         ) from None
     except NotImplementedError as error:
-        raise BuildError(f"{path} cannot be locked ({error}). Choose another folder: PSP_OPS_DIR.") from error
+        raise BuildError(f"{path} cannot be locked ({error}). Set PSP_OPS_DIR to another folder.") from error
 
 
 def _content(path: Path) -> str:
@@ -182,8 +172,8 @@ def _content(path: Path) -> str:
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for one attempt, beside the final one so that a rename can install it."""
-    for left in folder.parent.glob(f"{folder.name}.build-*"):  # of a process that was killed
+    """Yield a folder for one attempt, next to the final one so that a rename can install it."""
+    for left in folder.parent.glob(f"{folder.name}.build-*"):  # left by a process that was killed
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 2 * TIME_LIMIT:
                 shutil.rmtree(left, ignore_errors=True)
@@ -196,7 +186,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def build_command(scratch: Path) -> list[str]:
-    """The command that leaves `LIBRARY` in `scratch`."""
+    """Return the command that builds `LIBRARY` in `scratch`."""
     return [sys.executable, "-m", "psp_lightning.ops.cuda.compile", str(scratch)]
 
 
@@ -214,25 +204,18 @@ def _compile(scratch: Path, architectures: list[str]) -> None:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if child.poll() is None:  # too slow, or this process is interrupted: the compilers go too
-                _kill(child)
+            if child.poll() is None:  # too slow, or this process was interrupted: end the compilers as well
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
     if code != 0 or not (scratch / LIBRARY).is_file():
         last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-        what = f"did not end in {TIME_LIMIT} s" if code is None else f"failed (status {code})"
+        what = f"did not finish in {TIME_LIMIT} s" if code is None else f"failed (status {code})"
         raise BuildError(f"The compiler {what}. Its last lines:\n{last}")
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    if os.name == "posix":
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-    else:
-        child.kill()
-    child.wait()
-
-
 def _install(scratch: Path, folder: Path) -> None:
-    """Record the library and move it to its place; whoever is second to do so leaves the first one's."""
+    """Record the library and move it into place, unless another process has already installed one."""
     record = {
         "sha256": _sha256(scratch / LIBRARY),
         "torch": torch.__version__,
@@ -245,7 +228,7 @@ def _install(scratch: Path, folder: Path) -> None:
     (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     with (scratch / LIBRARY).open("rb") as file:
         os.fsync(file.fileno())
-    if folder.exists() and not is_complete(folder):  # damaged later: a complete one never was half-written
+    if folder.exists() and not is_complete(folder):  # it was damaged later: an installed folder was complete
         aside = folder.with_name(f"{folder.name}.build-damaged-{uuid.uuid4().hex[:8]}")
         os.rename(folder, aside)
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,10 +10,10 @@ CHOICES = ("auto", "cuda", "ref")
 
 
 def choice() -> str:
-    """Return `$PSP_OPS`: `auto` (kernels where they can be built), `cuda` (kernels or an error), `ref` (plain PyTorch).
+    """Return `$PSP_OPS`: `auto` (kernels if they can be built), `cuda` (kernels or an error), `ref` (plain PyTorch).
 
     Raises:
-        UserError: for another value.
+        UserError: the variable has another value.
     """
     value = os.environ.get("PSP_OPS") or "auto"
     if value not in CHOICES:

@@ -1,7 +1,7 @@
-"""Compiles the kernels into a folder, in a process of its own: `python -m psp_lightning.ops.cuda.compile FOLDER`.
+"""Compile the kernels into a folder, in a separate process: `python -m psp_lightning.ops.cuda.compile FOLDER`.
 
-A process of its own since torch.utils.cpp_extension reads CUDA_HOME when it is imported, and because it loads the
-library once linked: what cannot be loaded ends this process and not the training.
+The process is separate because torch.utils.cpp_extension reads CUDA_HOME when it is imported, and because it loads the
+library after linking: a library that cannot be loaded ends this process instead of the training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def main() -> None:
 
     cpp_extension.load(
         name=_toolchain.NAME,
-        sources=[str(path) for path in _toolchain.compiled_files()],
+        sources=[str(path) for path in _toolchain.source_files() if path.suffix in (".cpp", ".cu")],
         extra_cflags=list(_toolchain.CFLAGS),
         extra_cuda_cflags=list(_toolchain.CUDA_CFLAGS),
         build_directory=sys.argv[1],

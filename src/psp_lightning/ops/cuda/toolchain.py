@@ -1,4 +1,4 @@
-"""What the kernels are built with: sources, flags, CUDA toolkit, architectures, and the key of a build."""
+"""The inputs of a kernel build: sources, flags, CUDA toolkit, architectures, and the key of the build."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ import torch
 NAME = "psp_lightning_ops"
 CFLAGS = ("-O3",)
 CUDA_CFLAGS = ("-O3",)
-ADVICE = "Install the CUDA toolkit and a C++ compiler, or set PSP_OPS=ref to stay with PyTorch without this warning."
+ADVICE = "Install the CUDA toolkit and a C++ compiler, or set PSP_OPS=ref to use PyTorch without this warning."
 
 
 def source_files() -> list[Path]:
-    """All files of csrc/, headers too."""
+    """Return all files of csrc/, including headers."""
     return sorted(path for path in (Path(__file__).parent / "csrc").iterdir() if path.is_file())
 
 
-def compiled_files() -> list[Path]:
-    """Those that are handed to a compiler."""
-    return [path for path in source_files() if path.suffix in (".cpp", ".cu")]
-
-
 def architectures() -> list[str]:
-    """Compute capabilities to build for: `$TORCH_CUDA_ARCH_LIST`, else those of the visible GPUs; `["8.0", "9.0"]`."""
+    """Return the compute capabilities to build for, such as `["8.0", "9.0"]`.
+
+    They come from `$TORCH_CUDA_ARCH_LIST` if it is set, otherwise from the visible GPUs.
+    """
     if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return [item for item in re.split(r"[;\s]+", chosen) if item]
     if not torch.cuda.is_available():
@@ -42,9 +40,9 @@ def architectures() -> list[str]:
 
 
 def key(architectures: list[str]) -> str:
-    """Name of a build: changes with all that could make it another library or unfit for this process.
+    """Return the name of a build: it changes with everything that changes the library or makes it unusable here.
 
-    The toolkit that compiles it is no part of it, so that a machine without one can use what another one built.
+    The CUDA toolkit is not included, so a machine without one can use a library that another machine built.
     """
     digest = hashlib.sha256()
     for path in source_files():
@@ -57,42 +55,39 @@ def key(architectures: list[str]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: `$CUDA_HOME`, `$CUDA_PATH`, that of the nvcc on the PATH, the usual folders, pip's packages.
+    """Return the CUDA toolkit: `$CUDA_HOME`, `$CUDA_PATH`, the nvcc on the PATH, the usual folders, or pip's packages.
 
-    Among several the first with the major version that PyTorch was built with, since PyTorch refuses another. A folder
-    counts when it has the compiler and the headers: an nvcc on the PATH may be a script that stands elsewhere.
+    The first with the major version of PyTorch's CUDA is preferred, because PyTorch rejects others. A folder counts
+    only if it has the compiler and the headers: an nvcc on the PATH may be a script in another place.
     """
     candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if found := shutil.which("nvcc"):
         candidates.append(Path(found).resolve().parents[1])
     candidates += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     candidates += sorted(Path(torch.__file__).parents[1].glob("nvidia/cu*"), reverse=True)
-    complete = [path for path in candidates if _nvcc(path).is_file() and (path / "include/cuda_runtime.h").is_file()]
+    needed = ("bin/nvcc", "include/cuda_runtime.h")
+    complete = [path for path in candidates if all((path / name).is_file() for name in needed)]
     major = (torch.version.cuda or "").split(".")[0]
     fitting = [path for path in complete if nvcc_version(path).split(".")[0] == major]
     return next(iter(fitting or complete), None)
 
 
-def _nvcc(home: Path) -> Path:
-    return home / "bin" / "nvcc"
-
-
 def nvcc_version(home: Path) -> str:
-    """Such as "13.0"; empty where the compiler does not run."""
-    return _first(r"release (\S+),", [str(_nvcc(home)), "--version"])
+    """Return the version of nvcc, such as "13.0"; empty if it does not run."""
+    return _search_output(r"release (\S+),", [str(home / "bin/nvcc"), "--version"])
 
 
 def ninja_version() -> str:
-    """Such as "1.13.0"; empty without ninja."""
-    return _first(r"^(\S+)", ["ninja", "--version"])
+    """Return the version of ninja, such as "1.13.0"; empty without ninja."""
+    return _search_output(r"^(\S+)", ["ninja", "--version"])
 
 
 def compiler_version() -> str:
-    """First line of the C++ compiler about itself; empty without one."""
-    return _first(r"^(.+)$", [os.environ.get("CXX") or "c++", "--version"])
+    """Return the first line that the C++ compiler prints for --version; empty without a compiler."""
+    return _search_output(r"^(.+)$", [os.environ.get("CXX") or "c++", "--version"])
 
 
-def _first(pattern: str, command: list[str]) -> str:
+def _search_output(pattern: str, command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -102,24 +97,24 @@ def _first(pattern: str, command: list[str]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables, with the scripts of its Python on the PATH: ninja may be there alone."""
+    """Return the environment with the scripts of this Python on the PATH: ninja may exist only there."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts")])
     return {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
 
 
 def missing() -> str:
-    """What stands in the way of a build, in one sentence; empty if nothing."""
+    """Return the reason why a build is impossible, in one sentence; empty if it is possible."""
     if sys.platform == "win32":
-        return "They are built on Linux alone."
+        return "The kernels can only be built on Linux."
     if torch.version.cuda is None:
         return "This PyTorch was built without CUDA."
     home = cuda_home()
     if home is None:
-        return "There is no CUDA toolkit (nvcc with its headers): set CUDA_HOME where it is in an unusual place."
+        return "There is no CUDA toolkit (nvcc with its headers). If it is in an unusual place, set CUDA_HOME."
     if nvcc_version(home).split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"{home} is CUDA {nvcc_version(home) or '?'}, PyTorch was built with CUDA {torch.version.cuda}."
+        return f"{home} is CUDA {nvcc_version(home) or '?'}, but PyTorch was built with CUDA {torch.version.cuda}."
     if not ninja_version():
         return "There is no ninja: pip install ninja."
     if not compiler_version():
-        return "There is no C++ compiler (c++; another one: CXX)."
+        return "There is no C++ compiler: install c++, or set CXX to another one."
     return ""

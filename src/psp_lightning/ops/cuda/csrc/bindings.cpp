@@ -1,6 +1,7 @@
-// PyTorch's side of the kernels: operators in the namespace psp_lightning_cuda that fill tensors which the caller made.
-// ops/cuda/launch.py prepares their arguments (type, order in memory, broadcasting); what it gets wrong ends here in an
-// error and not in a wrong address. Each runs on its first tensor's device and that device's current stream.
+// The PyTorch bindings of the kernels: operators in the namespace psp_lightning_cuda that fill tensors allocated by the
+// caller. ops/cuda/launch.py prepares their arguments (dtype, memory layout, broadcasting). The checks here turn its
+// mistakes into errors instead of bad addresses. Each operator runs on the device of its first tensor, on the current
+// stream of that device.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -30,7 +31,7 @@ Kind kind_of(const Tensor& x) {
 
 at::ScalarType wide_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// (N, C, ...) as the kernels see it.
+// The sizes of (N, C, ...) that the kernels use.
 struct Shape {
   int64_t n, c, pixels = 1;
   explicit Shape(const Tensor& x) {
@@ -40,14 +41,14 @@ struct Shape {
   }
 };
 
-// The orders in memory that all tensors of a call have. A tensor with one channel or one pixel has both.
+// The memory layouts that all tensors of a call share. A tensor with one channel or one pixel has both.
 struct Order {
   bool planes = true, last = true;
   void meet(const Tensor& x) {
     planes = planes && x.is_contiguous();
     last = last && (x.dim() == 4 ? x.is_contiguous(at::MemoryFormat::ChannelsLast)
                                  : x.is_contiguous() && x.numel() == x.size(0) * x.size(1));
-    TORCH_CHECK(planes || last, "psp_lightning kernels: tensors of different orders in memory");
+    TORCH_CHECK(planes || last, "psp_lightning kernels: the tensors have different memory layouts");
   }
   bool channels_last(const Shape& s) const { return last && (!planes || s.pixels == 1); }
 };
@@ -57,18 +58,18 @@ int int_of(int64_t value) {
   return static_cast<int>(value);
 }
 
-// Same type and device as `like`, the same shape where asked, and an order in memory that the others share.
+// Check dtype, device and layout against `like`, and the shape too if `shape` is set; return the data pointer.
 void* same(const MaybeTensor& t, const Tensor& like, Order& order, bool shape, const char* name) {
   if (!t.has_value()) return nullptr;
   TORCH_CHECK(
       t->device() == like.device() && t->scalar_type() == like.scalar_type() && t->dim() == like.dim() &&
           (!shape || t->sizes() == like.sizes()),
-      "psp_lightning kernels: ", name, " does not fit the other tensors");
+      "psp_lightning kernels: ", name, " does not match the other tensors");
   order.meet(*t);
   return t->data_ptr();
 }
 
-// A contiguous tensor of the wide type with `numel` elements.
+// Check for a contiguous tensor of the wide type with `numel` elements; return its data pointer.
 void* small(const MaybeTensor& t, const Tensor& x, int64_t numel, const char* name) {
   if (!t.has_value()) return nullptr;
   TORCH_CHECK(
@@ -91,8 +92,8 @@ void epilogue(
     double slope, double gain, double clamp) {
   const Shape s(out);
   Order order;
-  psp::Blur b;
-  psp::Epilogue& e = b.e;
+  psp::FirEpilogue f;
+  psp::Epilogue& e = f.e;
   e.out = same(out, x, order, !fy.has_value(), "out");
   e.x = same(x, out, order, false, "x");
   e.n = s.n, e.c = s.c, e.pixels = s.pixels;
@@ -108,15 +109,15 @@ void epilogue(
     C10_CUDA_CHECK(psp::launch_epilogue(e, kind_of(x), order.channels_last(s), stream));
     return;
   }
-  TORCH_CHECK(fx.has_value() && pad.size() == 2, "psp_lightning kernels: a filter needs both factors and the padding");
-  TORCH_CHECK(x.dim() == 4 && x.size(0) == s.n && x.size(1) == s.c, "psp_lightning kernels: out does not fit x");
-  b.fy = small(fy, x, psp::TAPS, "fy");
-  b.fx = small(fx, x, psp::TAPS, "fx");
-  b.in_h = int_of(x.size(2)), b.in_w = int_of(x.size(3));
-  b.out_h = int_of(out.size(2)), b.out_w = int_of(out.size(3));
-  b.pad_y = int_of(pad[0]), b.pad_x = int_of(pad[1]);
-  int_of(b.out_w * s.c);  // lanes of a row are counted in 32 bits
-  C10_CUDA_CHECK(psp::launch_blur(b, kind_of(x), order.channels_last(s), stream));
+  TORCH_CHECK(fx.has_value() && pad.size() == 2, "psp_lightning kernels: fir needs two factors and the padding");
+  TORCH_CHECK(x.dim() == 4 && x.size(0) == s.n && x.size(1) == s.c, "psp_lightning kernels: out does not match x");
+  f.fy = small(fy, x, psp::TAPS, "fy");
+  f.fx = small(fx, x, psp::TAPS, "fx");
+  f.in_h = int_of(x.size(2)), f.in_w = int_of(x.size(3));
+  f.out_h = int_of(out.size(2)), f.out_w = int_of(out.size(3));
+  f.pad_y = int_of(pad[0]), f.pad_x = int_of(pad[1]);
+  int_of(f.out_w * s.c);  // the lanes of a row are counted in 32 bits
+  C10_CUDA_CHECK(psp::launch_fir_epilogue(f, kind_of(x), order.channels_last(s), stream));
 }
 
 Tensor epilogue_backward(
@@ -144,29 +145,30 @@ Tensor epilogue_backward(
 }
 
 void upfirdn2d(
-    const Tensor& out, const Tensor& x, const Tensor& filter, at::IntArrayRef up, at::IntArrayRef down,
+    const Tensor& out, const Tensor& x, const Tensor& fir, at::IntArrayRef up, at::IntArrayRef down,
     at::IntArrayRef pad, bool flip, double gain) {
   const Shape s(out);
   Order order;
   TORCH_CHECK(
-      x.dim() == 4 && x.size(0) == s.n && x.size(1) == s.c && filter.dim() == 2 && up.size() == 2 && down.size() == 2 &&
+      x.dim() == 4 && x.size(0) == s.n && x.size(1) == s.c && fir.dim() == 2 && up.size() == 2 && down.size() == 2 &&
           pad.size() == 2 && up[0] > 0 && up[1] > 0 && down[0] > 0 && down[1] > 0,
-      "psp_lightning kernels: the arguments of upfirdn2d do not fit each other");
+      "psp_lightning kernels: the arguments of upfirdn2d do not match each other");
   psp::Upfirdn a;
   a.out = same(out, x, order, false, "out");
   a.x = same(x, out, order, false, "x");
-  a.filter = small(filter, x, filter.numel(), "filter");
+  a.fir = small(fir, x, fir.numel(), "fir");
   a.n = s.n, a.c = s.c;
   a.in_h = int_of(x.size(2)), a.in_w = int_of(x.size(3));
   a.out_h = int_of(out.size(2)), a.out_w = int_of(out.size(3));
-  a.kh = int_of(filter.size(0)), a.kw = int_of(filter.size(1));
+  a.kh = int_of(fir.size(0)), a.kw = int_of(fir.size(1));
   a.up_y = int_of(up[0]), a.up_x = int_of(up[1]);
   a.down_y = int_of(down[0]), a.down_x = int_of(down[1]);
   a.pad_y = int_of(pad[0]), a.pad_x = int_of(pad[1]);
   a.flip = flip, a.gain = gain;
   int_of(a.out_w * s.c);
   const c10::cuda::CUDAGuard guard(x.device());
-  C10_CUDA_CHECK(psp::launch_upfirdn(a, kind_of(x), order.channels_last(s), c10::cuda::getCurrentCUDAStream().stream()));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  C10_CUDA_CHECK(psp::launch_upfirdn(a, kind_of(x), order.channels_last(s), stream));
 }
 
 }  // namespace
@@ -181,6 +183,6 @@ TORCH_LIBRARY(psp_lightning_cuda, m) {
       "float gain, float clamp, bool sums) -> Tensor",
       &epilogue_backward);
   m.def(
-      "upfirdn2d(Tensor(a!) out, Tensor x, Tensor filter, int[] up, int[] down, int[] pad, bool flip, float gain) -> ()",
+      "upfirdn2d(Tensor(a!) out, Tensor x, Tensor fir, int[] up, int[] down, int[] pad, bool flip, float gain) -> ()",
       &upfirdn2d);
 }

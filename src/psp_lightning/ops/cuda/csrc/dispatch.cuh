@@ -1,4 +1,4 @@
-// From run-time facts (type, order in memory) to template arguments.
+// Turns the dtype, known at run time, into a template argument.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,7 +6,7 @@
 
 namespace psp {
 
-// Calls `body` with a value of the type that `kind` names; the body asks for it with decltype.
+// Calls `body` with a value of the type that `kind` names; the body recovers the type with decltype.
 template <typename Body> cudaError_t with_type(Kind kind, Body body) {
   switch (kind) {
     case Kind::f32: return body(float());

@@ -1,10 +1,11 @@
-// Demodulation, noise, bias, leaky ReLU, gain and clamp in one pass, and the gradient with its sums in another.
+// Demodulation, noise, bias, leaky ReLU, gain and clamp in one pass; the gradient and its sums in another.
 #include "dispatch.cuh"
 
 namespace psp {
 namespace {
 
-template <typename T, int V, bool LAST> __global__ void __launch_bounds__(256) epilogue(const Epilogue a, const Tiling t) {
+template <typename T, int V, bool LAST>
+__global__ void __launch_bounds__(256) epilogue(const Epilogue a, const Tiling t) {
   epilogue_thread<T, V, LAST>(a, t, blockIdx.x, threadIdx.x);
 }
 
@@ -15,10 +16,10 @@ __global__ void __launch_bounds__(256) epilogue_backward(const EpilogueBackward 
   A sums[N];
   for (int k = 0; k < N; ++k) sums[k] = 0;
   epilogue_backward_thread<T, V, LAST>(a, t, blockIdx.x, threadIdx.x, sums);
-  if (!a.partials) return;  // the same for all threads
+  if (!a.partials) return;  // all threads take the same branch
 
-  // Threads of one column (equal thread % tx) have the same channels: a tree over their rows, in an order that never
-  // changes, so that equal inputs give equal bits.
+  // Threads of one column (equal thread % tx) have the same channels. Their rows are reduced by a tree in a fixed
+  // order, so equal inputs give equal bits.
   extern __shared__ unsigned char memory[];
   A* shared = reinterpret_cast<A*>(memory);  // (ty, tx, N)
   const int thread = threadIdx.x, row = thread / t.tx;
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(256) epilogue_backward(const EpilogueBackward 
   }
   const Place at = find_place<V, LAST>(t, a.c, blockIdx.x, thread);
   if (row == 0 && at.valid)
-    for (int k = 0; k < N; ++k)  // a thread of row 0 wrote these itself last
+    for (int k = 0; k < N; ++k)  // a thread of row 0 made the last write to these itself
       static_cast<A*>(a.partials)[partial_index(t, a.c, at, k / 3) + k % 3] = shared[thread * N + k];
 }
 

@@ -1,14 +1,14 @@
-// What one thread does for  out = clamp(gain * lrelu(demod * x + strength * noise + bias)),  and for its gradient.
+// The work of one thread for  out = clamp(gain * lrelu(demod * x + strength * noise + bias))  and for its gradient.
 //
-// Tensors are (N, C, P), P pixels, in one of two orders in memory: planes (P fastest, NCHW) or LAST (C fastest,
-// channels_last). A thread keeps to V neighbours in memory: V pixels of one channel, or V channels of one pixel.
-// A block owns one sample, one channel (planes) or `tx` packs of channels (LAST), and a chunk of the pixels.
+// Tensors are (N, C, P), where P counts pixels, in one of two memory layouts: planes (P fastest, NCHW) or LAST (C
+// fastest, channels_last). A thread works on V neighbours in memory: V pixels of one channel, or V channels of one
+// pixel. A block handles one sample, one channel (planes) or `tx` packs of channels (LAST), and a chunk of the pixels.
 #pragma once
 #include "types.h"
 
 namespace psp {
 
-constexpr int ROUNDS = 4, ROUNDS_BACKWARD = 16;  // packs of one thread: more where each block has sums to reduce
+constexpr int ROUNDS = 4, ROUNDS_BACKWARD = 16;  // packs per thread; more if each block reduces sums
 
 struct Epilogue {
   const void* x = nullptr;         // (N, C, P), type T
@@ -18,18 +18,18 @@ struct Epilogue {
   const void* bias = nullptr;      // (C,), wide; null: 0
   void* out = nullptr;             // (N, C, P), type T
   int64_t n = 0, c = 0, pixels = 0;
-  int64_t noise_step = 0;  // from one sample's noise to the next one's: 0 or P
+  int64_t noise_step = 0;  // distance between the noise of consecutive samples: 0 or P
   double slope = 1, gain = 1, clamp = -1;  // clamp < 0: none
 };
 
 struct EpilogueBackward {
   const void* dy = nullptr;     // (N, C, P), type T
-  const void* y = nullptr;      // (N, C, P), type T, result of the forward pass; null: no activation
+  const void* y = nullptr;      // (N, C, P), type T, the result of the forward pass; null: no activation
   const void* x = nullptr;      // (N, C, P), type T; null: its sum is 0
   const void* demod = nullptr;  // (N, C), wide; null: 1
   const void* noise = nullptr;  // (1 or N, P), wide; null: its sum is 0
   void* g = nullptr;            // (N, C, P), type T: demod * du
-  void* partials = nullptr;     // (N, C, chunks, 3), wide: sums over a chunk's pixels of du * x, du, du * noise; or null
+  void* partials = nullptr;     // (N, C, chunks, 3), wide: sums over a chunk of du * x, du, du * noise; null: none
   int64_t n = 0, c = 0, pixels = 0, noise_step = 0;
   double slope = 1, gain = 1, clamp = -1;
 };
@@ -37,7 +37,7 @@ struct EpilogueBackward {
 struct Tiling {
   int tx, ty;              // threads along channels and along pixels; powers of two
   uint32_t tiles, chunks;  // blocks along channels and along pixels
-  int64_t packs, chunk;    // packs of pixels in all and in one chunk
+  int64_t packs, chunk;    // packs of pixels in total and in one chunk
   int64_t blocks;
 };
 
@@ -55,8 +55,8 @@ template <int V, bool LAST> inline Tiling make_tiling(int64_t n, int64_t c, int6
   return t;
 }
 
-struct Place {  // of a thread
-  int64_t n, c, first, end;  // sample, first channel, first pack of pixels and end of the chunk
+struct Place {  // of one thread
+  int64_t n, c, first, end;  // sample, first channel, first pack of pixels, end of the chunk
   bool valid;
   uint32_t chunk;
 };
@@ -74,7 +74,7 @@ template <int V, bool LAST> PSP_INLINE Place find_place(const Tiling& t, int64_t
   return p;
 }
 
-// The bound as a T can hold it, so that forward and backward compare with the same number.
+// The bound, rounded to T, so that forward and backward compare with the same number.
 template <typename T> PSP_INLINE Wide<T> bound(double clamp) {
   return clamp < 0 ? Wide<T>(-1) : Wide<T>(widen(narrow<T>(static_cast<Wide<T>>(clamp))));
 }
@@ -85,7 +85,7 @@ template <typename A> PSP_INLINE A activate(A u, A slope, A gain, A clamp) {
   return u;
 }
 
-// The activation's derivative, told from its result (gain > 0, slope >= 0).
+// The derivative of the activation, computed from its result (gain > 0, slope >= 0).
 template <typename A> PSP_INLINE A derivative(A y, A slope, A gain, A clamp) {
   if (clamp >= 0 && (y >= clamp || y <= -clamp)) return 0;
   return y > 0 ? gain : gain * slope;
@@ -118,7 +118,7 @@ PSP_INLINE void epilogue_thread(const Epilogue& a, const Tiling& t, uint32_t blo
   }
 }
 
-// Adds this thread's part of the three sums of each of its channels to `sums` (LAST ? V : 1, 3).
+// Adds this thread's share of the three sums of each of its channels to `sums` (LAST ? V : 1, 3).
 template <typename T, int V, bool LAST>
 PSP_INLINE void epilogue_backward_thread(
     const EpilogueBackward& a, const Tiling& t, uint32_t block, int thread, Wide<T>* sums) {
@@ -157,7 +157,7 @@ PSP_INLINE void epilogue_backward_thread(
   }
 }
 
-// Where a channel's three sums over a chunk go.
+// The index in `partials` of the three sums of a channel over a chunk.
 PSP_INLINE int64_t partial_index(const Tiling& t, int64_t c, const Place& at, int channel) {
   return ((at.n * c + at.c + channel) * t.chunks + at.chunk) * 3;
 }

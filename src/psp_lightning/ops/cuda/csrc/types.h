@@ -1,4 +1,4 @@
-// Number types and 16-byte loads. Everything here also compiles with a plain C++ compiler, for the tests on the CPU.
+// Number types and 16-byte loads. Everything here also compiles as plain C++, for the tests on the CPU.
 #pragma once
 #include <cstdint>
 #ifdef __CUDACC__
@@ -15,7 +15,7 @@ namespace psp {
 
 enum class Kind { f32, f64, f16, bf16 };
 
-// Sums and small tensors (bias, noise, factors, filters) are in this type.
+// The type of sums and small tensors (bias, noise, factors, FIR filters).
 template <typename T> struct WideOf { using type = float; };
 template <> struct WideOf<double> { using type = double; };
 template <typename T> using Wide = typename WideOf<T>::type;
@@ -24,14 +24,14 @@ PSP_INLINE float widen(float x) { return x; }
 PSP_INLINE double widen(double x) { return x; }
 template <typename T> PSP_INLINE T narrow(Wide<T> x) { return static_cast<T>(x); }
 #ifdef __CUDACC__
-// Functions, not casts: PyTorch's build flags switch the implicit conversions of the half types off.
+// Functions, not casts: PyTorch's build flags disable the implicit conversions of the half types.
 PSP_INLINE float widen(__half x) { return __half2float(x); }
 PSP_INLINE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <> PSP_INLINE __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <> PSP_INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 #endif
 
-// V neighbours in memory, read and written in one instruction; the address must be a multiple of their size.
+// V neighbours in memory, read and written by one instruction; the address must be a multiple of their size.
 template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T item[V]; };
 
 template <typename T, int V> PSP_INLINE Pack<T, V> load(const T* from) {

@@ -1,4 +1,4 @@
-// upfirdn2d with any factors, padding and filter.
+// upfirdn2d with any factors, padding and FIR filter.
 #include "dispatch.cuh"
 
 namespace psp {

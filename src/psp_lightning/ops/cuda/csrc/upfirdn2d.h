@@ -1,20 +1,20 @@
-// What one thread does for upfirdn2d with any factors, padding and filter: one output pixel, of V channels where these
-// are last in memory. Taps that would meet an inserted zero are skipped, not multiplied.
+// The work of one thread for upfirdn2d with any factors, padding and FIR filter: one output pixel, of V channels if
+// LAST. Taps that would meet an inserted zero are skipped, not multiplied.
 //   out[oy, ox] = gain * sum over i, j of f(i, j) * z[oy * down_y + i - pad_y, ox * down_x + j - pad_x],
-//   z[u, v] = x[u / up_y, v / up_x] where both divide, else 0;  f is the filter turned by 180 degrees, or as it is.
+//   z[u, v] = x[u / up_y, v / up_x] if both divide, otherwise 0;  f is fir rotated by 180 degrees, or fir if flip.
 #pragma once
-#include "blur.h"
+#include "fir_epilogue.h"
 
 namespace psp {
 
 struct Upfirdn {
   const void* x = nullptr;
-  const void* filter = nullptr;  // (kh, kw), wide
+  const void* fir = nullptr;  // (kh, kw), wide
   void* out = nullptr;
   int64_t n = 0, c = 0;
   int in_h = 0, in_w = 0, out_h = 0, out_w = 0, kh = 0, kw = 0;
   int up_y = 1, up_x = 1, down_y = 1, down_x = 1, pad_y = 0, pad_x = 0;
-  bool flip = false;  // the filter as it is: a correlation
+  bool flip = false;  // apply fir unrotated, as a correlation
   double gain = 1;
 };
 
@@ -24,7 +24,7 @@ struct Taps {
 };
 
 PSP_INLINE Taps first_tap(int64_t out, int down, int pad, int up) {
-  const int64_t start = out * down - pad;  // in the up-sampled signal
+  const int64_t start = out * down - pad;  // in the upsampled signal
   const int over = static_cast<int>(start % up);  // has the sign of start
   Taps t;
   t.tap = over > 0 ? up - over : -over;
@@ -34,7 +34,7 @@ PSP_INLINE Taps first_tap(int64_t out, int down, int pad, int up) {
     tap -= pixel * up;
     pixel = 0;
   }
-  t.tap = tap > 1000000 ? 1000000 : static_cast<int>(tap);  // beyond any filter
+  t.tap = tap > 1000000 ? 1000000 : static_cast<int>(tap);  // beyond any FIR filter
   t.pixel = static_cast<int>(pixel < 2147483647 ? pixel : 2147483647);
   return t;
 }
@@ -47,13 +47,13 @@ PSP_INLINE void upfirdn_thread(const Upfirdn& a, const RowTiling& t, uint32_t bl
   const int64_t step = LAST ? a.c : 1;
   const int64_t in_pixels = static_cast<int64_t>(a.in_h) * a.in_w, out_pixels = static_cast<int64_t>(a.out_h) * a.out_w;
   const T* in = static_cast<const T*>(a.x) + (LAST ? at.n * in_pixels * a.c + at.c : (at.n * a.c + at.c) * in_pixels);
-  const A* filter = static_cast<const A*>(a.filter);
+  const A* fir = static_cast<const A*>(a.fir);
   const Taps rows = first_tap(at.strip, a.down_y, a.pad_y, a.up_y);
   const Taps columns = first_tap(at.x, a.down_x, a.pad_x, a.up_x);
   A sum[V];
   for (int v = 0; v < V; ++v) sum[v] = 0;
   for (int i = rows.tap, iy = rows.pixel; i < a.kh && iy < a.in_h; i += a.up_y, ++iy) {
-    const A* taps = filter + (a.flip ? i : a.kh - 1 - i) * a.kw;
+    const A* taps = fir + (a.flip ? i : a.kh - 1 - i) * a.kw;
     for (int j = columns.tap, ix = columns.pixel; j < a.kw && ix < a.in_w; j += a.up_x, ++ix) {
       const A f = taps[a.flip ? j : a.kw - 1 - j];
       const Pack<T, V> pack = load<T, V>(in + (static_cast<int64_t>(iy) * a.in_w + ix) * step);
@@ -63,9 +63,8 @@ PSP_INLINE void upfirdn_thread(const Upfirdn& a, const RowTiling& t, uint32_t bl
   Pack<T, V> pack;
   for (int v = 0; v < V; ++v) pack.item[v] = narrow<T>(sum[v] * A(a.gain));
   const int64_t pixel = static_cast<int64_t>(at.strip) * a.out_w + at.x;
-  store<T, V>(
-      static_cast<T*>(a.out) + (LAST ? at.n * out_pixels * a.c + at.c : (at.n * a.c + at.c) * out_pixels) + pixel * step,
-      pack);
+  T* out = static_cast<T*>(a.out) + (LAST ? at.n * out_pixels * a.c + at.c : (at.n * a.c + at.c) * out_pixels);
+  store<T, V>(out + pixel * step, pack);
 }
 
 }  // namespace psp

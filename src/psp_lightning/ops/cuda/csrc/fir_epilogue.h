@@ -1,27 +1,27 @@
-// What one thread does for the epilogue behind a separable 4x4 filter:
+// The work of one thread for the epilogue after a separable 4x4 FIR filter:
 //   u[oy, ox] = sum over i, j of fy[i] * fx[j] * x[oy + i - pad_y, ox + j - pad_x],  0 outside of x.
 //
-// A thread walks down a strip of S output rows in one column. Each input row is filtered along x once and added to the
-// up to four outputs that see it, all in registers; so a pixel is fetched four times and not sixteen.
+// A thread walks down a strip of S output rows in one column. It filters each input row along x once and adds it to the
+// outputs that use it, four at most, all in registers. So it fetches a pixel four times instead of sixteen.
 #pragma once
 #include "epilogue.h"
 
 namespace psp {
 
 constexpr int TAPS = 4;
-constexpr int ROWS = 8, ROWS_OF_PACKS = 4;  // of a strip: with 8 channels 4 rows are 32 sums in registers
+constexpr int ROWS = 8, ROWS_OF_PACKS = 4;  // of a strip; 4 rows of 8 channels are 32 sums in registers
 
-struct Blur {
+struct FirEpilogue {
   Epilogue e;  // e.pixels = out_h * out_w
-  const void* fy = nullptr;  // (4,), wide, in the order of correlation
+  const void* fy = nullptr;  // (4,), wide, in correlation order
   const void* fx = nullptr;
   int in_h = 0, in_w = 0, out_h = 0, out_w = 0, pad_y = 0, pad_x = 0;
 };
 
-// Blocks are (plane or sample, strip of rows, tile of the lanes of a row). Shared with upfirdn2d.h.
+// Each block handles a plane or sample, a strip of rows, and a tile of the row's lanes. Shared with upfirdn2d.h.
 struct RowTiling {
   int threads;
-  uint32_t lanes, tiles, strips;  // a lane is a column, times a pack of channels where these are last in memory
+  uint32_t lanes, tiles, strips;  // a lane is a column, times a pack of channels if LAST
   int64_t blocks;
 };
 
@@ -57,19 +57,19 @@ template <int V, bool LAST> PSP_INLINE RowPlace find_row(const RowTiling& t, int
 }
 
 template <typename T, int V, int S, bool LAST>
-PSP_INLINE void blur_thread(const Blur& b, const RowTiling& t, uint32_t block, int thread) {
+PSP_INLINE void fir_epilogue_thread(const FirEpilogue& f, const RowTiling& t, uint32_t block, int thread) {
   using A = Wide<T>;
-  const Epilogue& a = b.e;
+  const Epilogue& a = f.e;
   const RowPlace at = find_row<V, LAST>(t, a.c, block, thread);
   if (!at.valid) return;
   const int64_t step = LAST ? a.c : 1;  // from one pixel to the next
-  const int64_t in_pixels = static_cast<int64_t>(b.in_h) * b.in_w;
+  const int64_t in_pixels = static_cast<int64_t>(f.in_h) * f.in_w;
   const T* in = static_cast<const T*>(a.x) + (LAST ? at.n * in_pixels * a.c + at.c : (at.n * a.c + at.c) * in_pixels);
   A fx[TAPS], fy[TAPS];
 PSP_UNROLL
   for (int i = 0; i < TAPS; ++i) {
-    fx[i] = static_cast<const A*>(b.fx)[i];
-    fy[i] = static_cast<const A*>(b.fy)[i];
+    fx[i] = static_cast<const A*>(f.fx)[i];
+    fy[i] = static_cast<const A*>(f.fy)[i];
   }
   A sum[S][V];
 PSP_UNROLL
@@ -80,16 +80,16 @@ PSP_UNROLL
   const int first = static_cast<int>(at.strip) * S;
 PSP_UNROLL
   for (int r = 0; r < S + TAPS - 1; ++r) {
-    const int iy = first + r - b.pad_y;
-    if (iy < 0 || iy >= b.in_h) continue;
+    const int iy = first + r - f.pad_y;
+    if (iy < 0 || iy >= f.in_h) continue;
     A row[V];
 PSP_UNROLL
     for (int v = 0; v < V; ++v) row[v] = 0;
 PSP_UNROLL
     for (int j = 0; j < TAPS; ++j) {
-      const int ix = at.x + j - b.pad_x;
-      if (ix < 0 || ix >= b.in_w) continue;
-      const Pack<T, V> pack = load<T, V>(in + (static_cast<int64_t>(iy) * b.in_w + ix) * step);
+      const int ix = at.x + j - f.pad_x;
+      if (ix < 0 || ix >= f.in_w) continue;
+      const Pack<T, V> pack = load<T, V>(in + (static_cast<int64_t>(iy) * f.in_w + ix) * step);
 PSP_UNROLL
       for (int v = 0; v < V; ++v) row[v] += fx[j] * widen(pack.item[v]);
     }
@@ -104,15 +104,15 @@ PSP_UNROLL
   const A strength = a.strength ? *static_cast<const A*>(a.strength) : A(1);
   A scale[V], shift[V];
 PSP_UNROLL
-  for (int v = 0; v < V; ++v) {  // planes: V is 1
+  for (int v = 0; v < V; ++v) {  // V is 1 for planes
     scale[v] = a.demod ? static_cast<const A*>(a.demod)[at.n * a.c + at.c + v] : A(1);
     shift[v] = a.bias ? static_cast<const A*>(a.bias)[at.c + v] : A(0);
   }
   T* out = static_cast<T*>(a.out) + (LAST ? at.n * a.pixels * a.c + at.c : (at.n * a.c + at.c) * a.pixels);
 PSP_UNROLL
   for (int s = 0; s < S; ++s) {
-    if (first + s >= b.out_h) break;
-    const int64_t pixel = static_cast<int64_t>(first + s) * b.out_w + at.x;
+    if (first + s >= f.out_h) break;
+    const int64_t pixel = static_cast<int64_t>(first + s) * f.out_w + at.x;
     const A noise = a.noise ? strength * static_cast<const A*>(a.noise)[at.n * a.noise_step + pixel] : A(0);
     Pack<T, V> pack;
 PSP_UNROLL
