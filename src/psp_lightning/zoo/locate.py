@@ -6,6 +6,7 @@ that shows the command. Shipped weights (`shipped`) are in the package, each fol
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
