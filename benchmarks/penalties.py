@@ -1,7 +1,7 @@
-"""Measures what R1 and path length cost in float32 and in bfloat16: `python -m benchmarks.penalties`.
+"""Measure the cost of R1 and path length in float32 and in bfloat16: `python -m benchmarks.penalties`.
 
-One step of each penalty of psp-train-generator on a CPU with `network=toyfaces`, both precisions in turns. Training
-computes them in float32 there; bfloat16 is what `model.half` would mean.
+Runs one step of each penalty of psp-train-generator on a CPU with `network=toyfaces`, with both precisions in turns.
+On a CPU, training always computes the penalties in float32; bfloat16 is what `model.half` would select otherwise.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from psp_lightning.utils.reproducibility import processor
 
 
 class OneProcess:
-    """What a module asks its trainer."""
+    """The attributes of a trainer that the module reads."""
 
     global_rank, world_size, global_step = 0, 1, 0
 
 
 class AsAsked(LitGenerator):
-    """Penalties in the precision of the networks."""
+    """A module that computes penalties in the precision of its networks."""
 
     def _penalty_precision(self, network):  # type: ignore[no-untyped-def]
         return torch.enable_grad()
 
 
 def build(kind: type[LitGenerator], size: int) -> LitGenerator:
-    """The networks of `network=toyfaces`, with `model.half=bfloat16`."""
+    """Build the networks of `network=toyfaces` with `model.half=bfloat16`."""
     torch.manual_seed(0)
     generator = Generator(
         size, style_dim=64, z_dim=64, n_mapping=4, channel_multiplier=1, channel_base=1536, max_channels=96
@@ -47,7 +47,7 @@ def build(kind: type[LitGenerator], size: int) -> LitGenerator:
 
 
 def seconds(module: LitGenerator, images: torch.Tensor) -> dict[str, float]:
-    """Time of one step of each penalty."""
+    """Return the seconds of one step of each penalty."""
     found = {}
     for name, network in (("path length", module.generator), ("R1", module.discriminator)):
         module._train_only(network)
@@ -62,7 +62,7 @@ def seconds(module: LitGenerator, images: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure and print both penalties."""
     parser = argparse.ArgumentParser("python -m benchmarks.penalties", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--batch", type=int, default=8, help="images")
@@ -75,7 +75,7 @@ def main() -> None:
     for turn in range(given.rounds + 1):
         for name in list(modules)[:: 1 if turn % 2 else -1]:
             found = seconds(modules[name], images)
-            if turn:  # the first one warms up
+            if turn:  # the first round is a warm-up
                 times[name].append(found)
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for penalty in times["float32"][0]:

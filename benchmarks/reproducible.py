@@ -1,6 +1,6 @@
-"""Measure what `MKL_CBWR=AUTO,STRICT`, which the commands set, costs: `python -m benchmarks.reproducible`.
+"""Measure the cost of `MKL_CBWR=AUTO,STRICT`, which the commands set: `python -m benchmarks.reproducible`.
 
-Rows of `benchmarks.compare`, our side in float32, once with the setting and once without it, in turns.
+Runs rows of `benchmarks.compare` for this library in float32, in turns with and without the setting.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETTINGS = {"with": VALUE, "without": ""}
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure and print the chosen rows."""
     parser = argparse.ArgumentParser("python -m benchmarks.reproducible", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="ROW", default=["train-256", "generator-1024", "image-1024-b1"])
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,4 +1,4 @@
-"""Measures this library against a clone of the reference implementation: `python -m benchmarks.compare --help`."""
+"""Compare the speed of this library with a clone of the reference: `python -m benchmarks.compare --help`."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ def measure(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("--reference", type=Path, help="clone of eladrich/pixel2style2pixel; without it: ours alone")
+    parser.add_argument("--reference", type=Path, help="clone of pixel2style2pixel; default: this library only")
     parser.add_argument(
         "--before", type=Path, metavar="CHECKOUT",
-        help="an earlier state of this repository: prints how much faster each row is now, and saves nothing",
+        help="an earlier checkout of this repository; prints how much faster each row is now, and saves nothing",
     )  # fmt: skip
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows (or what their names begin with)")
-    parser.add_argument("--out", type=Path, help="folder of compare_DEVICE.json and .md (default: benchmarks/results)")
-    parser.add_argument("--update", action="store_true", help="put the rows of --only into the kept results")
-    parser.add_argument("--quick", action="store_true", help="small sizes, a minute or two: to see that it runs")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows to measure, or prefixes of their names")
+    parser.add_argument("--out", type=Path, help="folder for compare_DEVICE.json and .md (default: benchmarks/results)")
+    parser.add_argument("--update", action="store_true", help="replace the rows of --only in the stored results")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a minute or two: checks that all runs")
     parser.add_argument("--files", type=int, help="images for psp-predict (default: 200 on a GPU, 16 on a CPU)")
-    parser.add_argument("--rounds", type=int, help="rounds of every row (default: as time allows, 2 to 15)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--rounds", type=int, help="number of rounds of every row (default: 2 to 15, as time allows)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     return parser.parse_args(argv)
 
 
 def chosen(all_rows: list[Row], only: list[str] | None) -> list[Row]:
-    """The rows that `--only` means; ends the program where a name means none."""
+    """Return the rows that `--only` selects; end the program if a name selects none."""
     if only is None:
         return all_rows
     for name in only:
         if not any(row.name.startswith(name) for row in all_rows):
-            sys.exit(f"--only {name}: no such row. Rows: {', '.join(row.name for row in all_rows)}")
+            sys.exit(f"--only {name}: no such row. Choose from: {', '.join(row.name for row in all_rows)}")
     return [row for row in all_rows if any(row.name.startswith(name) for name in only)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; status 1 where a row failed or outputs differ."""
+    """Measure and print the rows; return 1 if a row failed or outputs differ."""
     given = arguments(argv)
     import torch
 
@@ -71,15 +71,17 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.compare.reference import missing
 
         if lacking := missing(given.reference):
-            sys.exit(f"--reference {given.reference} is no clone of eladrich/pixel2style2pixel: no {lacking[0]}.")
+            sys.exit(
+                f"--reference {given.reference} is not a clone of eladrich/pixel2style2pixel: {lacking[0]} is missing."
+            )
     if given.update and (given.only is None or given.quick or given.out or given.reference is None):
-        sys.exit("--update goes with --only and --reference, and not with --quick or --out.")
+        sys.exit("--update needs --only and --reference, and excludes --quick and --out.")
     scale = scale_for(device, given.quick, given.files)
     every = rows(scale, device)
     wanted = chosen(every, given.only)
     if given.before is not None:
         if given.reference or given.update or given.out:
-            sys.exit("--before goes with --only, --rounds, --quick and --device.")
+            sys.exit("--before can only be combined with --only, --rounds, --quick and --device.")
         return measure_change(given.before.resolve(), wanted, device, given.rounds)
     clone = None if given.reference is None else given.reference.resolve()
     results: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Whether the sides of a row compute the same."""
+"""The check that all sides of a row compute the same."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from benchmarks.compare.rows import FLOAT32, REFERENCE, REFERENCE_KEPT, Row
 from benchmarks.compare.worker import WorkerError
 
-# Allowed differences of values and of gradients. Rounding in all layers of a random network adds up in gradients.
-# Largest difference in units of the largest absolute value, in float32; with TensorFloat-32, which convolutions on a
-# GPU use by default:
+# Allowed differences of values and of gradients; rounding in all layers of a random network adds up in gradients.
+# The largest difference in units of the largest absolute value, in float32 and with TensorFloat-32, which convolutions
+# on a GPU use by default:
 LARGEST, LARGEST_TF32 = (1e-4, 1e-2), (2e-2, 2e-1)
-# In half precision the largest difference grows with the number of pixels: mean in units of the standard deviation.
+# In half precision the largest difference grows with the number of pixels, so this is the mean difference in units of
+# the standard deviation.
 MEAN = (0.1, 0.5)
 
 
 def compare(outputs: Mapping[str, Path], row: Row, device: str) -> dict[str, dict[str, float]]:
-    """Relative differences of each side's tensors from the reference's, or from our float32 without one.
+    """Return the relative differences of each side's tensors from the reference, or from float32 without a reference.
 
     Raises:
-        WorkerError: they are too large to call it the same computation.
+        WorkerError: a difference is too large for the same computation.
     """
     import torch
 
@@ -42,6 +43,6 @@ def compare(outputs: Mapping[str, Path], row: Row, device: str) -> dict[str, dic
             if not found[name][key] <= bound:
                 raise WorkerError(
                     f"{row.name}: {name} differs from {base} in {key} by {found[name][key]:.1e} (allowed: {bound:g}). "
-                    "Not timed."
+                    "The row was not timed."
                 )
     return found

@@ -1,4 +1,4 @@
-"""Measures this checkout against an earlier one, side by side on the same inputs."""
+"""Compare the speed of this checkout with an earlier one, in turns on the same inputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ KINDS = ("generator", "encoder", "image", "train")
 def measure_change(before: Path, wanted: list[Row], device: str, rounds: int | None) -> int:
     """Print, for each row and precision, the median ratio of speeds (before / now in seconds) and of peak memory.
 
-    Both checkouts run in turns, each in a process of its own, with the same weights and inputs.
+    Both checkouts run in turns, each in a separate process, with the same weights and inputs.
 
     Args:
         before: the earlier checkout.
-        wanted: rows; those without a network on our side are left out.
+        wanted: the rows; those without a network are left out.
         device: cpu or cuda.
-        rounds: of every row; None: the most that the row allows.
+        rounds: number of rounds of every row; None: the most that the row allows.
 
     Returns:
         0.
     """
     if not (before / "benchmarks" / "compare" / "worker.py").is_file():
-        sys.exit(f"--before {before} is no checkout of this repository.")
+        sys.exit(f"--before {before} is not a checkout of this repository.")
     print(f"before: {machine.commit(before)}, now: {machine.commit(ROOT)}")
     print("| Row | Side | before | now | faster | memory | largest difference |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="compare") as scratch:

@@ -12,11 +12,11 @@ class Case:
     """One side of a row, set up.
 
     Args:
-        draw: seed to fresh random inputs.
-        run: the work that is timed; what it returns as a dict is passed on.
-        check: inputs to tensors by name (`Tensor` each) that must agree with the other sides'.
-        notes: for the results.
-        floor: measures the least time that the machine needs, where that is known.
+        draw: returns new random inputs for a seed.
+        run: does the work that is timed; if it returns a dict, the dict is passed on.
+        check: returns tensors by name for given inputs; they must agree with those of the other sides.
+        notes: notes for the results.
+        floor: measures the least time that the machine needs, if it is known.
     """
 
     draw: Callable[[int], Any]

@@ -1,4 +1,4 @@
-"""Sets up the sides of a row in processes of their own, compares their outputs and lets them take turns."""
+"""Set up each side of a row in a separate process, compare their outputs and run them in turns."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NO_BFLOAT16 = "not measured: the processor has no bfloat16"
 
 
 class Comparison:
-    """One run of the script.
+    """A run of the script.
 
     Args:
         device: cpu or cuda.
-        clone: the reference; None: ours alone.
+        clone: the clone of the reference; None: measure only this library.
         scratch: folder for weights and images.
-        overrides: further settings of psp-train.
-        rounds: of every row; None: as the row says.
+        overrides: additional settings of psp-train.
+        rounds: number of rounds of every row; None: as defined by the row.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Comparison:
         self.bfloat16 = device == "cuda" or machine.has_bfloat16()
 
     def job(self, row: Row, side: str, kind: str | None = None) -> Job:
-        """What a worker sets up for one side of a row."""
-        suffix = "safetensors" if self.clone is None else "pt"  # ours, or the reference's layout
+        """Return the set-up of a worker for one side of a row."""
+        suffix = "safetensors" if self.clone is None else "pt"  # layout of this library, or of the reference
         files = {
             "psp": f"psp_{row.size}.{suffix}",
             "alexnet": "alexnet.pth",
@@ -51,13 +51,13 @@ class Comparison:
         return Job(kind or row.kind, row.size, row.batch, side, self.device, files, self.overrides)
 
     def once(self, row: Row, side: str, kind: str) -> Any:
-        """What a worker finds that does one thing and ends."""
+        """Run one request in a new worker and return its result."""
         with worker(self.job(row, side, kind)) as process:
             process.ready()
             return process.ask("run", seed=0)["result"]
 
     def write_weights(self, row: Row) -> None:
-        """Random weights for the row, once; the reference writes the network's, where there is one."""
+        """Write random weights for the row once; if there is a reference, it writes those of the network."""
         files = self.job(row, FLOAT32).files
         if self.clone is not None and not Path(files["psp"]).exists():
             self.once(row, REFERENCE, "weights")
@@ -65,8 +65,10 @@ class Comparison:
             self.once(row, FLOAT32, "weights")
 
     def measure_sides(self, row: Row) -> dict[str, Any]:
-        """Set up the sides, compare their outputs, then let them take turns; where the reference has too little memory,
-        ours alone."""
+        """Set up the sides, compare their outputs and run them in turns.
+
+        If the reference runs out of memory, measure only this library.
+        """
         try:
             return self.measure_beside(row, [] if self.clone is None else [REFERENCE])
         except OutOfMemory as error:
@@ -77,7 +79,7 @@ class Comparison:
         return found
 
     def measure_beside(self, row: Row, base: list[str]) -> dict[str, Any]:
-        """Our sides and those of `base`: the reference, or none."""
+        """Measure the sides of this library together with those of `base`, the reference or none."""
         found: dict[str, Any] = {"sides": {}, "agreement": {}, "notes": []}
         ours = [side for side in row.sides if base or side != REFERENCE_KEPT]
         able = [side for side in ours if side != BFLOAT16 or self.bfloat16]
@@ -104,7 +106,7 @@ class Comparison:
         return found
 
     def take_turns(self, row: Row, workers: dict[str, Worker], sides: dict[str, Any]) -> None:
-        """Run the workers in turns, round by round, and put the figures of each side into `sides`."""
+        """Run the workers in turns, round by round, and store the figures of each side in `sides`."""
         least, most = (self.rounds, self.rounds) if self.rounds else row.rounds
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
         names = list(workers)
@@ -113,7 +115,7 @@ class Comparison:
             if turn >= least and time.monotonic() - start > row.seconds:
                 break
             seed = random.randrange(2**31)
-            shift = turn % len(names)  # so that no side always runs behind the same one
+            shift = turn % len(names)  # so that no side always runs after the same one
             for side in names[shift:] + names[:shift]:
                 for _ in range(row.before):
                     workers[side].ask("run", seed=seed)
@@ -121,7 +123,7 @@ class Comparison:
         for side, of_side in runs.items():
             seconds = [run["seconds"] for run in of_side]
             figures: dict[str, Any] = {"seconds": seconds, "peak": max(run["peak"] for run in of_side)}
-            if side == REFERENCE and side in sides:  # an earlier phase's
+            if side == REFERENCE and side in sides:  # from an earlier phase
                 figures["seconds"] = sides[side]["seconds"] + seconds
                 figures["peak"] = max(figures["peak"], sides[side]["peak"])
             elif side != REFERENCE and REFERENCE in runs:
@@ -133,7 +135,7 @@ class Comparison:
 
 @contextmanager
 def worker(job: Job, root: Path = ROOT) -> Iterator[Worker]:
-    """Start a worker that runs the code of the checkout `root`, and end it in any case."""
+    """Start a worker that runs the code of the checkout `root`, and always end it."""
     process = Worker(job, root=root)
     try:
         yield process

@@ -1,4 +1,4 @@
-"""The least time that a machine needs for a network: its operations and its memory traffic at measured rates."""
+"""The least time that a machine needs for a network, from its operations and memory traffic at measured rates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from psp_lightning import PSP
 
 
 def best(run: Callable[[], Any], device: str, times: int = 10) -> float:
-    """Seconds of the fastest of `times` runs behind one warm-up; on a GPU a run is ten calls, so that the time to
-    launch one does not count."""
+    """Return the seconds of the fastest of `times` runs after one warm-up.
+
+    On a GPU a run is ten calls, so that the launch time does not count.
+    """
     calls = 10 if device == "cuda" else 1
     seconds = []
     for _ in range(times + 1):
@@ -38,9 +40,11 @@ def _wait(device: str) -> None:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
-    """Operations a second of the product of two square matrices; on a GPU with TensorFloat-32 where convolutions have
-    it. On a CPU the better of that and a 3x3 convolution, which another library computes, with wider instructions on
-    some processors."""
+    """Return the operations per second of the product of two square matrices.
+
+    On a GPU it uses TensorFloat-32 if convolutions do. On a CPU, return the better rate of this product and a 3x3
+    convolution, because another library computes the convolution, on some processors with wider instructions.
+    """
     n = side or (8192 if device == "cuda" else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     before = torch.backends.cuda.matmul.allow_tf32
@@ -56,7 +60,7 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> flo
 
 
 def bandwidth(device: str, size: int | None = None) -> float:
-    """Bytes a second of copying within the device's memory, read and written ones counted."""
+    """Return the bytes per second of copying within the device's memory; bytes read and written both count."""
     n = size or (1 << 30 if device == "cuda" else 1 << 28)
     a = torch.zeros(n, dtype=torch.uint8, device=device)
     b = torch.ones_like(a)
@@ -64,10 +68,10 @@ def bandwidth(device: str, size: int | None = None) -> float:
 
 
 class Layers(TorchDispatchMode):
-    """Operations and elements (read and written) of every convolution and matrix product that runs within it.
+    """A mode that records operations and elements (read and written) of every convolution and matrix product.
 
-    Filters of single channels are left out, as are all operations element by element: they can be done while a
-    convolution's result is written.
+    Filters of single channels and elementwise operations are left out, because they can be done while the result of a
+    convolution is written.
     """
 
     def __init__(self) -> None:
@@ -92,18 +96,17 @@ class Layers(TorchDispatchMode):
 
 
 def floor(description: Mapping[str, Any], job: Job) -> dict[str, float]:
-    """The least seconds of source to image: layer by layer the larger of operations over the matrix rate and bytes
-    over the bandwidth.
+    """Return the least time from source to image.
 
-    Nothing is computed and no memory is taken: the plain network is traced as torch.compile sees it, so that nothing
-    counts that is arranged for this device.
+    For each layer, this is the larger of operations / matrix rate and bytes / bandwidth. Nothing is computed and no
+    memory is used: the plain network is traced as torch.compile sees it, so that device-specific work does not count.
 
     Args:
         description: `PSP.describe()` of the network.
-        job: size of the batch, side and device.
+        job: batch size, side and device.
 
     Returns:
-        `floor_seconds`, `operations`, `bytes`, `rate` (operations a second) and `bandwidth` (bytes a second).
+        `floor_seconds`, `operations`, `bytes`, `rate` (operations per second) and `bandwidth` (bytes per second).
     """
     dtype = torch.float32 if job.side == FLOAT32 else torch.bfloat16
     rate, speed = matrix_rate(job.device, dtype), bandwidth(job.device)

@@ -1,4 +1,4 @@
-"""Each kernel at the shapes of the 1024 px generator, against copying and against plain PyTorch."""
+"""Measurements of each kernel at the shapes of the 1024 px generator, compared with copying and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GAIN = 2**0.5
 
 
 def sizes(largest: int) -> list[tuple[int, int]]:
-    """(channels, side) of the generator's layers that weigh: the last three resolutions."""
+    """Return (channels, side) of the generator's most expensive layers: the last three resolutions."""
     return [(min(512, 32768 // side), side) for side in (largest // 4, largest // 2, largest)]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A call: its name, the bytes that must move, the kernel, the same in plain PyTorch."""
+    """A call of a kernel: its name, the bytes that it must move, the kernel, and the same in plain PyTorch."""
 
     name: str
     moved: int
@@ -36,12 +36,12 @@ class Kernel:
 
 
 def moved(*tensors: Tensor) -> int:
-    """Bytes of tensors that are read or written once."""
+    """Return the bytes of tensors that are read or written once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device: str) -> list[Kernel]:
-    """Every kernel on the layer of (batch, channels, side, side), which is in channels_last order."""
+    """Return every kernel for a layer of (batch, channels, side, side) in channels_last order."""
 
     def draw(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
         x = torch.randn(shape, device=device).to(kind)
@@ -49,7 +49,7 @@ def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device:
 
     fir = fir_filter(gain=4).to(device)
     x, grown = draw(batch, channels, side, side, kind=dtype), draw(batch, channels, side + 1, side + 1, kind=dtype)
-    small = draw(batch, 3, side // 2, side // 2)  # the image so far is in full precision
+    small = draw(batch, 3, side // 2, side // 2)  # the image of lower layers is in full precision
     bias, half_bias = draw(channels), draw(channels, kind=dtype)
     demod, noise, strength = draw(batch, channels), draw(1, 1, side, side), draw(1)
     shape = f"{batch}x{channels}x{side}x{side}"
@@ -87,8 +87,12 @@ def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device:
 
 @torch.inference_mode()
 def measure_kernels(job: Job) -> dict[str, Any]:
-    """`kernels`: for each one `name`, `dtype`, `seconds`, `torch_seconds`, `of_copy` (share of the measured copy
-    bandwidth) and `faster` (than plain PyTorch)."""
+    """Measure all kernels.
+
+    Returns:
+        `kernels`, a list with `name`, `dtype`, `seconds`, `torch_seconds`, `of_copy` (share of the measured copy
+        bandwidth) and `faster` (speed relative to plain PyTorch) for each kernel.
+    """
     speed = bandwidth(job.device)
     found = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The machine and the versions that figures belong to; no names of hosts or users."""
+"""The machine and the versions that figures belong to, without names of hosts or users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16: otherwise it is emulated, and slower than float32."""
+    """Return whether the processor multiplies bfloat16. Otherwise it is emulated and slower than float32."""
     file = Path("/proc/cpuinfo")
     if not file.exists():
         return platform.machine() == "arm64"
@@ -18,8 +18,10 @@ def has_bfloat16() -> bool:
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of a clone, with "-dirty" where files differ from it, or None: a folder without git of its own has
-    none, also within another clone."""
+    """Return the git commit of a clone, with "-dirty" if files differ from it.
+
+    Return None for a folder that is not the root of a clone, even inside another clone.
+    """
     if not (folder / ".git").exists():
         return None
     try:
@@ -35,7 +37,7 @@ def commit(folder: Path) -> str | None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Plain values about machine and versions."""
+    """Describe the machine and the versions in plain values."""
     import torch
 
     import psp_lightning

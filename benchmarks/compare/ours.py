@@ -29,15 +29,15 @@ TERMS = ("l2", "lpips", "id", "w_norm")
 
 
 def is_half(side: str) -> bool:
-    """Whether a side computes in bfloat16."""
+    """Return whether a side computes in bfloat16."""
     return side in (BFLOAT16, GRAPH)
 
 
 def write_weights(job: Job) -> None:
-    """Write the random weights that `job.files` names and that are not there yet.
+    """Write the random weights that `job.files` names, unless they exist.
 
-    `psp` (only without a reference, which writes its own): a network of the published shapes; `alexnet`, `ir_se50`:
-    what LPIPS and the identity loss read.
+    `psp` is a network of the published shapes (if there is a reference, it has written this file already). `alexnet`
+    and `ir_se50` are read by LPIPS and the identity loss.
     """
     import torchvision
 
@@ -52,7 +52,7 @@ def write_weights(job: Job) -> None:
 
 
 def prepare(job: Job) -> Case:
-    """Ours of a row: prediction as psp-predict runs it, training as psp-train does."""
+    """Set up this library's side of a row: prediction as in psp-predict, training as in psp-train."""
     if job.kind == "weights":
         return Case(lambda seed: None, lambda _: write_weights(job), lambda _: {})
     if job.kind == "kernels":
@@ -87,7 +87,7 @@ def _inference(job: Job) -> Case:
 
 
 def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 8, batch: int = 8) -> dict[str, float]:
-    """Seconds a file of what psp-predict does, one after the other: reading, the network, writing."""
+    """Measure the seconds per file of the parts of psp-predict one after the other: reading, network, writing."""
     spec = InputSpec.from_dict(net.source)
     files = sorted(folder.iterdir())[:most]
     device = net.latent_avg.device
@@ -108,7 +108,7 @@ def parts(run: Callable[[Tensor], Tensor], net: PSP, folder: Path, most: int = 8
 
 
 def settings(job: Job, folder: Path) -> list[str]:
-    """Settings of psp-train for the comparison's training step."""
+    """Return the settings of psp-train for the training step of the comparison."""
     return [
         "domain=ffhq", f"loss=[{','.join(TERMS)}]", f"generator.path={job.files['psp']}",
         f"init_from={job.files['psp']}", "model.backbone=null", f"loss.lpips.weights={job.files['alexnet']}",
@@ -118,7 +118,7 @@ def settings(job: Job, folder: Path) -> list[str]:
 
 
 def module_for(job: Job) -> Any:
-    """The LightningModule that `psp-train` would train."""
+    """Build the LightningModule that `psp-train` would train."""
     from hydra import compose, initialize_config_dir
 
     from psp_lightning._conf import config_root
@@ -140,11 +140,11 @@ def _training(job: Job) -> Case:
         image = inputs.images(seed, job.batch, size, job.device)
         return {"source": image, "target": image, "path": [""] * job.batch}
 
-    def precision() -> torch.autocast:  # Lightning's for `bf16-mixed`
+    def precision() -> torch.autocast:  # as in Lightning for `bf16-mixed`
         return torch.autocast(job.device, torch.bfloat16, enabled=is_half(job.side))
 
     def run(batch: dict[str, Any]) -> None:
-        def closure() -> Tensor:  # as Lightning's
+        def closure() -> Tensor:  # as in Lightning
             with precision():
                 loss = module.training_step(batch, 0)["loss"]
             optimizer.zero_grad()
@@ -154,7 +154,7 @@ def _training(job: Job) -> Case:
         module.optimizer_step(0, 0, optimizer, closure)
 
     def check(batch: dict[str, Any]) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # of the generator's noise
+        torch.manual_seed(0)  # for the generator's noise
         with precision():
             total, values, _ = module.evaluate(batch, module.noise)
         total.backward()

@@ -1,4 +1,4 @@
-"""psp-predict over a folder against the sum of its parts, and the time to import."""
+"""Measurements of psp-predict over a folder, of its parts, and of the import time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFERENCE_IMPORT = "from benchmarks.compare.reference import enter; enter(Path({
 
 
 def measure_import(clone: Path | None, rounds: int) -> dict[str, Any]:
-    """Seconds of imports, each in a fresh process, in turns; a first round fills the file cache and does not count."""
+    """Measure imports, each in a new process, in turns; the first round fills the file cache and does not count."""
     statements = dict(IMPORTS)
     if clone is not None:
         statements["reference: models.psp, nothing compiled"] = REFERENCE_IMPORT.format(clone=str(clone))
@@ -41,7 +41,7 @@ def measure_import(clone: Path | None, rounds: int) -> dict[str, Any]:
 
 
 def _run(command: list[str]) -> str:
-    """The output of a command."""
+    """Run a command and return its output."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise WorkerError(f"{' '.join(command)}: status {done.returncode}\n" + done.stderr[-2000:])
@@ -49,7 +49,7 @@ def _run(command: list[str]) -> str:
 
 
 def write_images(folder: Path, n: int, size: int = 256) -> None:
-    """Random smooth photographs of `size`: noise at 32 pixels, enlarged."""
+    """Write `n` smooth random images of `size` pixels: noise at 32 pixels, enlarged."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng()
     for i in range(n):
@@ -58,9 +58,9 @@ def write_images(folder: Path, n: int, size: int = 256) -> None:
 
 
 def measure_prediction(comparison: Comparison, row: Row) -> dict[str, Any]:
-    """Seconds a file of psp-predict without its start, and of its parts one after the other.
+    """Measure the seconds per file of psp-predict without its start, and of its parts one after the other.
 
-    The start is left out by running the command on one file too.
+    The command also runs on a single file, and the difference leaves out the start.
     """
     n = row.files
     many, one = comparison.scratch / "many", comparison.scratch / "one"

@@ -1,11 +1,11 @@
-"""The reference implementation of pSp, driven unmodified from a clone that the user gives.
+"""The reference implementation of pSp, run unmodified from a clone that the user provides.
 
-What is replaced at run time, and nowhere else:
+Only these parts are replaced, and only at run time:
 
-- without a GPU, the two compiled operations: `upfirdn2d` by the clone's own `upfirdn2d_native`, the fused bias and
-  leaky ReLU by the same formula in PyTorch. Their autograd functions stay as they are;
-- packages that are imported but not needed, where they are not installed;
-- weights that would be downloaded: AlexNet and the face network are random, from files that both sides read; the heads
+- without a GPU, the two compiled operations: `upfirdn2d` by the clone's `upfirdn2d_native`, the fused bias and leaky
+  ReLU by the same formula in PyTorch. Their autograd functions are unchanged;
+- packages that are imported but not needed, if they are not installed;
+- weights that would be downloaded: AlexNet and the face network are random, from files that both sides read. The heads
   of LPIPS are the published ones, from the package `lpips`.
 """
 
@@ -32,7 +32,7 @@ from benchmarks.compare.case import Case
 from benchmarks.compare.rows import Job
 
 NEEDED = ("models/psp.py", "models/stylegan2/model.py", "training/coach.py", "options/train_options.py")
-# package: what the clone imports of it and a comparison has no use for
+# modules that the clone imports from each package, and that a comparison does not need
 UNUSED = {
     "matplotlib": ("matplotlib", "matplotlib.pyplot"),
     "cv2": ("cv2",),
@@ -42,20 +42,20 @@ INPUT_SIZE, STYLE_DIM = 256, 512
 
 
 def missing(clone: Path) -> list[str]:
-    """What a folder lacks to be a clone of the reference."""
+    """Return the files that a clone of the reference has and this folder lacks."""
     return [name for name in NEEDED if not (clone / name).is_file()]
 
 
 def fused_bias_act(x: Tensor, bias: Tensor, result: Tensor, act: int, grad: int, slope: float, scale: float) -> Tensor:
-    """The compiled operation's contract for what the reference uses of it: leaky ReLU and its derivative.
+    """Compute what the reference uses of the compiled operation: leaky ReLU and its derivative.
 
     Args:
         x: (B, C, ...).
         bias: (C,), or empty.
-        result: what the forward pass gave, for the derivative; else empty.
+        result: the result of the forward pass for the derivative, otherwise empty.
         act: 3, leaky ReLU.
         grad: 0 for the value, 1 for the derivative.
-        slope, scale: of the activation.
+        slope, scale: parameters of the activation.
     """
     assert act == 3 and grad in (0, 1)
     if bias.numel():
@@ -67,8 +67,10 @@ def fused_bias_act(x: Tensor, bias: Tensor, result: Tensor, act: int, grad: int,
 
 @contextlib.contextmanager
 def compiled(device: str) -> Iterator[list[str]]:
-    """Within it the clone's `load` of compiled operations gives stand-ins where they cannot be compiled; yields notes,
-    which are complete when it ends."""
+    """Make the clone's `load` of compiled operations return stand-ins if they cannot be compiled.
+
+    Yields a list of notes, which is complete at the end.
+    """
     from torch.utils import cpp_extension
 
     notes: list[str] = []
@@ -78,7 +80,7 @@ def compiled(device: str) -> Iterator[list[str]]:
         if device == "cuda":
             try:
                 return real(name, *args, **kwargs)
-            except Exception as error:  # its build may fail in any way
+            except Exception as error:  # the build may fail in any way
                 last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
                 notes.append(f"the reference's kernel {name} did not build ({last[0]}); its PyTorch fallback ran")
         return types.SimpleNamespace(fused_bias_act=fused_bias_act)
@@ -88,7 +90,7 @@ def compiled(device: str) -> Iterator[list[str]]:
 
 
 def enter(clone: Path, device: str) -> list[str]:
-    """Make the clone's modules importable, its operations usable; returns notes for the results."""
+    """Make the clone's modules importable and its operations usable; return notes for the results."""
     sys.path.insert(0, os.fspath(clone))
     for package, names in UNUSED.items():
         if importlib.util.find_spec(package) is None:
@@ -97,7 +99,7 @@ def enter(clone: Path, device: str) -> list[str]:
         importlib.import_module("models.stylegan2.op")
     module: Any = sys.modules["models.stylegan2.op.upfirdn2d"]
     if not hasattr(module.upfirdn2d_op, "upfirdn2d"):
-        module.F = F  # which its fallback uses and does not import
+        module.F = F  # its fallback uses F without importing it
         module.upfirdn2d_op.upfirdn2d = module.upfirdn2d_native
         if device == "cpu":
             notes.append("the reference's two compiled operations are its own and PyTorch's fallbacks")
@@ -106,7 +108,7 @@ def enter(clone: Path, device: str) -> list[str]:
 
 @contextlib.contextmanager
 def no_initialisation() -> Iterator[None]:
-    """Within it layers keep what memory held: their weights are loaded anyway."""
+    """Leave new layers uninitialised, because their weights are loaded afterwards."""
     nothing = lambda tensor, *args, **kwargs: tensor  # noqa: E731
     names = ("kaiming_uniform_", "kaiming_normal_", "uniform_", "normal_", "trunc_normal_")
     with contextlib.ExitStack() as stack:
@@ -117,7 +119,7 @@ def no_initialisation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[None]:
-    """Within it `.to("cuda")`, which the clone writes out, goes to `device`."""
+    """Make `.to("cuda")`, which is hard-coded in the clone, move to `device`."""
     real: Any = nn.Module.to
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -128,7 +130,7 @@ def on(device: str) -> Iterator[None]:
 
 
 def options(job: Job) -> Namespace:
-    """The clone's own training options, with the terms of the comparison."""
+    """Return the clone's training options with the losses of the comparison."""
     from options.train_options import TrainOptions  # type: ignore[import-not-found]
 
     given = [
@@ -141,7 +143,7 @@ def options(job: Job) -> Namespace:
 
 
 def network(job: Job) -> Any:
-    """The clone's network with the weights of the comparison."""
+    """Build the clone's network with the weights of the comparison."""
     from models.psp import pSp  # type: ignore[import-not-found]
 
     with no_initialisation():
@@ -173,7 +175,7 @@ def write_weights(job: Job) -> None:
 
 @torch.no_grad()
 def vary(net: nn.Module) -> None:
-    """Give random values to what starts as a constant, so that no term of the computation is 0 or 1."""
+    """Add random values to parameters that start as constants, so that no factor of the computation is 0 or 1."""
     for name, tensor in net.state_dict().items():
         if name.endswith(("bias", "noise.weight", "running_mean")):
             tensor.add_(0.1 * torch.randn_like(tensor))
@@ -182,7 +184,7 @@ def vary(net: nn.Module) -> None:
 
 
 def coach(job: Job) -> Any:
-    """The clone's trainer around its network, losses and optimizer, without its data sets and log."""
+    """Build the clone's trainer with its network, losses and optimizer, but without data sets and log."""
     from training.coach import Coach  # type: ignore[import-not-found]
 
     net = network(job).train()
@@ -211,7 +213,7 @@ def coach(job: Job) -> Any:
 
 
 def prepare(job: Job) -> Case:
-    """The reference's side of a row, as its scripts run it: `inference.py`, `Coach.train`."""
+    """Set up the reference's side of a row as its scripts run it: `inference.py`, `Coach.train`."""
     notes = enter(Path(job.files["clone"]), job.device)
     case = _prepare(job)
     case.notes += notes
@@ -249,7 +251,7 @@ def _training(job: Job) -> Case:
     made = coach(job)
 
     def loss(x: Tensor) -> tuple[Tensor, dict[str, float]]:
-        y = x.clone()  # its data set gives source and target as two tensors
+        y = x.clone()  # its data set returns source and target as two tensors
         y_hat, latent = made.net.forward(x, return_latents=True)
         total, parts, _ = made.calc_loss(x, y, y_hat, latent)
         return total, parts
@@ -261,7 +263,7 @@ def _training(job: Job) -> Case:
         made.optimizer.step()
 
     def check(x: Tensor) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # of the generator's noise
+        torch.manual_seed(0)  # for the generator's noise
         total, parts = loss(x)
         total.backward()
         gradient = made.net.encoder.latlayer1.weight.grad.detach().clone().cpu()

@@ -1,4 +1,4 @@
-"""Figures to statistics, tables and files."""
+"""Statistics, tables and files of the measured figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and extremes of repeated runs."""
+    """Return median, quartiles and extremes of repeated runs."""
     ordered = sorted(seconds)
     low, _, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     return {
@@ -25,9 +25,11 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(sides: Mapping[str, Any]) -> None:
-    """Add to each side of a row how it compares with the reference: `faster`, ratio of the medians, and the ratio of
-    every single round as `faster_spread`, both with the reference's runs of the same rounds (`beside`); `memory`,
-    share of the reference's peak."""
+    """Add comparisons with the reference to each side of a row.
+
+    `faster` is the ratio of the medians and `faster_spread` the ratios of single rounds, both with the reference's runs
+    of the same rounds (`beside`). `memory` is the share of the reference's peak.
+    """
     base = sides.get(REFERENCE)
     for side in sides.values():
         if base is None or "beside" not in side:
@@ -40,7 +42,7 @@ def ratios(sides: Mapping[str, Any]) -> None:
 
 
 def verdicts(aim: Aim, side: Mapping[str, Any]) -> list[str]:
-    """Each part of an aim with what became of it."""
+    """Return each part of an aim and whether it was met."""
     parts = (
         ("faster", aim.faster, ">= {:g}x", lambda found, wanted: found >= wanted),
         ("memory", aim.memory, "<= {:.0%} memory", lambda found, wanted: found <= wanted),
@@ -78,7 +80,7 @@ def _side_cells(side: Mapping[str, Any]) -> list[str]:
 
 
 def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Markdown table of all rows; a row without figures is marked "not measured"."""
+    """Return a markdown table of all rows; a row without figures is marked "not measured"."""
     lines = [
         _line(["Row", "Side", "Median", "Quartiles (runs)", "Faster (rounds)", "Peak memory", "Of floor", "Aim"]),
         _line(["---"] * 8),
@@ -89,9 +91,9 @@ def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
             if found is None or "failed" in found:
                 aim = f">= {OF_COPY:.0%} of the copy bandwidth; >= {FASTER:g}x plain PyTorch: not measured"
                 lines.append(_line([row.title, "", "not measured", "", "", "", "", aim]))
-            continue  # has a table of its own
+            continue  # kernels have a separate table
         sides: Mapping[str, Any] = {} if found is None else found["sides"]
-        title = row.title if found is None else found.get("title", row.title)  # of kept rows: as they were measured
+        title = row.title if found is None else found.get("title", row.title)  # stored rows keep their title
         names = list(sides) or [side for side in row.sides if side in row.aims] or [""]
         for i, name in enumerate(names):
             side = sides.get(name, {"not_measured": "failed"} if found is not None and "failed" in found else {})
@@ -100,11 +102,11 @@ def table(measured: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-OF_COPY, FASTER = 0.85, 1.0  # aims of each kernel: share of the copy bandwidth, speed against plain PyTorch
+OF_COPY, FASTER = 0.85, 1.0  # aims of each kernel: share of the copy bandwidth, speed relative to plain PyTorch
 
 
 def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown table of what `measure_kernels` found."""
+    """Return a markdown table of the results of `measure_kernels`."""
     lines = [_line(["Kernel", "Type", "Time", "Of copy bandwidth", "Against plain PyTorch", "Aim"]), _line(["---"] * 6)]
     for kernel in kernels:
         met = kernel["of_copy"] >= OF_COPY and kernel["faster"] >= FASTER
@@ -116,30 +118,29 @@ def kernel_table(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_update(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept results, in which rows of a run like `results` may take the place of their own.
+    """Return the stored results, whose rows a run like `results` may replace.
 
     Raises:
-        SystemExit: there are none, or they are of another machine or reference.
+        SystemExit: there are no stored results, or they come from another machine or reference.
     """
     if not path.is_file():
-        sys.exit(f"--update: there is no {path.name} yet. Run it once without --only.")
+        sys.exit(f"--update: there is no {path.name} yet. Run once without --only.")
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key, what in (("machine", "machine or with other versions"), ("reference_commit", "reference")):
         if kept[key] != results[key]:
-            sys.exit(f"--update: {path.name} was measured on another {what}. Run it once without --only.")
+            sys.exit(f"--update: {path.name} was measured on another {what}. Run once without --only.")
     return kept
 
 
 def updated(kept: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """Kept results with the rows of `results` in place of their own; each says when it was measured. A row that failed
-    replaces none."""
+    """Return the stored results with the rows of `results`, each with its date. A failed row replaces none."""
     said = {key: results[key] for key in ("date", "commit")}
     rows = {name: {**row, **said} for name, row in results["rows"].items() if "failed" not in row}
     return {**kept, "rows": {**kept["rows"], **rows}}
 
 
 def details(measured: Mapping[str, Any]) -> str:
-    """What the rows say beside their times: how far outputs agree, notes, parts of the prediction, kernels."""
+    """List what the rows report besides their times: agreement of outputs, notes, parts of the prediction, kernels."""
     lines, notes = [], []
     for found in measured.values():
         if "date" in found:
@@ -153,7 +154,7 @@ def details(measured: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Mapping[str, Any], rows: Sequence[Row], absent: Sequence[Row]) -> str:
-    """The whole report."""
+    """Return the whole report."""
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     clones = {"this library": results.get("commit"), "the reference": results.get("reference_commit")}
     at = "".join(f", {name} at commit {commit}" for name, commit in clones.items() if commit)
@@ -170,7 +171,7 @@ BEGIN, END = (f"<!-- results of benchmarks.compare: {word} -->" for word in ("be
 
 
 def refresh(page: Path, text: str) -> None:
-    """Put a report between the marks of a page."""
+    """Insert a report between the marks of a page."""
     old = page.read_text(encoding="utf-8")
     head, rest = old.split(BEGIN)
     _, tail = rest.split(END)
@@ -178,7 +179,7 @@ def refresh(page: Path, text: str) -> None:
 
 
 def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(content, encoding="utf-8")
     part.replace(path)

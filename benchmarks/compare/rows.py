@@ -1,4 +1,4 @@
-"""What is compared: rows, their sides, sizes and aims."""
+"""The rows of the comparison with their sides, sizes and aims."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 REFERENCE, FLOAT32, BFLOAT16 = "reference", "float32", "bfloat16"
 GRAPH = "bfloat16, CUDA graph"
-REFERENCE_KEPT = "reference, freed memory kept"  # how much of a gain on a CPU is the memory's alone
+REFERENCE_KEPT = "reference, freed memory kept"  # shows how much of a gain on a CPU is due to kept memory
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process sets up: plain values, so that they travel as JSON.
+    """The set-up of a worker process, in plain values that can be sent as JSON.
 
     Args:
         kind: generator, encoder, image (source to image), train (one optimizer step), or a kind without a reference.
-        size: side of the generator's images.
-        batch: images a run.
-        side: `REFERENCE`, or the precision of ours.
+        size: height and width of the generator's images.
+        batch: images per run.
+        side: `REFERENCE`, or the precision of this library.
         device: cpu or cuda.
         files: weights by name, and `clone` for the reference.
         overrides: further settings of psp-train for `train`.
@@ -38,13 +38,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Aim:
-    """What issue-level aims ask of one side of a row, as ratios within one run.
+    """The aims for one side of a row, as ratios within one run.
 
     Args:
-        faster: at least so many times the reference's speed.
-        memory: at most this share of the reference's peak memory.
-        seconds: at most so long.
-        floor: at most so many times the measured floor.
+        faster: smallest ratio to the reference's speed.
+        memory: largest share of the reference's peak memory.
+        seconds: longest time.
+        floor: largest ratio to the measured floor.
     """
 
     faster: float | None = None
@@ -58,17 +58,17 @@ class Row:
     """One line of the comparison.
 
     Args:
-        name: what `--only` takes.
-        title: for people.
-        kind, size, batch: of its jobs.
-        sides: ours; the reference is added where there is one.
-        aims: by side.
+        name: name of the row for `--only`.
+        title: title in the table.
+        kind, size, batch: see `Job`.
+        sides: sides of this library; the reference is added if there is a clone.
+        aims: aims by side.
         rounds: fewest and most rounds after the warm-up.
-        seconds: no further round starts after so long.
-        files: images of the prediction.
-        warmup: runs of each side before its first round; what they take does not count.
-        before: runs in each round before the one that counts: training goes step behind step.
-        apart: our sides are measured one after the other, each against the reference, to leave room in memory.
+        seconds: time after which no further round starts.
+        files: number of images to predict.
+        warmup: runs of each side before its first round; they do not count.
+        before: runs in each round before the one that counts, because training steps follow each other.
+        apart: measure the sides of this library one after the other, each with the reference, to save memory.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Scale:
     """Sizes of a run.
 
     Args:
-        small, large: sides of the generators' images.
+        small, large: sizes of the generators' images.
         many: images of the batched image-to-image row.
-        train_batch: images a training step.
-        files: of the prediction row.
-        full: the sizes that the aims are about.
+        train_batch: images per training step.
+        files: images of the prediction row.
+        full: whether these are the sizes that the aims apply to.
     """
 
     small: int = 256
@@ -110,7 +110,7 @@ QUICK = Scale(small=32, large=64, many=2, train_batch=2, files=6, full=False)
 
 
 def scale_for(device: str, quick: bool, files: int | None) -> Scale:
-    """Sizes for a device; `files` overrides the number of predicted files."""
+    """Return the sizes for a device; `files` overrides the number of predicted files."""
     chosen = QUICK if quick else Scale() if device == "cpu" else Scale(train_batch=8, files=200)
     return chosen if files is None else Scale(**{**asdict(chosen), "files": files})
 
@@ -120,10 +120,10 @@ def _aims(scale: Scale, device: str, cpu: dict[str, Aim] | None, cuda: dict[str,
 
 
 def rows(scale: Scale, device: str) -> list[Row]:
-    """All rows for a device, cheap ones first."""
+    """Return all rows for a device, cheap ones first."""
     small, large, batch, many = scale.small, scale.large, scale.train_batch, scale.many
     kept = (REFERENCE_KEPT,) if device == "cpu" else ()
-    training: dict[str, Any] = {"warmup": 7, "before": 1, "apart": True}  # RAdam's first five steps are other ones
+    training: dict[str, Any] = {"warmup": 7, "before": 1, "apart": True}  # RAdam's first five steps are different
 
     def aims(cpu: dict[str, Aim] | None = None, cuda: dict[str, Aim] | None = None) -> dict[str, Aim]:
         return _aims(scale, device, cpu, cuda)

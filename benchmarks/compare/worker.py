@@ -1,7 +1,7 @@
-"""A process that holds one side of a row and runs it when it is told to.
+"""A process that sets up one side of a row and runs it on request.
 
-The parent writes one JSON object a line to its standard input and reads one from its standard output; whatever the
-libraries print goes to standard error. Started as `python -m benchmarks.compare.worker`.
+The parent writes one JSON object per line to the standard input of the process and reads one per line from its standard
+output. Output of the libraries goes to standard error. Start it as `python -m benchmarks.compare.worker`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ ROOT = Path(__file__).parents[2]
 
 
 class WorkerError(Exception):
-    """A worker could not do what it was told; the message holds the end of what it printed, `side` what it was."""
+    """A failed request to a worker. The message contains the end of its output; `side` is its side."""
 
     side: str | None = None
 
 
 class OutOfMemory(WorkerError):
-    """The system ended it, or PyTorch was given no memory."""
+    """A worker that the system ended, or in which PyTorch got no memory."""
 
 
 class Worker:
     """The parent's end of a worker process.
 
     Args:
-        job: what it sets up.
-        environment: further variables of the process.
+        job: the set-up of the worker.
+        environment: additional environment variables of the process.
         root: the checkout whose code it runs.
 
     Raises:
-        WorkerError: by every method, when the process fails.
+        WorkerError: in every method, if the process fails.
     """
 
     def __init__(self, job: Job, environment: dict[str, str] | None = None, root: Path = ROOT) -> None:
@@ -58,16 +58,16 @@ class Worker:
         self._send(job.plain())
 
     def ready(self) -> dict[str, Any]:
-        """Waits until everything is set up; seconds and notes of the set-up."""
+        """Wait until everything is set up, and return seconds and notes of the set-up."""
         return self._answer()
 
     def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """One request and its answer: `run` (seed), `check` (seed, path) or `floor`."""
+        """Send a request and return its answer: `run` (seed), `check` (seed, path) or `floor`."""
         self._send({"do": do, **values})
         return self._answer()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
@@ -106,13 +106,13 @@ class Worker:
 
 
 def peak_bytes(device: str) -> int:
-    """Largest amount of memory held so far: CUDA's allocator, or resident memory of this process."""
+    """Return the peak memory so far: of CUDA's allocator, or the resident memory of this process."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure would begin with the parent's
+    if status.exists():  # getrusage would start with the parent's peak
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource
@@ -122,7 +122,7 @@ def peak_bytes(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Begin a new peak where the system can: memory that the set-up alone needed does not count."""
+    """Reset the peak if the system can, so that memory of the set-up does not count."""
     if device == "cuda":
         import torch
 
@@ -132,7 +132,7 @@ def reset_peak(device: str) -> None:
 
 
 def prepare(job: Job) -> Case:
-    """The side's own set-up; modules are imported here, so that one side's do not weigh on the other."""
+    """Set up the side. Modules are imported here, so that one side does not load those of the other."""
     if job.side in (REFERENCE, REFERENCE_KEPT):
         from benchmarks.compare import reference
 
@@ -143,7 +143,7 @@ def prepare(job: Job) -> Case:
 
 
 def work(job: Job, answer: Callable[[dict[str, Any]], None], requests: IO[str]) -> None:
-    """Serve requests until the input ends."""
+    """Answer requests until the input ends."""
     import torch
 
     def wait() -> None:
@@ -174,16 +174,16 @@ def work(job: Job, answer: Callable[[dict[str, Any]], None], requests: IO[str]) 
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Run the worker process."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # keep output of libraries apart from the answers
 
     def answer(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
     job = Job(**json.loads(sys.stdin.readline()))
-    if job.side != REFERENCE and job.device == "cpu":  # as our commands do
+    if job.side != REFERENCE and job.device == "cpu":  # as the commands do
         from psp_lightning.utils.memory import keep_freed_memory
 
         keep_freed_memory()

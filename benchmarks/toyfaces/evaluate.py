@@ -1,9 +1,9 @@
-"""Measures the toy domain: `python -m benchmarks.toyfaces.evaluate [--only PART ...]`.
+"""Measure the toy domain: `python -m benchmarks.toyfaces.evaluate [--only PART ...]`.
 
 Parts: samples (grids), frechet, projection, checkpoints (the shipped encoders on 1,000 held-out faces), mixing,
 ablation (`--ablation FOLDER` of `psp-train -m 'experiment=glob(toyfaces_ablation_*)'`), training (`--generator RUN` of
-psp-train-generator: samples and Frechet distance after more and more steps). Results are merged into
-benchmarks/results/toyfaces.json, pictures go to docs/, and the table of the encoders is printed as markdown.
+psp-train-generator: samples and Frechet distance after increasing numbers of steps). Results are merged into
+benchmarks/results/toyfaces.json, pictures are written to docs/, and the table of the encoders is printed as markdown.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from psp_lightning.zoo.locate import shipped
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "toyfaces.json"
 TASKS = ("inversion", "sketch2face", "seg2face", "superres")
-BATCH = 16  # images a step of the generator's training
+BATCH = 16  # images per step of the generator's training
 ABLATION = ("w", "w_plus", "gradual", "gradual_id")  # the order of the paper's table
 
 
 class Scores:
-    """MSE, PSNR, perceptual distance and identity similarity of pairs of images."""
+    """MSE, PSNR, perceptual distance and identity similarity between outputs and targets."""
 
     def __init__(self) -> None:
         self.perceptual = PerceptualLoss("toyfaces/identity")
@@ -66,7 +66,7 @@ class Scores:
 
 
 def samples() -> dict[str, Any]:
-    """8 x 8 grids with truncation 0.7 and 1.0."""
+    """Draw grids of 8 x 8 samples with truncation 0.7 and 1.0."""
     generator, _ = load_generator("toyfaces/generator")
     for psi in (0.7, 1.0):
         grid = tile(sample_images(generator, 64, psi), 8)
@@ -76,14 +76,14 @@ def samples() -> dict[str, Any]:
 
 @torch.no_grad()
 def generate(generator: Generator, n: int) -> Iterator[Tensor]:
-    """`n` samples without truncation, 50 at a time; latents and noise are fixed."""
+    """Generate `n` samples without truncation, 50 at a time, from fixed latents and noise."""
     torch.manual_seed(0)
     for _ in range(0, n, 50):
         yield generator(torch.randn(50, generator.z_dim), noise="random")
 
 
 def frechet(n: int = 10_000) -> dict[str, Any]:
-    """Generated against drawn, and two disjoint drawn sets."""
+    """Measure the Frechet distance of generated to drawn faces, and of two disjoint drawn sets."""
     generator, _ = load_generator("toyfaces/generator")
     embedding = load_embedding("toyfaces/identity").eval()
     generated, drawn = (FrechetDistance(embedding.statistics, sum(embedding.config["widths"])) for _ in range(2))
@@ -98,7 +98,7 @@ def frechet(n: int = 10_000) -> dict[str, Any]:
 
 
 def training(run: Path, n: int = 2000, shown: Sequence[int] = (1000, 3000, 6000, 10_000, 17_000)) -> dict[str, Any]:
-    """The generators that a run exported on its way: Frechet distance, and the same eight latents with truncation."""
+    """Measure the generators that a run exported during training, and draw the same eight latents with each of them."""
     embedding = load_embedding("toyfaces/identity").eval()
     distance = FrechetDistance(embedding.statistics, sum(embedding.config["widths"]))
     distance.update(draw(HELD_OUT, n).images, real=True)
@@ -119,7 +119,7 @@ def training(run: Path, n: int = 2000, shown: Sequence[int] = (1000, 3000, 6000,
 
 
 def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
-    """W+ codes of held-out faces by optimisation: the ceiling of any encoder."""
+    """Optimise W+ codes of held-out faces: the upper limit of any encoder."""
     generator, average = load_generator("toyfaces/generator")
     assert average is not None
     perceptual, scores = PerceptualLoss("toyfaces/identity"), Scores()
@@ -139,7 +139,7 @@ def projection(n: int = 64, steps: int = 500) -> dict[str, Any]:
 
 
 def sources(net: PSP, faces: Faces, task: str) -> Tensor:
-    """What the task's encoder gets, from drawn faces."""
+    """Return the inputs of the task's encoder for drawn faces."""
     if task == "inversion":
         return faces.images
     if task == "sketch2face":
@@ -160,7 +160,7 @@ def sources(net: PSP, faces: Faces, task: str) -> Tensor:
 
 @torch.no_grad()
 def measure(net: PSP, task: str, faces: Faces, scores: Scores) -> tuple[dict[str, Any], Tensor]:
-    """Scores and outputs of a network; time is one image at a time, median of 50."""
+    """Return scores and outputs of a network; the time is the median of 50 runs with one image each."""
     source = sources(net, faces, task)
     output = torch.cat([net(part) for part in source.split(50)])
     times = []
@@ -174,7 +174,7 @@ def measure(net: PSP, task: str, faces: Faces, scores: Scores) -> tuple[dict[str
 
 
 def checkpoints(n: int = 1000) -> dict[str, Any]:
-    """Each shipped encoder on held-out faces."""
+    """Measure each shipped encoder on held-out faces."""
     faces, scores, rows = draw(HELD_OUT, n), Scores(), {}
     for task in TASKS:
         net = PSP.from_pretrained(f"toyfaces/{task}")
@@ -193,7 +193,7 @@ def checkpoints(n: int = 1000) -> dict[str, Any]:
 
 @torch.no_grad()
 def mixing(n: int = 32, outputs: int = 8, first: int = 4) -> dict[str, Any]:
-    """Sketches with random styles at the layers from `first` on: do they keep the label map, and do they differ?"""
+    """Mix random styles into sketches from layer `first` on; measure agreement with the label map, and variety."""
     net = PSP.from_pretrained("toyfaces/sketch2face")
     generator, _ = load_generator("toyfaces/generator")
     faces = draw(HELD_OUT, n)
@@ -227,7 +227,7 @@ def mixing(n: int = 32, outputs: int = 8, first: int = 4) -> dict[str, Any]:
 
 
 def ablation(folder: Path, n: int = 1000) -> dict[str, Any]:
-    """The runs of the ablation sweep on held-out faces."""
+    """Measure the runs of the ablation sweep on held-out faces."""
     import yaml
 
     faces, scores, runs = draw(HELD_OUT, n), Scores(), {}
@@ -251,8 +251,8 @@ ROWS = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """The measured networks as markdown, the optimisation last."""
-    lines = ["| | MSE | PSNR, dB | perceptual | id similarity | ms an image |", "|---|---|---|---|---|---|"]
+    """Return a markdown table of the measured networks, the projection last."""
+    lines = ["| | MSE | PSNR, dB | perceptual | id similarity | ms per image |", "|---|---|---|---|---|---|"]
     rows = {ROWS[part][name]: row for part in ROWS for name, row in results.get(part, {}).items()}
     if "projection" in results:
         rows[f"projection, {results['projection']['steps']} steps"] = results["projection"]
@@ -268,8 +268,8 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=parts, help="default: all parts")
-    parser.add_argument("--ablation", type=Path, help="folder of the ablation sweep: measured as well")
-    parser.add_argument("--generator", type=Path, help="run folder of the generator's training: measured as well")
+    parser.add_argument("--ablation", type=Path, help="folder of the ablation sweep, to measure it as well")
+    parser.add_argument("--generator", type=Path, help="run folder of the generator's training, to measure it as well")
     options = parser.parse_args()
     if options.ablation:
         parts["ablation"] = partial(ablation, options.ablation)
@@ -278,7 +278,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     files = {name: entry.sha256 for name, entry in shipped().items()}
     if any(results.get("sha256", {}).get(name) != files[name] for name in ("toyfaces/generator", "toyfaces/identity")):
-        results = {}  # everything was measured with these two
+        results = {}  # all results depend on these two networks
     results["sha256"] = files
     for name in parts:
         if options.only is not None and name not in (*options.only, "ablation", "training"):

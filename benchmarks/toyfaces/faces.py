@@ -23,7 +23,7 @@ class Faces(NamedTuple):
 
 
 def draw(seed: int, n: int, start: int = 0) -> Faces:
-    """Samples start to start + n of the faces of `seed`."""
+    """Return samples `start` to `start + n` of the faces of `seed`."""
     faces = ToyFaces(64, seed=seed, n=start + n)
     drawings = [faces.draw(i) for i in range(start, start + n)]
     images = torch.from_numpy(np.stack([d.image for d in drawings])).permute(0, 3, 1, 2).contiguous()

@@ -1,7 +1,7 @@
-"""A small face parser for the toy faces, only to measure with: image to six kinds of region.
+"""A small face parser for measurements on the toy faces: it finds six kinds of region in an image.
 
-Classes are CelebAMask-HQ's 19 merged to: background, skin (with nose, ears, neck), eyes (with brows and glasses),
-mouth, hair (with hat), clothes (with jewellery).
+The 19 classes of CelebAMask-HQ are merged into background, skin (with nose, ears, neck), eyes (with brows and glasses),
+mouth, hair (with hat) and clothes (with jewellery).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KIND_OF = {
 
 
 def kinds(labels: np.ndarray) -> Tensor:
-    """uint8 (n, H, W) class ids to int64 (n, H, W) indices of `KINDS`."""
+    """Map class ids, uint8 (n, H, W), to indices of `KINDS`, int64 (n, H, W)."""
     label_map = load_label_map(CELEBAMASK_HQ)
     table = np.zeros(256, np.int64)
     for number, name in zip(label_map.ids, label_map.names, strict=True):
@@ -34,7 +34,7 @@ def kinds(labels: np.ndarray) -> Tensor:
 
 
 class Parser(nn.Module):
-    """Three resolutions down and up, with shortcuts; (B, 3, 64, 64) to scores (B, 6, 64, 64)."""
+    """A network with three resolutions down and up and shortcuts: (B, 3, 64, 64) to scores (B, 6, 64, 64)."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Parser(nn.Module):
 
 
 def mean_iou(predicted: Tensor, labels: Tensor) -> float:
-    """Mean over classes of intersection over union, counted over all pixels of all images."""
+    """Return the intersection over union, counted over all pixels of all images, averaged over classes."""
     shares = []
     for kind in range(len(KINDS)):
         a, b = predicted == kind, labels == kind
@@ -68,7 +68,7 @@ def mean_iou(predicted: Tensor, labels: Tensor) -> float:
 
 @torch.enable_grad()  # callers measure without gradients
 def load_parser(path: Path, steps: int = 1500, seed: int = 0) -> Parser:
-    """The parser in `path`; trained and written there first if it does not exist."""
+    """Load the parser from `path`; train and write it first if the file does not exist."""
     network = Parser().to(memory_format=torch.channels_last)
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))

@@ -1,6 +1,6 @@
 """Write the records of a folder of shipped weights: `python -m benchmarks.toyfaces.records FOLDER`.
 
-Run it after a file of the folder was written; it writes `records.json` anew from what the files say of themselves.
+Run it whenever a file of the folder has changed. It rewrites `records.json` from the headers of the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 
-LIMIT = 20 * 10**6  # bytes of all shipped weights together
+LIMIT = 20 * 10**6  # bytes of all shipped weights in total
 
 
 def write_records(
@@ -27,21 +27,21 @@ def write_records(
     """Write `records.json` for the `*.safetensors` files of `folder`.
 
     Args:
-        folder: as `.../psp_lightning/weights/toyfaces`; its last part becomes the first of the names.
-        made_by: command by stem; default: `made_by` of the file's own `origin`.
-        licence: of all files; default: `licence` of the file's own `origin`.
+        folder: for example `.../psp_lightning/weights/toyfaces`; its last part is the first part of the names.
+        made_by: the command for each stem; default: `made_by` in the `origin` of the file.
+        licence: licence of all files; default: `licence` in the `origin` of the file.
 
     Returns:
-        The records: name to file, kind, sha256, bytes, made_by, licence.
+        The records: file, kind, sha256, bytes, made_by and licence for each name.
 
     Raises:
-        UserError: no files; one that does not say how it was made or its licence; a pSp network whose generator file
-            is missing or of another digest; more than 20 MB.
+        UserError: there are no files, a file does not state its command or licence, the generator file of a pSp
+            network is missing or has another digest, or the files exceed 20 MB.
     """
     folder, made_by = Path(folder).resolve(), made_by or {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no .safetensors files.")
+        raise UserError(f"{folder} contains no .safetensors files.")
     records, wanted = {}, {}
     for file in files:
         description, _ = read_described(file)
@@ -56,7 +56,7 @@ def write_records(
         }
         for key in ("made_by", "licence"):
             if not isinstance(entry[key], str):
-                raise UserError(f"{file} does not say its {key}: write it with origin={{'{key}': ...}}, or give it.")
+                raise UserError(f"{file} does not state its {key}. Write it with origin={{'{key}': ...}} or give it.")
         records[f"{folder.name}/{file.stem}"] = entry
         network = description.get("psp") or {}
         if "file" in network.get("generator", {}):
@@ -65,11 +65,11 @@ def write_records(
         name, digest = generator["file"], generator.get("sha256")
         if records.get(name, {}).get("sha256") != digest:
             raise UserError(
-                f"{file} was made for another {name} than the one in {folder}: write it again, or delete it."
+                f"{file} was made for a different {name} than the one in {folder}. Write it again, or delete it."
             )
     total = sum(entry["bytes"] for entry in records.values())
     if total > LIMIT:
-        raise UserError(f"The files of {folder} have {total} bytes, more than the {LIMIT} that the package may ship.")
+        raise UserError(f"The files of {folder} have {total} bytes; the package may ship at most {LIMIT}.")
     with replacing(folder / "records.json") as part:
         part.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return records
@@ -79,8 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write and print the records of a folder."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.toyfaces.records", description=__doc__)
     parser.add_argument("folder", help="folder of .safetensors files")
-    parser.add_argument("--licence", help="of all files; default: what each file says")
-    parser.add_argument("--made-by", action="append", default=[], metavar="STEM=COMMAND", help="repeatable")
+    parser.add_argument("--licence", help="licence of all files; default: the one that each file states")
+    parser.add_argument(
+        "--made-by",
+        action="append",
+        default=[],
+        metavar="STEM=COMMAND",
+        help="command of a file; repeatable",
+    )
     given = parser.parse_args(arguments)
     commands = dict(item.split("=", 1) for item in given.made_by if "=" in item)
     try:

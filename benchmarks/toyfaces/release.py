@@ -1,6 +1,7 @@
-"""Puts trained networks into the package, as float16: `python -m benchmarks.toyfaces.release --generator FILE ...`.
+"""Put trained networks into the package as float16: `python -m benchmarks.toyfaces.release --generator FILE ...`.
 
-First generator and identity network, then the encoders that were trained with them. docs/toyfaces.md has all commands.
+Release the generator and the identity network first, then the encoders that were trained with them. docs/toyfaces.md
+lists all commands.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TASKS = ("inversion", "sketch2face", "seg2face", "superres")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", type=Path, help="generator.safetensors of psp-train-generator")
-    parser.add_argument("--steps", type=int, help="steps of its training, for the record")
+    parser.add_argument("--steps", type=int, help="training steps of the generator, for the record")
     parser.add_argument("--identity", type=Path, help="file of benchmarks.toyfaces.train_identity")
     for task in TASKS:
         parser.add_argument(f"--{task}", type=Path, help="run directory of psp-train")
@@ -32,7 +33,7 @@ def main() -> None:
     if options.generator:
         made_by = f"psp-train-generator domain=toyfaces trainer.max_steps={options.steps}"
         generator, _ = load_generator(options.generator)
-        # as it will be read: the average latent and the encoders belong to the rounded weights
+        # round as in the file: the average latent and the encoders belong to the rounded weights
         generator.load_state_dict({k: v.to(half).float() for k, v in generator.state_dict().items()})
         save_generator(FOLDER / "generator.safetensors", generator, {**origin, "made_by": made_by}, half)
     if options.identity:
@@ -40,7 +41,7 @@ def main() -> None:
         save_embedding(
             FOLDER / "identity.safetensors", load_embedding(options.identity), {**origin, "made_by": made_by}, half
         )
-    if options.generator or options.identity:  # encoders refer to the generator by its record
+    if options.generator or options.identity:  # encoders refer to the generator through its record
         stale = [FOLDER / f"{task}.safetensors" for task in TASKS]
         for file in stale:
             file.unlink(missing_ok=True)

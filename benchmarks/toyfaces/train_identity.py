@@ -1,7 +1,7 @@
-"""Trains the identity network of the toy faces: `python -m benchmarks.toyfaces.train_identity --out FILE`.
+"""Train the identity network of the toy faces: `python -m benchmarks.toyfaces.train_identity --out FILE`.
 
-Two pictures of one person (other pose, light, expression, clothes, background) are to have close embeddings, pictures
-of different persons distant ones. The pairs of a batch are each other's negatives.
+Two pictures of one person (in different pose, light, expression, clothes and background) should get similar embeddings,
+and pictures of different people dissimilar ones. The pairs of a batch are each other's negatives.
 
 Source: normalised temperature-scaled cross entropy, van den Oord et al. (arXiv:1807.03748), Chen et al.
 (arXiv:2002.05709), over pairs of the same identity.
@@ -25,23 +25,24 @@ from psp_lightning.utils.images import from_uint8
 
 
 def draw(faces: ToyFaces) -> np.ndarray:
-    """uint8 (n, size, size, 3): every picture."""
+    """Draw every picture: uint8 (n, size, size, 3)."""
     return np.stack([faces.draw(i).image for i in range(len(faces))])
 
 
 def batch(images: np.ndarray, indices: np.ndarray, flip: np.ndarray) -> Tensor:
-    """float32 (len(indices), 3, size, size) in [-1, 1], some of them mirrored."""
+    """Return float32 (len(indices), 3, size, size) in [-1, 1], mirrored if `flip` is true."""
     chosen = images[indices]
     chosen = np.where(flip[:, None, None, None], chosen[:, :, ::-1], chosen)
     return from_uint8(torch.from_numpy(np.ascontiguousarray(chosen)).permute(0, 3, 1, 2).contiguous())
 
 
 def verification(network: ToyFaceEmbedding, images: np.ndarray, per_person: int) -> dict[str, float]:
-    """How well pairs of one person separate from pairs of two, on people that training has not seen.
+    """Measure how well pairs of one person separate from pairs of two people, on people that training has not seen.
 
     Returns:
-        `auc`: probability that a same pair is more alike than a different one; `tpr`: share of same pairs above the
-        similarity that one different pair in a thousand reaches; `same`, `different`: mean similarities.
+        `auc`: probability that a pair of one person is more similar than a pair of two; `tpr`: share of pairs of one
+        person above the similarity that one in a thousand pairs of two people reaches; `same`, `different`: mean
+        similarities of both kinds of pairs.
     """
     network.eval()
     with torch.no_grad():
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the weight file to write")
     parser.add_argument("--people", type=int, default=8000)
-    parser.add_argument("--pictures", type=int, default=5, help="of each person")
+    parser.add_argument("--pictures", type=int, default=5, help="pictures of each person")
     parser.add_argument("--pairs", type=int, default=64, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -111,7 +111,7 @@ def test_another_generator_is_an_error(folder):
     save_generator(folder / "generator.safetensors", generator(7), ORIGIN, HALF)
     with pytest.raises(UserError, match=r"toyfaces/generator \(.*were changed.*Reinstall psp-lightning"):
         load_psp("toyfaces/inversion")
-    with pytest.raises(UserError, match=r"inversion\.safetensors was made for another toyfaces/generator"):
+    with pytest.raises(UserError, match=r"inversion\.safetensors was made for a different toyfaces/generator"):
         write_records(folder)
     (folder / "inversion.safetensors").rename(folder.parent / "old.safetensors")
     write_records(folder)
@@ -148,15 +148,15 @@ def test_write_records(folder, capsys):
     assert locate.shipped()["toyfaces/identity"].made_by == "a b=c"
     assert {entry.licence for entry in locate.shipped().values()} == {"CC0-1.0"}
     save_generator(folder / "generator2.safetensors", generator(), {"licence": "MIT"})
-    with pytest.raises(SystemExit, match=r"generator2\.safetensors does not say its made_by"):
+    with pytest.raises(SystemExit, match=r"generator2\.safetensors does not state its made_by"):
         main([str(folder)])
-    with pytest.raises(UserError, match="holds no .safetensors files"):
+    with pytest.raises(UserError, match="contains no .safetensors files"):
         write_records(folder.parent)
 
 
 def test_write_records_refuses_too_much(folder, monkeypatch):
     monkeypatch.setattr("benchmarks.toyfaces.records.LIMIT", 1000)
-    with pytest.raises(UserError, match="more than the 1000 that the package may ship"):
+    with pytest.raises(UserError, match="the package may ship at most 1000"):
         write_records(folder)
 
 
