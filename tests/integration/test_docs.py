@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,31 +302,69 @@ def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
         assert f"`{name}`" in text, f"docs/architecture.md gives no reason for {name}"
 
 
-# --- the notebook
+# --- docs/train_from_python.md
+
+
+def quick(text: str) -> str:
+    """Shorten the trainings of a Python block to two steps."""
+    text = re.sub(r"(val_check_interval|steps)=\d+", r"\1=2", text)
+    return text.replace("n=20_000", "n=8").replace("ToyFaces(seed=1)", "ToyFaces(seed=1, n=8)")
+
+
+def test_train_from_python_page(psp, tiny: list[str], place: Path) -> None:
+    names: dict[str, object] = {"__name__": "train_from_python_page"}
+    for block in blocks(DOCS / "train_from_python.md"):
+        if block.language == "python":
+            exec(compile(quick(block.text), f"train_from_python.md:{block.line}", "exec"), names)
+        elif block.language == "bash":
+            run_block(block, psp, tiny)
+    runs = {path.parent.parent.name for path in (place / "runs").glob("*/checkpoints/last.ckpt")}
+    assert runs == {"first", "with_id", "edges", "photos"}
+    assert len(list((place / "from_sketches").glob("*.png"))) == 4
+
+
+# --- the notebooks
+
+
+def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
+    """Run a notebook in `place` and return it with its outputs, as text."""
+    nbclient = importlib.import_module("nbclient")
+    nbformat = importlib.import_module("nbformat")
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert shown >= 2, f"{name} is stored without the pictures that it shows"
+    errors = [output for cell in code for output in cell.outputs if output.output_type in ("error", "stream")]
+    assert not [e for e in errors if e.output_type == "error" or e.name == "stderr"], f"{name} is stored with errors"
+    for cell in code:
+        cell.source, cell.outputs = change(cell.source), []
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
+    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not any(str(place) in part for part in printed), "an output contains an absolute path"
+    text = nbformat.writes(notebook)
+    assert text.count("image/png") >= 2, "the pictures are not shown"
+    return text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [True, False], ids=["own checkpoint", "alone"])
-def test_notebook(given: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = importlib.import_module("nbclient")
-    nbformat = importlib.import_module("nbformat")
+@pytest.mark.parametrize("given", [True, False], ids=["own checkpoint", "shipped network"])
+def test_notebook_predict_and_mix(given: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PSP_NOTEBOOK", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if given:
-        net = small_network()
-        torch.save(net, place / "network.ckpt")
+        torch.save(small_network(), place / "network.ckpt")
         monkeypatch.setenv("PSP_NOTEBOOK", str(place))
-    path = ROOT / "notebooks" / "predict_and_mix.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    stored = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.outputs]
-    assert not stored, "the notebook is kept without outputs"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
-    text = nbformat.writes(notebook)
-    assert text.count("image/png") >= 2, "the grids are not shown"
-    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert not any(str(place) in part for part in printed), "an output holds an absolute path"
+    text = executed("predict_and_mix.ipynb", place)
     if given:
-        assert any("face_0" in part for part in printed), "the given images were not used"
+        assert "face_0" in text, "the given images were not used"
+
+
+@pytest.mark.slow
+def test_notebook_train(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = executed("train.ipynb", place, lambda source: quick(source).replace("steps = 150", "steps = 4"))
+    assert "14 is the last step in the log" in text, "the run was not continued"
+    assert (place / "runs/notebook/checkpoints/best.ckpt").is_file()
 
 
 def small_network() -> dict[str, object]:
