@@ -108,16 +108,16 @@ def _call(name: str, *arguments: str) -> str:
     from psp_lightning.cli import data, predict, train
 
     main: Callable[[], None] = {"data": data.main, "predict": predict.main, "train": train.main}[name]
-    words = [f"psp-{name}", *arguments]
-    print(f"$ {shlex.join(words)}", flush=True)
+    line = shlex.join([f"psp-{name}", *arguments])
+    print(f"$ {line}", flush=True)
     GlobalHydra.instance().clear()
-    before, sys.argv = sys.argv, words
+    before, sys.argv = sys.argv, [f"psp-{name}", *arguments]
     try:
         main()  # on a mistake it exits the program, as the command does
     finally:
         sys.argv = before
         sys.stdout.flush()
-    return shlex.join(words)
+    return line
 
 
 def _files(folder: Path, suffix: str = ".png") -> list[Path]:
