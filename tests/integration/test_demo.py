@@ -143,7 +143,7 @@ def test_a_missing_package_is_named(psp, networks: list[str], tmp_path: Path, mo
     ("arguments", "words"),
     [
         (["ot=demo"], ["'ot=demo'", "Did you mean 'out'?"]),
-        (["demo"], ["'demo' is no setting", "out=demo"]),
+        (["demo"], ["'demo' is not a setting", "out=demo"]),
         (["steps=many"], ["steps=many", "whole number"]),
         (["steps=0"], ["steps=0", "at least 1"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
@@ -165,7 +165,7 @@ def test_out_that_cannot_be_used(psp, networks: list[str], tmp_path: Path) -> No
     file = tmp_path / "file"
     file.write_text("mine")
     done = psp("demo", f"out={file}", *networks)
-    assert done.code == 1 and done.err == f"error: out={file} is a file: give a folder.\n"
+    assert done.code == 1 and done.err == f"error: out={file} is a file. Give a folder.\n"
     done = psp("demo", f"out={file / 'below'}", *networks)
     assert done.code == 1 and len(done.err.splitlines()) == 1 and str(file) in done.err, done.err
 

@@ -206,7 +206,7 @@ def test_codes_without_the_average(psp, place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["in=wp.npy", "out=x.safetensors"], "give ckpt=..."),
+        (["in=wp.npy", "out=x.safetensors"], "Give ckpt=..."),
         (["in=gone.npy", "out=x.pt"], "gone.npy do not exist"),
         (["in=wp.npy", "out=x.txt"], "must end in"),
         (["in=wp.npy", "out=wp.npy"], "overwrite=true"),

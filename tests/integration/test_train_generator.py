@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(faces: Path, psp, tmp_pat
     os.kill(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
-    assert "go on with: psp-train-generator resume=" in out and "Traceback" not in out, out
+    assert "continue with: psp-train-generator resume=" in out and "Traceback" not in out, out
     step = final(run)["global_step"]
     assert len(rows(run)) == step and (run / "generator.safetensors").is_file()
     done = psp("train_generator", f"resume={run}", f"trainer.max_steps={step + 2}")
@@ -263,7 +263,7 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
     assert psp("train_generator", *settings).code == 0
     run = tmp_path / "runs" / "generator" / "a"
     done = psp("train_generator", *settings)
-    assert done.code == 1 and "holds a run already" in done.err
+    assert done.code == 1 and "contains a run already" in done.err
     for change in ("network.max_channels=16", "model.mixing=0", "optimizer.lr=0.1", "seed=1"):
         done = psp("train_generator", f"resume={run}", change, "trainer.max_steps=2")
         assert done.code == 1 and change.split("=")[0] in done.err and "init_from=" in done.err, done.err
@@ -425,7 +425,7 @@ def test_domains_of_psp_train(psp) -> None:
 def test_torchrun_with_other_devices(faces: Path, psp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     done = psp("train_generator", f"data.root={faces}", *CPU, "trainer.max_steps=1")
-    assert done.code == 1 and "torchrun started 2 processes" in done.err and "trainer.devices says 1" in done.err
+    assert done.code == 1 and "torchrun started 2 processes" in done.err and "trainer.devices asks for 1" in done.err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(faces: Path, psp) -> None:

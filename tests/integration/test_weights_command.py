@@ -61,7 +61,7 @@ def test_import_and_use(psp, tmp_path, pickled):
     assert torch.allclose(net(z), generator()(z), atol=1e-5) and torch.equal(average, torch.ones(16))
 
     again = psp("weights", "import", pickled, "out=new/g.safetensors")
-    assert again.code == 1 and "is there already: overwrite=true" in again.err
+    assert again.code == 1 and "exists already. overwrite=true" in again.err
     assert psp("weights", "import", pickled, "out=new/g.safetensors", "overwrite=true").code == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["g.safetensors"]
 
@@ -71,7 +71,7 @@ def test_import_and_use(psp, tmp_path, pickled):
         assert result.code == 0 and result.out.count("agrees") == 2, result
     np.savez(tmp_path / "v.npz", z=z, image=generator()(z) + 0.01)
     result = psp("weights", "parity", "new/g.safetensors", "against=v.npz")
-    assert result.code == 1 and "DIFFERS" in result.out and "does not give the values of v.npz" in result.err
+    assert result.code == 1 and "DIFFERS" in result.out and "differ from the values in v.npz" in result.err
     assert psp("weights", "parity", "new/g.safetensors", "against=v.npz", "tolerance=0.1").code == 0
 
 
@@ -88,7 +88,7 @@ def test_a_released_network(psp, tmp_path):
     result = psp("weights", "import", "p.pt", "out=g.safetensors", "what=generator", "latent_avg=computed")
     assert result.code == 0 and "not used: what=generator" in result.out and "100000 mapped draws" in result.out
     result = psp("weights", "verify", "p.safetensors")
-    assert result.code == 0 and "nothing damaged" in result.out
+    assert result.code == 0 and "no damage found" in result.out
     assert hashlib.sha256((tmp_path / "p.safetensors").read_bytes()).hexdigest() in result.out
 
     del state["encoder.latlayer1.bias"]
@@ -124,7 +124,7 @@ def test_list_get_verify(psp, tmp_path, monkeypatch):
         assert entry.name in result.out and entry.licence in result.out and entry.url in result.out
     for name in locate.shipped():
         assert name in result.out
-    assert "[there]" not in result.out
+    assert "[present]" not in result.out
     result = psp("weights", "get", "alexnet", "offline=true")
     assert result.code == 1 and "licence: BSD-3" in result.out and "By hand" in result.err
     assert "Did you mean 'alexnet'" in psp("weights", "get", "alexnett").err
@@ -140,7 +140,7 @@ def test_list_get_verify(psp, tmp_path, monkeypatch):
     result = psp("weights", "verify", "mine")
     assert result.code == 1 and "not the published file" in result.err
     (tmp_path / "w" / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes())
-    assert psp("weights", "verify", "mine").code == 0 and "[there]" in psp("weights", "list").out
+    assert psp("weights", "verify", "mine").code == 0 and "[present]" in psp("weights", "list").out
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,10 @@ def test_list_get_verify(psp, tmp_path, monkeypatch):
         (["parity", "g.safetensors"], "against=... must be given"),
         (["parity", "g.safetensors", "--against"], "--against needs a value"),
         (["parity", "g.safetensors", "against=none.npz"], "none.npz does not exist"),
-        (["parity", "g.safetensors", "against=a.png", "seed=-1"], "seed 0 to"),
+        (
+            ["parity", "g.safetensors", "against=a.png", "seed=-1"],
+            "seed=-1 must be a whole number, from 0 to",
+        ),
         (["inspect", "."], "is a folder without a checkpoint"),
     ],
 )

@@ -39,7 +39,7 @@ def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
 def test_torchrun_with_another_number_of_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_launched(2)
-    with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices says 1"):
+    with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices asks for 1"):
         check_launched(1)
 
 

@@ -35,7 +35,7 @@ def test_without_a_gpu(capsys):
     assert {"CUDA toolkit", "ninja", "C++ compiler", "kernels in", "built", "GPU"} <= set(said)
 
 
-@pytest.mark.parametrize("choice, good, why", [("cuda", False, "no GPU"), ("ref", True, "PSP_OPS=ref says so")])
+@pytest.mark.parametrize("choice, good, why", [("cuda", False, "no GPU"), ("ref", True, "PSP_OPS=ref is set")])
 def test_choice(monkeypatch, capsys, choice, good, why):
     monkeypatch.setenv("PSP_OPS", choice)
     assert doctor.report() is good

@@ -1,4 +1,4 @@
-"""Configuration to the objects of a generator's training."""
+"""Build the objects of a generator's training from its configuration."""
 
 from __future__ import annotations
 
@@ -23,25 +23,21 @@ from psp_lightning.utils.arguments import choice, whole
 from psp_lightning.utils.errors import UserError
 
 SHAPE = ("output_size", "style_dim", "z_dim", "n_mapping")
-REFUSED = {
-    "precision": ": model.half=bfloat16 runs the highest resolutions in half precision",
-    "accumulate_grad_batches": ": lower data.batch_size and set optimizer.lr and model.r1_gamma for it",
+UNSUPPORTED = {
+    "precision": " model.half=bfloat16 runs the highest resolutions in half precision.",
+    "accumulate_grad_batches": " Lower data.batch_size and adapt optimizer.lr and model.r1_gamma.",
     "gradient_clip_val": "",
-    "max_epochs": ": trainer.max_steps says how long",
-    "val_every": ": it has no validation",
+    "max_epochs": " trainer.max_steps sets the length.",
+    "val_every": " There is no validation.",
 }
 HALF = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Training:
-    """Build trainer, module and data of a run.
-
-    Args:
-        cfg: the composed configuration.
-        resume: the checkpoint that the run will continue from; it is read once, here.
+    """Build trainer, module and data of a run, which may resume from the checkpoint `resume`.
 
     Raises:
-        UserError: anything in the configuration or the data that a person can mend.
+        UserError: a mistake in the configuration or the data.
     """
     _check_groups(cfg)
     prepare(cfg)
@@ -77,10 +73,10 @@ def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Tra
 
 
 def build_networks(cfg: DictConfig, size: int) -> tuple[Generator, Discriminator]:
-    """Build generator and discriminator for images of `size`.
+    """Build generator and discriminator for images of `size` pixels.
 
     Raises:
-        UserError: settings that no network can have.
+        UserError: a setting is invalid.
     """
     limits = {"channel_base": (8, math.inf), "n_mapping": (1, 64)}
     net = {
@@ -91,16 +87,16 @@ def build_networks(cfg: DictConfig, size: int) -> tuple[Generator, Discriminator
     with naming(cfg, "network"):
         generator = Generator(size, channel_multiplier=1, channel_base=channel_base, **net)
         discriminator = Discriminator(size, channel_base, net["max_channels"], group=group)
-    for network in (generator, discriminator):  # convolutions run faster so, on CPUs and on GPUs in half precision
+    for network in (generator, discriminator):  # faster on CPUs, and on GPUs in half precision
         network.to(memory_format=torch.channels_last)
     return generator, discriminator
 
 
 def _start_from(module: LitGenerator, path: str) -> None:
-    """Load first weights: all networks of a run, or a generator for generator and average.
+    """Load initial weights: all networks from a run, or generator and average from a generator file.
 
     Raises:
-        UserError: the file holds networks of another shape, or none.
+        UserError: the file contains no such networks, or their shapes differ.
     """
     folder = Path(path).is_dir()
     file = Path(path) / "checkpoints" / "last.ckpt" if folder else Path(path)
@@ -119,26 +115,22 @@ def _start_from(module: LitGenerator, path: str) -> None:
     differing = [key for key in SHAPE if start.config.get(key) != mine.config.get(key)]
     widths = {key: value.shape for key, value in start.state_dict().items()}
     if differing or widths != {key: value.shape for key, value in mine.state_dict().items()}:
-        said = ", ".join(f"{key} {start.config[key]} instead of {mine.config[key]}" for key in differing)
+        found = ", ".join(f"{key} {start.config[key]} instead of {mine.config[key]}" for key in differing)
         raise UserError(
-            f"init_from={path} is a generator of another shape ({said or 'other channels'}); set domain.size and "
-            "network.* to its own."
+            f"init_from={path} is a generator of another shape ({found or 'other channels'}). Set domain.size and "
+            "network.* to its shape."
         )
     load_strict(mine, start.state_dict(), what=f"the generator of init_from={path}")
     module.g_ema.load_state_dict(mine.state_dict())
 
 
 def _check_groups(cfg: DictConfig) -> None:
-    """Refuse options of psp-train's groups, which the search path makes available, where they make no sense here.
-
-    Raises:
-        UserError: naming the group and its options.
-    """
+    """Raise a UserError for options of psp-train that the search path makes available but that do not apply here."""
     if "network" not in cfg or "images" not in (cfg.get("data") or {}):
-        raise UserError("domain and data of psp-train do not train a generator. Choose from: domain=folder, toyfaces")
+        raise UserError("domain and data of psp-train do not fit a generator. Choose from: domain=folder, toyfaces")
     if unknown := sorted(set(cfg.optimizer) - {"lr", "betas"}):
-        raise UserError(f"optimizer.{unknown[-1]}: a generator trains with Adam, which has optimizer.lr and .betas.")
-    for key in sorted(set(cfg.trainer) & REFUSED.keys()):
-        raise UserError(f"trainer.{key} is not for the training of a generator{REFUSED[key]}.")
+        raise UserError(f"optimizer.{unknown[-1]}: generators train with Adam; set only optimizer.lr and .betas.")
+    for key in sorted(set(cfg.trainer) & UNSUPPORTED.keys()):
+        raise UserError(f"trainer.{key} does not apply to the training of a generator.{UNSUPPORTED[key]}")
     if cfg.trainer.strategy not in ("auto", "ddp"):
-        raise UserError(f"trainer.strategy={cfg.trainer.strategy}: a generator trains with auto or ddp.")
+        raise UserError(f"trainer.strategy={cfg.trainer.strategy}: generators train with auto or ddp.")

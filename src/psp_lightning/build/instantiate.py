@@ -1,4 +1,4 @@
-"""Build objects from nodes of the configuration; the only caller of `hydra.utils.instantiate`."""
+"""Build objects from configuration nodes; the only caller of `hydra.utils.instantiate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from psp_lightning.utils.arguments import ArgumentError
 from psp_lightning.utils.errors import UserError, suggest
 
-LISTS = ("loss", "metric")  # groups of which several options are selected, as a list
+LISTS = ("loss", "metric")  # groups that select a list of options
 
 
 def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str] = (), **kwargs: Any) -> Any:
@@ -22,13 +22,13 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
 
     Args:
         cfg: the composed configuration.
-        key: the node's, which holds `_target_` and its arguments.
-        *settings: see `naming`; sections whose values the node's arguments refer to.
-        without: keys of the node that are no arguments.
-        **kwargs: further arguments.
+        key: key of the node, which contains `_target_` and its arguments.
+        *settings: sections that the node's arguments refer to; see `naming`.
+        without: keys of the node that are not arguments.
+        **kwargs: additional arguments.
 
     Raises:
-        UserError: there is no `_target_`, it does not exist or it refuses an argument. The message names the key.
+        UserError: `_target_` is missing, does not exist or rejects an argument. The message names the key.
     """
     node = OmegaConf.select(cfg, key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
@@ -46,9 +46,9 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
             from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
             cause = error.__cause__
-            if cause is None or isinstance(cause, ImportError | AttributeError):  # the target cannot be found
+            if cause is None or isinstance(cause, ImportError | AttributeError):  # the target does not exist
                 raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-            if isinstance(cause, MisconfigurationException):  # Lightning's word for a ValueError
+            if isinstance(cause, MisconfigurationException):  # Lightning's equivalent of a ValueError
                 raise ValueError(str(cause)) from cause
             raise cause from None
 
@@ -63,20 +63,20 @@ def not_selected(group: str, name: str) -> str:
 
 @contextlib.contextmanager
 def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
-    """Name the setting where a constructor names its argument: `flip=2 must ...` becomes `data.flip=2 must ...`.
+    """Replace arguments' names in errors with settings: `flip=2 must ...` becomes `data.flip=2 must ...`.
 
     Args:
         cfg: the composed configuration.
-        *sections: keys of the mappings that the arguments come from; the first that has the argument gives the name.
+        *sections: keys of the mappings that the arguments come from; the first one with the argument is named.
 
     Raises:
-        UserError: from an `ArgumentError`, a `ValueError` or a `TypeError`.
+        UserError: the block raised an `ArgumentError`, a `ValueError` or a `TypeError`.
     """
     try:
         yield
     except ArgumentError as error:
-        holders = (section for section in sections if error.argument in (OmegaConf.select(cfg, section) or ()))
-        key = f"{next(holders, sections[-1])}.{error.argument}"
+        matches = (section for section in sections if error.argument in (OmegaConf.select(cfg, section) or ()))
+        key = f"{next(matches, sections[-1])}.{error.argument}"
         raise UserError(f"{key}={error.value} {error.rule}") from None
     except ValueError as error:
         raise UserError(f"{sections[-1]}: {error}") from error
@@ -84,19 +84,20 @@ def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
         if not (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
             raise UserError(f"{sections[-1]}: {error}") from error
         known = [str(key) for key in OmegaConf.select(cfg, sections[-1]) if key not in (unknown[1], "_target_")]
+        close = suggest(unknown[1], known)
         raise UserError(
-            f"there is no setting {sections[-1]}.{unknown[1]}.{suggest(unknown[1], known)} All: {', '.join(known)}"
+            f"there is no setting {sections[-1]}.{unknown[1]}.{close} Choose from: {', '.join(known)}"
         ) from error
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Import the user's own modules, which register their encoders, losses and tasks.
+    """Import the user's modules, which register encoders, losses and tasks.
 
     Raises:
-        UserError: a module that cannot be found.
+        UserError: a module is not found.
     """
     for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(f"plugins: no module '{name}' ({error}); is its folder in PYTHONPATH?") from None
+            raise UserError(f"plugins: there is no module '{name}' ({error}). Is its folder in PYTHONPATH?") from None

@@ -1,4 +1,4 @@
-"""Configuration of psp-predict to objects: the inputs, the network, the writer, the Trainer."""
+"""Build the objects of psp-predict from its configuration: inputs, network, writer and Trainer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "comp
 
 @dataclass
 class PredictionPlan:
-    """Which outputs there will be, which of them exist, and the input's codes where it holds latents."""
+    """The planned outputs, the indices of the inputs to process, and the codes if `input` is a file of latents."""
 
     outputs: Outputs
     todo: list[int]
@@ -48,15 +48,15 @@ class PredictionPlan:
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """Return the manifest's records of the inputs that need no work."""
+        """Return the manifest records of the inputs whose outputs exist already."""
         todo = set(self.todo)
         return [self.outputs.record(i, "skipped") for i in range(len(self.outputs.files)) if i not in todo]
 
     def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
-        """Write OUTPUT/latents.safetensors: the codes of all inputs that have one; None: not asked for.
+        """Write OUTPUT/latents.safetensors with all codes and return its path, or None if `latents` is off.
 
         Raises:
-            UserError: what was skipped belongs to another generator.
+            UserError: codes from an earlier call belong to another generator.
         """
         good = sorted(record["index"] for record in records if record["status"] != "error")
         if not cfg.latents or not good:
@@ -67,10 +67,10 @@ class PredictionPlan:
 
 
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
-    """Check the settings, list the inputs and leave out what exists already.
+    """Check the settings, list the inputs and find the outputs that exist already.
 
     Raises:
-        UserError: a setting that makes no sense, no input, or an output folder that cannot be written.
+        UserError: a setting is invalid, there is no input, or the output folder cannot be written.
     """
     _check_settings(cfg)
     folder = Path(cfg.output)
@@ -96,20 +96,23 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
 
 
 def _check_settings(cfg: DictConfig) -> None:
-    """Check the settings themselves, so that a mistake is reported before a network is loaded.
-
-    Raises:
-        UserError: one that makes no sense, does not go with another, or needs something that is missing here.
-    """
+    """Raise a UserError for invalid settings, before a network is loaded."""
     choice("format", cfg.format, FORMATS)
     choice("precision", cfg.precision, PRECISIONS)
     for key in SWITCHES:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]} must be true or false.")
-    _check_speed(cfg)
+    if cfg.precision == "bf16" and not cfg.fuse:
+        raise UserError("precision=bf16 needs fuse=true. For fuse=false, use precision=bf16-mixed.")
+    if cfg.cuda_graphs and (cfg.accelerator in ("cpu", "mps") or not torch.cuda.is_available()):
+        raise UserError("cuda_graphs=true needs a CUDA device. Leave it out.")
+    if cfg.cuda_graphs and (cfg.precision.endswith("-mixed") or cfg.compile):
+        raise UserError("cuda_graphs=true needs precision=32-true or bf16, and compile=false.")
+    if cfg.compile and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
+        raise UserError("compile=true needs a C++ compiler. Install g++, or set CXX to a compiler.")
     if cfg.latents not in (True, False, "safetensors"):
-        gone = " Version 0.1.0 also wrote npz; such files can still be read." if cfg.latents == "npz" else ""
-        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.{gone}")
+        npz = " Version 0.1.0 also wrote npz; these files can still be read." if cfg.latents == "npz" else ""
+        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.{npz}")
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
         raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
     if cfg.mask.kind is not None:
@@ -123,39 +126,22 @@ def _check_settings(cfg: DictConfig) -> None:
     number("mix.alpha", cfg.mix.alpha)
 
 
-def _check_speed(cfg: DictConfig) -> None:
-    """Raise a UserError for settings of speed that do not go together or lack something here."""
-    mixed = str(cfg.precision).endswith("-mixed")
-    if cfg.precision == "bf16" and not cfg.fuse:
-        raise UserError("precision=bf16 goes with fuse=true; without it take precision=bf16-mixed.")
-    if cfg.cuda_graphs and (cfg.accelerator in ("cpu", "mps") or not torch.cuda.is_available()):
-        raise UserError("cuda_graphs=true needs a CUDA device; leave it out.")
-    if cfg.cuda_graphs and (mixed or cfg.compile):
-        raise UserError("cuda_graphs=true goes with precision=32-true or bf16, and without compile=true.")
-    if cfg.compile and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
-        raise UserError("compile=true needs a C++ compiler: install g++, or name one in CXX.")
-
-
 def _read_latents(cfg: DictConfig) -> Latents:
-    """Read the codes of `input`.
-
-    Raises:
-        UserError: no file of latents; settings that are for images.
-    """
+    """Read the codes in `input`; raise a UserError for a file without latents or for settings that need images."""
     path = Path(str(cfg.input)).expanduser()
     image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None}
     image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
     if given := [key for key, value in image.items() if value]:
-        raise UserError(f"{given[0]} is for images; input={cfg.input} holds latents.")
+        raise UserError(f"{given[0]} is for images; input={cfg.input} contains latents.")
     latents = read_latents(path)
     results = {Path(cfg.output) / f"latents{suffix}" for suffix in DESCRIBED}
     if cfg.latents and path.resolve() in {result.resolve() for result in results}:
-        raise UserError(f"latents={cfg.latents} would write over input={cfg.input}: give another output folder.")
+        raise UserError(f"latents={cfg.latents} would overwrite input={cfg.input}. Choose another output folder.")
     return latents
 
 
 def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
-    """Raise a UserError where two results would be one file: a picture called sheet, a folder called side_by_side."""
+    """Raise a UserError if two outputs have the same path, e.g. for an input called sheet or a folder side_by_side."""
     taken = {outputs.folder / "sheet.png"} if sheet else set()
     for index, file in enumerate(outputs.files):
         for path in outputs.all(index):
@@ -169,10 +155,10 @@ def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
 def build_prediction(
     cfg: DictConfig, plan: PredictionPlan
 ) -> tuple[pl.Trainer, LitPredictor, DataLoader[Any], PredictionWriter]:
-    """Build Trainer, network, inputs of this rank and writer.
+    """Build Trainer, network, this rank's inputs and writer.
 
     Raises:
-        UserError: anything in the checkpoint, the inputs or the settings that a person can mend.
+        UserError: a mistake in the checkpoint, the inputs or the settings.
     """
     quiet()
     import_plugins(cfg.plugins)
@@ -193,8 +179,10 @@ def build_prediction(
         masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
         dataset = InputDataset(plan.outputs.files, spec, cfg.factor, masks, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
-    with torch.inference_mode(), naming(cfg, "mix"):
-        inject = make_inject(freeze_psp_generator(net), mask, cfg.mix.n_outputs, cfg.mix.seed, _reference(cfg, spec))
+    with torch.inference_mode():
+        frozen, reference = freeze_psp_generator(net), _reference(cfg, spec)
+        with naming(cfg, "mix"):
+            inject = make_inject(frozen, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     digest = generator_hash(net.generator) if cfg.latents else None
     module = LitPredictor(
         _for_inference(cfg, net), mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average,
@@ -208,7 +196,7 @@ def build_prediction(
         devices=devices,
         precision="32-true" if cfg.precision == "bf16" else cfg.precision,
         strategy=DDPStrategy() if world > 1 else "auto",
-        use_distributed_sampler=False,  # each rank takes its own share below
+        use_distributed_sampler=False,  # each rank gets its share below
         callbacks=[writer] + ([PredictionBar()] if cfg.progress_bar else []),
         enable_progress_bar=cfg.progress_bar,
         logger=False,
@@ -226,8 +214,8 @@ def build_prediction(
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
-    """Return the network as the settings of speed want it; autocast takes the plain one."""
-    if not cfg.fuse or str(cfg.precision).endswith("-mixed"):
+    """Return the network in the form that the speed settings ask for; autocast runs the plain one."""
+    if not cfg.fuse or cfg.precision.endswith("-mixed"):
         dtype = autocast_dtype(cfg.precision, computes_on_cpu(cfg.accelerator))
         net = freeze_psp_generator(net.to(memory_format=torch.channels_last), dtype)
     else:
@@ -238,11 +226,7 @@ def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
 
 
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
-    """Return what the network takes.
-
-    Raises:
-        UserError: settings that are for another kind of source.
-    """
+    """Return the network's input specification; raise a UserError if a setting is for another kind of source."""
     values = dict(net.source)
     if cfg.mask.kind is not None:
         values["mask"] = {"kind": cfg.mask.kind}
@@ -250,16 +234,16 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
     if spec.kind != "masked" and (cfg.mask.composite or cfg.mask.kind is not None or cfg.mask.dir is not None):
         raise UserError(f"mask.* is for inpainting; {cfg.ckpt} takes {spec.kind} images.")
     if cfg.factor is not None and cfg.factor > spec.size:
-        raise UserError(f"factor={cfg.factor} is more than the {spec.size} pixels of the input.")
+        raise UserError(f"factor={cfg.factor} is larger than the {spec.size} pixels of the input.")
     if cfg.factor is not None and spec.kind != "lowres":
         raise UserError(f"factor={cfg.factor} is for super-resolution; {cfg.ckpt} takes {spec.kind} images.")
     return spec
 
 
 def _reference(cfg: DictConfig, spec: InputSpec | None) -> torch.Tensor | None:
-    """Return the picture whose styles are injected."""
+    """Return the source whose styles are injected."""
     if cfg.mix.reference is None:
         return None
     if spec is None:
-        raise UserError(f"mix.reference needs an encoder; {cfg.ckpt} is a generator alone.")
+        raise UserError(f"mix.reference needs an encoder; {cfg.ckpt} contains only a generator.")
     return load_source(cfg.mix.reference, spec)

@@ -1,4 +1,4 @@
-"""The Trainer of both trainings, with its callbacks and loggers."""
+"""Build the Trainer of both trainings, with its callbacks and loggers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Checkpoint = dict[str, Any]
 
 @dataclass
 class Training:
-    """Everything that a training needs.
+    """The objects of a training.
 
     Attributes:
-        resume_step: the step of the checkpoint that it continues from; None for a new run.
+        resume_step: step of the checkpoint to resume from; None for a new run.
     """
 
     trainer: pl.Trainer
@@ -42,15 +42,15 @@ class Training:
 
     @property
     def interrupted(self) -> bool:
-        """Whether ctrl-C or SIGTERM ended the fit."""
+        """Return whether ctrl-C or SIGTERM ended the fit."""
         return any(c.interrupted for c in self.trainer.callbacks if isinstance(c, LastCheckpoint))  # type: ignore[attr-defined]
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the numbers that no constructor of ours takes, import plugins and seed all random numbers.
+    """Check the numbers that our constructors do not check, import plugins and seed all random number generators.
 
     Raises:
-        UserError: a number that makes no sense, a plugin that does not exist.
+        UserError: a number is out of range, or a plugin does not exist.
     """
     quiet()
     cfg.seed = whole("seed", cfg.seed, 0, 2**32 - 1)
@@ -63,52 +63,52 @@ def prepare(cfg: DictConfig) -> None:
 
 
 def quiet() -> None:
-    """Leave out what Lightning says that does not concern a user of this library."""
-    for name in ("pytorch_lightning", "lightning_fabric"):  # its import has set them to INFO: tips, device counts
+    """Hide Lightning's messages that are irrelevant to users of this library."""
+    for name in ("pytorch_lightning", "lightning_fabric"):  # importing it sets them to INFO: tips, device counts
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        "Found .* in eval mode at the start",  # the frozen networks are meant to be
-        ".*does not have many workers.*",  # data.num_workers is a setting, and drawn faces need none
+        "Found .* in eval mode at the start",  # intended for the frozen networks
+        ".*does not have many workers.*",  # data.num_workers is a setting; drawn faces need no workers
         ".*LeafSpec.*",
-        ".*sync_dist=True.*",  # the values are gathered already
+        ".*sync_dist=True.*",  # the values are synchronized already
         ".*broadcast_buffers.*",
         "The number of training batches .* is smaller than the logging interval",
-        "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own
+        "Checkpoint directory .* exists and is not empty",  # a resumed run uses its own
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def read_resumed(path: Path | None, key: str, command: str) -> Checkpoint | None:
-    """Read the checkpoint that a run continues from, None for a new run.
+    """Read the checkpoint that a run resumes from; return None for a new run.
 
-    Lightning is given what was read. Where a user's callback saved something that is not plain, Lightning reads the
-    file itself and refuses it with its own message.
+    Lightning receives this content. If a user's callback saved an object that is not plain, Lightning reads the file
+    itself and rejects it with its own message.
 
     Raises:
-        UserError: the file has no `key`: `command` did not write it.
+        UserError: the file has no `key`, so `command` did not write it.
     """
     if path is None:
         return None
     content = read(path)
     if not {key, "global_step"} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of {command}.")
+        raise UserError(f"{path} is not a checkpoint of {command}.")
     return content
 
 
 def build_trainer(
     cfg: DictConfig, own: list[Callback], ddp: Strategy, resume: Checkpoint | None, **options: Any
 ) -> pl.Trainer:
-    """Build the Trainer on the devices of the settings.
+    """Build the Trainer.
 
     Args:
         cfg: the composed configuration.
-        own: callbacks that the training itself needs.
-        ddp: strategy for several processes, where `trainer.strategy` is auto or ddp.
-        resume: content of the checkpoint that the run continues from.
-        **options: of the Trainer; those of `cfg.trainer` come on top.
+        own: callbacks that the training always needs.
+        ddp: strategy for several processes if `trainer.strategy` is auto or ddp.
+        resume: content of the checkpoint that the run resumes from.
+        **options: options of the Trainer; `cfg.trainer` overrides them.
 
     Raises:
-        UserError: devices that do not exist, or options that the Trainer refuses.
+        UserError: devices do not exist, or the Trainer rejects an option.
     """
     options |= OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[arg-type]
     options["accelerator"], options["devices"] = resolve_devices(options["accelerator"], options["devices"])
@@ -138,18 +138,18 @@ def build_trainer(
 
 
 def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
-    """Build the selected callbacks; the last checkpoint comes last, so that it holds the state of the others."""
+    """Build the selected callbacks. `LastCheckpoint` comes last, because it saves the state of the others."""
     callbacks = [EpochStart(), *own]
     callbacks += [instantiate(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar(refresh_rate=1))
-    if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):  # what an interrupted run leaves
+    if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):  # an interrupted run needs it to resume
         callbacks.append(LastCheckpoint(Path(cfg.paths.output_dir, "checkpoints"), None))
     return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
 def build_loggers(cfg: DictConfig, resume: Checkpoint | None) -> list[Logger]:
-    """Build the selected loggers; those of a resumed run go on from its checkpoint."""
+    """Build the selected loggers; in a resumed run they continue after the checkpoint's step."""
     loggers = [instantiate(cfg, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node]
     for logger in loggers:
         if resume is not None and isinstance(logger, CsvLog):

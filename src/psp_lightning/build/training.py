@@ -1,4 +1,4 @@
-"""Configuration to the objects of an encoder's training."""
+"""Build the objects of an encoder's training from its configuration."""
 
 from __future__ import annotations
 
@@ -29,37 +29,33 @@ from psp_lightning.zoo.locate import find
 
 log = logging.getLogger(__name__)
 
-# Channels from which an encoder is trained in channels_last. With fewer, the gradient of a strided 1x1 convolution
-# writes outside its memory in that order (oneDNN of torch 2.15, in_channels of 2 and 4, a batch of two).
+# Minimum number of channels for training an encoder in channels_last. With fewer, the gradient of a strided 1x1
+# convolution writes outside its memory in that format (oneDNN in torch 2.15, in_channels of 2 and 4, batch size 2).
 WIDE = 8
 
 
 def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
-    """Build trainer, module and data of a run.
-
-    Args:
-        cfg: the composed configuration.
-        resume: the checkpoint that the run will continue from; it is read once, here.
+    """Build trainer, module and data of a run, which may resume from the checkpoint `resume`.
 
     Raises:
-        UserError: anything in the configuration or the data that a person can mend.
+        UserError: a mistake in the configuration or the data.
     """
     prepare(cfg)
     data = build_data(cfg)
     module = build_module(cfg, data)
     check_monitored(cfg, module)
     checkpoint = read_resumed(resume, "psp", "psp-train")
-    # the encoder's buffers agree under SyncBatchNorm; sending them before each forward would hang a validation in which
-    # ranks have unequal numbers of batches
+    # SyncBatchNorm keeps the encoder's buffers equal. Broadcasting them before each forward pass would hang a
+    # validation in which ranks have different numbers of batches.
     ddp = DDPStrategy(broadcast_buffers=False)
-    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # where SyncBatchNorm exists
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
     sync = on_gpu and cfg.model.batch_norm == "sync"
     trainer = build_trainer(cfg, [AverageBatchNorm()], ddp, checkpoint, sync_batchnorm=sync)
     return Training(trainer, module, data, None if checkpoint is None else checkpoint["global_step"])
 
 
 def build_data(cfg: DictConfig) -> Any:
-    """Build the task's data module over the stores of the domain."""
+    """Build the task's data module with the stores of the domain."""
     make = instantiate(cfg, "task.datamodule")
     options = {key: cfg.data[key] for key in ("batch_size", "val_batch_size", "num_workers", "seed", "flip")}
     with naming(cfg, "data", "domain", "task.datamodule"):
@@ -73,7 +69,7 @@ def build_data(cfg: DictConfig) -> Any:
 
 
 def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
-    """Build encoder and generator, with `n_styles`, `style_dim` and `in_channels` derived."""
+    """Build encoder and generator; derive `n_styles` and `style_dim` from the generator."""
     made = instantiate(cfg, "generator")
     generator, latent_avg = made if isinstance(made, tuple) else (made, None)
     samples = whole("model.latent_avg_samples", cfg.model.latent_avg_samples, 1)
@@ -87,7 +83,7 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
     }
     make = instantiate(cfg, "encoder")
     if "n_styles" not in inspect.signature(make.func).parameters:
-        del derived["n_styles"]  # an encoder into W has one style
+        del derived["n_styles"]  # an encoder into W predicts one style
     with naming(cfg, "encoder"):
         encoder = make(**derived)
     net = PSP(encoder, generator, latent_avg, start_from_latent_avg=cfg.model.start_from_latent_avg, source=source)
@@ -97,26 +93,26 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         log.info("%s", load_strict(net, load_psp(cfg.init_from).state_dict(), what=f"init_from={cfg.init_from}"))
     if cfg.model.checkpointing:
         if cfg.model.compile:
-            raise UserError("model.checkpointing=true does not go with model.compile=true: leave one of them out.")
+            raise UserError("model.checkpointing=true and model.compile=true exclude each other. Leave one out.")
         checkpoint_units(net.encoder)
     if cfg.model.compile:
-        net.encoder.compile()  # in place: the keys of the state dict stay clean
+        net.encoder.compile()  # in place, to keep the state-dict keys unchanged
     on_cpu = computes_on_cpu(cfg.trainer.accelerator)
     return freeze_psp_generator(net, autocast_dtype(cfg.trainer.precision, on_cpu))
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
-    """Start the encoder's backbone from the face recognition network, as the paper does.
+    """Initialize the encoder's backbone from the face recognition network, as in the paper.
 
     Args:
-        encoder: with the layers of IR-SE50.
-        name: `ir_se50` (in the weights folder), or the file.
+        encoder: an encoder with the layers of IR-SE50.
+        name: `ir_se50` (in the weights folder), or a file.
 
     Raises:
-        UserError: the file is missing or of another network.
+        UserError: the file is missing or contains another network.
 
-    Source: pSp's training code; with other than three input channels its first layer keeps its random weights. Weights
-    for an image beside the source (ReStyle) start at zero.
+    Source: pSp's training code. If the source does not have three channels, the first layer keeps its random weights.
+    Weights for an image next to the source (ReStyle) start at zero.
     """
     state = read(find(name) if name == "ir_se50" else name)
     shared: tuple[str, ...] = ("body.", "input_layer.")
@@ -136,7 +132,7 @@ def build_losses(cfg: DictConfig) -> CompositeLoss:
 
 
 def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
-    """Build the selected metrics. One with a `loss` measures with this term's network, and is left out without it."""
+    """Build the selected metrics. One with a `loss` key uses that term's network; without the term it is skipped."""
     metrics = {}
     for name, node in (cfg.get("metric") or {}).items():
         term = node.get("loss") if isinstance(node, DictConfig) else None
@@ -155,7 +151,7 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
     net = build_net(cfg, source, data.spec.channels)
     optimizer = instantiate(cfg, "optimizer")
     with naming(cfg, "optimizer"):
-        optimizer([torch.nn.Parameter(torch.zeros(1))])  # what it refuses is reported before the training starts
+        optimizer([torch.nn.Parameter(torch.zeros(1))])  # report invalid settings before the training starts
     with naming(cfg, "model"):
         module = LitPSP(
             net,
@@ -172,15 +168,11 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
         )
     if getattr(net.encoder, "widths", [WIDE])[0] < WIDE:
         return module
-    return module.to(memory_format=torch.channels_last)  # in which convolutions run faster
+    return module.to(memory_format=torch.channels_last)  # convolutions are faster in this format
 
 
 def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
-    """Refuse a monitored value that will never be logged; the first validation may be hours away.
-
-    Raises:
-        UserError: with the key and the values that are logged.
-    """
+    """Raise a UserError for a monitored value that is never logged; the first validation may be hours away."""
     terms = list(module.losses.terms)
     logged = ["val/loss", *(f"val/loss_{name}" for name in terms), *(f"val/{name}" for name in module.val_metrics)]
     monitored = {"objective": cfg.objective}
@@ -189,6 +181,6 @@ def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
             monitored[f"callbacks.{name}.monitor"] = node.monitor
             choice(f"callbacks.{name}.mode", node.get("mode", "min"), ("min", "max"))
     for key, value in monitored.items():
-        extra = any(str(value).startswith(f"val/{name}_") for name in terms)  # a term's own logs
+        extra = any(str(value).startswith(f"val/{name}_") for name in terms)  # extra values that a term logs
         if value is not None and value not in logged and not extra:
             raise UserError(f"{key}={value} is not logged.{suggest(value, logged)} Logged: {', '.join(logged)}")

@@ -1,4 +1,4 @@
-"""psp-data: write a dataset to a folder."""
+"""psp-data: write a drawn dataset to a folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from psp_lightning.cli.settings import command, parse, verb
 USAGE = "psp-data toyfaces out=DIR"
 HELP = f"""{USAGE} [n=1000] [size=256] [seed=0]
 
-Draws faces and writes them in the folder layout of CelebAMask-HQ:
+Draws faces and writes them to a folder in the layout of CelebAMask-HQ:
   DIR/CelebA-HQ-img/0.jpg ...        images
   DIR/CelebAMask-HQ-mask/0.png ...   label maps, pixel value = class id (0 to 18)
   DIR/sketch/0.png ...               line sketches
 
-out    folder, made if missing; must not hold a dataset already
+out    folder; it is created if missing and must not contain a dataset
 n      number of faces
 size   height and width in pixels
-seed   another seed, other faces
+seed   seed of the faces; each seed draws different ones
 """
 
 
 def run(arguments: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     verb("psp-data", arguments, ["toyfaces"])
     values = parse(arguments[1:], {"n": 1000, "size": 256, "seed": 0}, ["out"], USAGE)
     from psp_lightning.data.toyfaces import write_dataset

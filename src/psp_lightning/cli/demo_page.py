@@ -1,4 +1,4 @@
-"""What psp-demo shows: index.html beside its pictures, and demo.png, one sheet with everything."""
+"""The output of psp-demo: index.html next to its pictures, and demo.png, one sheet with everything."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic
 
-Losses = dict[str, list[tuple[int, float]]]  # name of a curve to its (step, value)
+Losses = dict[str, list[tuple[int, float]]]  # name of a curve -> list of (step, value)
+SheetRow = tuple[str | Path, Sequence[Path]]  # label, as text or a picture, and the pictures of the row
 INK, FAINT, LINE, DOTS = "#222222", "#6e6e6e", "#5b9bd5", "#d1495b"
-CELL, GAP, MARGIN, LABEL, HEADING, GRAPH = 88, 5, 14, 118, 30, 230  # pixels of the sheet
+CELL, GAP, MARGIN, LABEL, HEADING, GRAPH = 88, 5, 14, 118, 30, 230  # in pixels, on the sheet
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file and what it shows, for readers who cannot see it."""
+    """An image file and its alternative text."""
 
     path: Path
     shows: str
@@ -36,11 +37,11 @@ class Part:
 
     Attributes:
         title: the heading.
-        text: what the pictures are.
+        text: explains the pictures.
         commands: the command lines that made them.
-        rows: each row holds cells, each cell its pictures from top to bottom.
-        losses: drawn below the rows.
-        wide: pictures that stand beside one another in their own proportions.
+        rows: lists of cells; a cell is a list of pictures, from top to bottom.
+        losses: plotted below the rows.
+        wide: pictures shown side by side in their own proportions.
     """
 
     title: str
@@ -51,16 +52,8 @@ class Part:
     wide: list[Picture] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class SheetRow:
-    """One line of the sheet: a text or a picture on the left, pictures beside it."""
-
-    label: str | Path
-    pictures: list[Path]
-
-
 def check_packages() -> None:
-    """Raise a UserError where matplotlib or jinja2 is missing."""
+    """Raise a UserError if matplotlib or jinja2 is missing."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -69,7 +62,7 @@ def check_packages() -> None:
 
 
 def read_losses(path: Path) -> Losses:
-    """Return the training and validation losses in a run's `metrics.csv`."""
+    """Read the training and validation losses from a run's `metrics.csv`."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -79,11 +72,11 @@ def read_losses(path: Path) -> Losses:
 
 
 def write_page(path: Path, **values: Any) -> None:
-    """Write the page from demo_page.html; pictures are named relative to it.
+    """Render demo_page.html to `path`, with the pictures' paths relative to it.
 
     Args:
         path: the HTML file.
-        values: `title`, `intro`, `parts` (list of `Part`), `links` (text to address), `footer`.
+        values: `title`, `intro`, `parts` (list of `Part`), `links` (text -> address), `footer`.
     """
     import jinja2
 
@@ -99,16 +92,10 @@ def write_page(path: Path, **values: Any) -> None:
 def write_sheet(
     path: Path, groups: Sequence[tuple[str, Sequence[SheetRow]]], losses: Losses, losses_title: str
 ) -> None:
-    """Write one PNG with all rows and the losses below them.
-
-    Args:
-        path: the PNG file.
-        groups: heading and rows of each part.
-        losses: drawn below the rows, under `losses_title`.
-    """
+    """Write a PNG with a heading and rows for each group, and a plot of the losses under `losses_title` at the end."""
     from matplotlib.figure import Figure
 
-    n = max(len(row.pictures) for _, rows in groups for row in rows)
+    n = max(len(pictures) for _, rows in groups for _, pictures in rows)
     width = 2 * MARGIN + LABEL + n * (CELL + GAP) - GAP
     height = 2 * MARGIN + sum(HEADING + len(rows) * (CELL + GAP) + 8 for _, rows in groups) + HEADING + GRAPH
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
@@ -117,18 +104,20 @@ def write_sheet(
         figure.text(x / width, 1 - y / height, text, va="center", **style)
 
     def paste(x: int, y: int, picture: Path) -> None:
-        figure.figimage(_cell(picture), x, height - y - CELL)
+        with Image.open(picture) as image:
+            cell = np.asarray(image.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS))
+        figure.figimage(cell, x, height - y - CELL)
 
     y = MARGIN
     for title, rows in groups:
         write(MARGIN, y + HEADING / 2, title, color=INK, fontsize=12)
         y += HEADING
-        for row in rows:
-            if isinstance(row.label, Path):
-                paste(MARGIN + LABEL - CELL - 12, y, row.label)
+        for label, pictures in rows:
+            if isinstance(label, Path):
+                paste(MARGIN + LABEL - CELL - 12, y, label)
             else:
-                write(MARGIN, y + CELL / 2, row.label, color=FAINT, fontsize=10)
-            for k, picture in enumerate(row.pictures):
+                write(MARGIN, y + CELL / 2, label, color=FAINT, fontsize=10)
+            for k, picture in enumerate(pictures):
                 paste(MARGIN + LABEL + k * (CELL + GAP), y, picture)
             y += CELL + GAP
         y += 8
@@ -137,19 +126,14 @@ def write_sheet(
     _plot(figure.add_axes((50 / width, (MARGIN + bottom) / height, 1 - 80 / width, (top - bottom) / height)), losses)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    # a palette with dithering: a third of the bytes, and no difference that one sees
+    # a palette with dithering takes a third of the bytes, without a visible difference
     sheet = Image.open(buffer).convert("RGB")
     palette = sheet.quantize(256, kmeans=3)
     save_atomic(sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG), path, optimize=True)
 
 
-def _cell(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS))
-
-
 def _plot(axes: Any, losses: Losses) -> None:
-    """Draw the training loss as a line and the validation loss as dots, from step 0 and loss 0 on."""
+    """Plot the training loss as a line and the validation loss as dots; both axes start at 0."""
     for (name, points), colour, marks in zip(losses.items(), (LINE, DOTS), ("-", "o"), strict=True):
         axes.plot(*np.array(points).reshape(-1, 2).T, marks, color=colour, label=f"{name} loss")
     axes.set(xlabel="step", xlim=(0, None), ylim=(0, None))
@@ -159,7 +143,7 @@ def _plot(axes: Any, losses: Losses) -> None:
 
 
 def _curve_svg(losses: Losses) -> Any:
-    """Return the losses as an inline SVG element whose texts take the page's colour."""
+    """Return a plot of the losses as an inline SVG element, with text in the page's colour."""
     from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -171,5 +155,5 @@ def _curve_svg(losses: Losses) -> Any:
         _plot(figure.add_subplot(), losses)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().replace(INK, "currentColor")
-    label = 'role="img" aria-label="Losses of training and validation over the steps"'
+    label = 'role="img" aria-label="Training and validation losses by step"'
     return Markup(svg[svg.index("<svg") :].replace("<svg", f"<svg {label}", 1))

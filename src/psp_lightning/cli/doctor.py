@@ -1,4 +1,4 @@
-"""psp-doctor: what the CUDA kernels need, whether they are used, and whether they are right."""
+"""psp-doctor: report whether the CUDA kernels can be built, are used and are correct."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from psp_lightning.utils.errors import UserError
 USAGE = "psp-doctor ops"
 HELP = f"""{USAGE} [build=true] [check=false]
 
-Prints which kernels are used, why, and what they are built with.
+Prints which kernels are used, why, and which tools build them.
 
-build   build them now, also without a GPU (for the architectures in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0")
+build   build them now, even without a GPU (for the architectures in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0")
 check   on a GPU: compare every kernel with plain PyTorch in float64 (default: true)
 
-Status 0: what PSP_OPS asks for is there and right; on a GPU, auto asks for the kernels. Status 1: it is not, the build
-failed, or a kernel is wrong.
+Status 0: what PSP_OPS asks for is available and correct; on a GPU, auto asks for the kernels. Status 1: it is not
+available, the build failed, or a kernel is wrong.
 Environment: PSP_OPS=auto|cuda|ref, PSP_OPS_DIR=folder of built kernels, CUDA_HOME, TORCH_CUDA_ARCH_LIST.
 """
 
@@ -27,36 +27,40 @@ def _line(name: str, value: object) -> None:
 
 
 def report(build: bool = False, check: bool = True) -> bool:
-    """Print it all; True if what `$PSP_OPS` asks for is there and right."""
+    """Print the report; return whether what `$PSP_OPS` asks for is available and correct."""
     import torch
 
-    from psp_lightning.ops import dispatch as _dispatch
-    from psp_lightning.ops.cuda import build as _jit
-    from psp_lightning.ops.cuda import toolchain as _toolchain
+    from psp_lightning.ops import dispatch
+    from psp_lightning.ops.cuda import build as jit
+    from psp_lightning.ops.cuda import toolchain
 
-    choice, gpus = _dispatch.choice(), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    architectures = _toolchain.architectures()
-    home = _toolchain.cuda_home()
+    choice, gpus = dispatch.choice(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    architectures = toolchain.architectures()
+    home = toolchain.cuda_home()
     _line("PSP_OPS", choice + ("" if os.environ.get("PSP_OPS") else " (not set)"))
     _line("torch", f"{torch.__version__}, built with CUDA {torch.version.cuda or '- none'}")
-    _line("CUDA toolkit", f"{home}, nvcc {_toolchain.nvcc_version(home) or 'does not run'}" if home else "not found")
-    _line("ninja", _toolchain.ninja_version() or "not found")
-    _line("C++ compiler", _toolchain.compiler_version() or "not found")
+    _line("CUDA toolkit", f"{home}, nvcc {toolchain.nvcc_version(home) or 'does not run'}" if home else "not found")
+    _line("ninja", toolchain.ninja_version() or "not found")
+    _line("C++ compiler", toolchain.compiler_version() or "not found")
     for i in range(gpus):
         capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
         _line(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {capability}")
     if not gpus:
         _line("GPU", "none that PyTorch can use")
     _line("architectures", " ".join(architectures) or "none")
-    folder = _jit.ops_dir() / (_toolchain.key(architectures) if architectures else "")
+    folder = jit.ops_dir() / (toolchain.key(architectures) if architectures else "")
     _line("kernels in", folder)
-    built = bool(architectures) and _jit.is_complete(folder)
-    problem = "" if built else _toolchain.missing()
-    good = True
+    built = bool(architectures) and jit.is_complete(folder)
+    problem = "" if built else toolchain.missing()
     if build:
-        built, problem = _build(architectures)
-        good = built
-    _line("built", "yes" if built else f"no: {problem}" if problem else "no (at their first use, or now: build=true)")
+        print("building, which takes about a minute ...", flush=True)
+        try:
+            jit.ensure_built(architectures)
+            built, problem = True, ""
+        except jit.BuildError as error:
+            built, problem = False, str(error)
+    good = built or not build
+    _line("built", "yes" if built else f"no: {problem}" if problem else "no (build=true or the first use builds them)")
 
     used, why = _decide(choice, gpus, problem)
     _line("in use", f"{'CUDA kernels' if used else 'plain PyTorch'}: {why}")
@@ -67,37 +71,26 @@ def report(build: bool = False, check: bool = True) -> bool:
     return good
 
 
-def _build(architectures: list[str]) -> tuple[bool, str]:
-    from psp_lightning.ops.cuda import build as _jit
-
-    print("building, a minute or so ...", flush=True)
-    try:
-        _jit.ensure_built(architectures)
-    except _jit.BuildError as error:
-        return False, str(error)
-    return True, ""
-
-
 def _decide(choice: str, gpus: int, problem: str) -> tuple[bool, str]:
-    """Whether kernels are used, and why; on a GPU this builds and loads them."""
+    """Return whether kernels are used, and why; on a GPU, build and load them."""
     if choice == "ref":
-        return False, "PSP_OPS=ref says so"
+        return False, "PSP_OPS=ref is set"
     if not gpus:
-        return False, "there is no GPU" + (", so PSP_OPS=cuda ends in an error" if choice == "cuda" else "")
+        return False, "there is no GPU" + (", so PSP_OPS=cuda fails" if choice == "cuda" else "")
     if problem:
         return False, problem
-    from psp_lightning.ops.cuda import build as _jit
+    from psp_lightning.ops.cuda import build as jit
 
     try:
-        if _jit.kernels() is not None:
+        if jit.kernels() is not None:
             return True, "built, loaded, and there is a GPU"
     except UserError as error:
         return False, str(error)
-    return False, "the warning above says why"
+    return False, "the warning above gives the reason"
 
 
 def _check() -> bool:
-    """Compare the kernels with the reference on every GPU."""
+    """Compare the kernels with the reference on every GPU; return whether all agree."""
     import torch
 
     from psp_lightning.ops.check import run_checks
@@ -112,14 +105,14 @@ def _check() -> bool:
         _line(
             f"check on GPU {i}",
             f"{len(results) - len(wrong)} of {len(results)} agree with float64; the largest error is "
-            f"{worst.error / worst.bound:.0%} of what is allowed ({worst.name})",
+            f"{worst.error / worst.bound:.0%} of the allowed error ({worst.name})",
         )
         good = good and not wrong
     return good
 
 
 def run(arguments: list[str]) -> None:
-    """The command."""
+    """Run the command."""
     verb("psp-doctor", arguments, ["ops"])
     if not report(**parse(arguments[1:], {"build": False, "check": True}, [], USAGE)):
         sys.exit(1)

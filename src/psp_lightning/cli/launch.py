@@ -1,8 +1,8 @@
-"""Runs one composed job in one process, or in n ranks started for this job alone.
+"""Run one composed job in this process, or in n ranks that are started only for this job.
 
-Lightning's own DDP relaunch repeats the command line, and with `-m` that repeats the whole sweep in every rank. Here
-the Hydra process is no rank: it freezes the composed job, starts n workers through PyTorch's elastic launcher and takes
-the value of rank 0. Each sweep job therefore gets its own ranks, its own process group and exactly one run directory.
+Lightning's DDP starts its other ranks by repeating the command line; with `-m`, every rank would repeat the whole
+sweep. Here the Hydra process is not a rank: it freezes the composed job, starts n workers with PyTorch's elastic
+launcher and returns the value of rank 0. Each job of a sweep has its own ranks, process group and run directory.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Job = Callable[[DictConfig], Any]
 
 
 def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
-    """Run `job(cfg)` here, or in `n_processes` ranks; returns the value of rank 0.
+    """Run `job(cfg)` in this process, or in `n_processes` ranks; return the value of rank 0.
 
-    Under torchrun or srun (`LOCAL_RANK` is set) the process already is a rank and runs the job itself.
+    Under torchrun or srun (`LOCAL_RANK` is set), this process is a rank already and runs the job itself.
 
     Args:
-        job: an importable function; it is called in every rank.
-        cfg: the composed configuration; frozen (interpolations and `${now:}` resolved) before it is handed on.
-        n_processes: ranks on this machine.
+        job: an importable function; every rank calls it.
+        cfg: the composed configuration; the ranks receive it frozen (interpolations and `${now:}` are resolved).
+        n_processes: number of ranks on this machine.
 
     Raises:
-        UserError: what a rank raised, once.
-        RuntimeError: any other failure of a rank, with its traceback.
+        UserError: a rank raised it; several ranks' errors are reported once.
+        RuntimeError: a rank failed in any other way; the message contains its traceback.
     """
     if n_processes == 1 or "LOCAL_RANK" in os.environ:
         return job(cfg)
@@ -62,40 +62,37 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
         start_method="spawn",
         monitor_interval=0.1,
     )
+    # YAML text, because Hydra's plugin configuration classes do not pickle
+    frozen = OmegaConf.to_yaml(cfg, resolve=True), OmegaConf.to_yaml(HydraConfig.instance().cfg.hydra)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory(prefix="psp_ranks_") as messages:
         try:
-            results = elastic_launch(config, _rank)(job, _freeze(cfg), os.getcwd(), messages, os.getpid())
+            results = elastic_launch(config, _rank)(job, frozen, os.getcwd(), messages, os.getpid())
         except ChildFailedError as error:
-            told = sorted(Path(messages).iterdir())
-            if told:
-                raise UserError(told[0].read_text()) from None
+            if reports := sorted(Path(messages).iterdir()):
+                raise UserError(reports[0].read_text()) from None
             raise RuntimeError(str(error)) from None
-        except SignalException:  # the ranks were told, and have stopped after their step
+        except SignalException:  # the ranks received it too, and have stopped after their step
             raise KeyboardInterrupt from None
         return results[0]
 
 
-def _freeze(cfg: DictConfig) -> tuple[str, str]:
-    # YAML text: Hydra's plug-in configuration classes do not pickle
-    return OmegaConf.to_yaml(cfg, resolve=True), OmegaConf.to_yaml(HydraConfig.instance().cfg.hydra)  # type: ignore[union-attr]
-
-
-def _thaw(state: tuple[str, str]) -> DictConfig:
+def _thaw(job_yaml: str, hydra_yaml: str) -> DictConfig:
+    """Restore Hydra's own configuration and return the job's."""
     hydra = OmegaConf.structured(HydraConf)
     with open_dict(hydra):
-        hydra.merge_with(OmegaConf.create(state[1]))
+        hydra.merge_with(OmegaConf.create(hydra_yaml))
     HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
-    cfg = DictConfig(OmegaConf.create(state[0]))
+    cfg = DictConfig(OmegaConf.create(job_yaml))
     OmegaConf.set_struct(cfg, True)
     return cfg
 
 
-def _rank(job: Job, state: tuple[str, str], folder: str, messages: str, parent: int) -> Any:
+def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent: int) -> Any:
     import torch
 
     _die_with(parent)
     os.chdir(folder)
-    cfg = _thaw(state)
+    cfg = _thaw(*frozen)
     rank = os.environ["LOCAL_RANK"]
     if rank == "0":
         hydra = HydraConfig.get()
@@ -110,12 +107,12 @@ def _rank(job: Job, state: tuple[str, str], folder: str, messages: str, parent: 
 
 
 def _die_with(parent: int) -> None:
-    """Ask the kernel to end this rank when its parent ends, however it ends (Linux; elsewhere elastic's own watch)."""
+    """Ask the kernel to kill this rank when its parent ends for any reason (only on Linux; elastic also watches it)."""
     import ctypes
     import signal
     import sys
 
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the request
+        if os.getppid() != parent:  # the parent ended before the request
             os._exit(1)

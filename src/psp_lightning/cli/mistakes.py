@@ -1,4 +1,4 @@
-"""The one way in which commands report mistakes: a message for a person, no traceback, exit codes."""
+"""Reporting of mistakes, the same in all commands: one readable message, no traceback, an exit code."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import Any
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.reproducibility import make_reproducible
 
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
-
-class Told(BaseException):
-    """Carries a message past Hydra, which would print the overrides and a hint before a `UserError`."""
+class Report(BaseException):
+    """A message that Hydra passes on unchanged; for a `UserError` it would print the overrides and a hint first."""
 
 
 def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Decorate the function below `hydra.main`: refuse missing settings, let a mistake leave Hydra as `Told`.
+    """Decorate the function below `hydra.main`: check for missing settings and turn a user's mistake into a `Report`.
 
-    In a sweep, where the other jobs are to go on, it stays an exception of its job.
+    In a sweep the error stays an exception of its job, because the other jobs must run.
     """
 
     @functools.wraps(task)
@@ -38,20 +36,22 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except (UserError, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN or (isinstance(error, OSError) and error.errno is None):
                 raise
-            raise Told(_words(error)) from None
+            raise Report(_message(error)) from None
 
     return run
 
 
 def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] | None = None) -> None:
-    """Call a command's function, reproducibly; a user's mistake becomes one message and status 1, ctrl-C status 130.
+    """Call a command's function with reproducible arithmetic.
+
+    A user's mistake ends in one message and status 1, ctrl-C in status 130.
 
     Args:
         run: the function.
-        prepare: what rewrites the command line first.
+        prepare: changes the command line before the call.
     """
     make_reproducible()  # before anything imports PyTorch
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands its exceptions on, so that they are worded here
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -59,26 +59,26 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
         if prepare is not None:
             sys.argv[1:] = prepare(sys.argv[1:])
         run()
-    except (UserError, Told) as error:
+    except (UserError, Report) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error))
     except ValueError as error:
-        if "Config group override must be" not in str(error):  # Hydra has no exception of its own for logger=null
+        if "Config group override must be" not in str(error):  # Hydra has no exception class for logger=null
             raise
         _fail(_wrong_option(sys.argv[1:]) or str(error))
-    except BrokenPipeError:  # the reader of a pipe, `| head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(_words(error))
+        _fail(_message(error))
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}"
     return str(error)
@@ -86,13 +86,13 @@ def _words(error: Exception) -> str:
 
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_ERROR)
+    sys.exit(1)
 
 
 def explain(error: Exception) -> str:
-    """Return Hydra's or OmegaConf's error in words that name the culprit and the closest match."""
+    """Return a message for an error of Hydra or OmegaConf that names the culprit and the closest match."""
     text = str(error)
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return _unknown_option(match[1], match[2], match[3].split())
     if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
         return _unknown_option(match[1], match[2])
@@ -100,40 +100,41 @@ def explain(error: Exception) -> str:
         return _unselected(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
         key, close = match[1], _closest_key(match[1], error.__cause__)
-        return f"there is no configuration key '{key}'.{close} All keys: --cfg job; new ones: +{key}=..."
+        return f"there is no configuration key '{key}'.{close} --cfg job lists all keys; +{key}=... adds a new one."
+    if match := re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text):
+        key, values = match.groups()
+        return f"{key}={values} is ambiguous. Write a list as {key}=[{values}]; add -m to run one job for each value."
     if match := re.search(r"missing EQUAL at|mismatched input|LexerNoViableAlt|token recognition", text):
-        return (
-            f"{text.splitlines()[0]}\nSettings are written KEY=VALUE; a value with special characters: \"KEY='VALUE'\""
-        )
+        return f"{text.splitlines()[0]}\nWrite settings as KEY=VALUE; quote special characters: \"KEY='VALUE'\""
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} must be given on the command line: {match[1]}=..."
     return text
 
 
 def _unselected(group: str, name: str) -> str:
-    """Return the message for a setting of something that is not in the list of its group."""
+    """Return the message for a setting of an option that is not in the list of its group."""
     from psp_lightning.build.instantiate import not_selected
 
-    if name in (options := _shipped(group)):
+    if name in (options := _options(group)):
         return not_selected(group, name)
     return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
 
 
 def _unknown_option(group: str, name: str, options: list[str] | None = None) -> str:
-    options = options or _shipped(group)
+    options = options or _options(group)
     return f"{group}={name} does not exist.{suggest(name, options)} Choose from: {', '.join(options)}"
 
 
 def _wrong_option(arguments: Sequence[str]) -> str | None:
-    """Return the message for the first argument that gives a group a value which names none of its files."""
+    """Return the message for the first argument that gives a group a value other than its options."""
     for argument in arguments:
         group, sign, value = argument.partition("=")
-        if sign and value not in (options := _shipped(group)) and options and value[:1] != "[":
+        if sign and value not in (options := _options(group)) and options and value[:1] != "[":
             return _unknown_option(group, value, options)
     return None
 
 
-def _shipped(group: str) -> list[str]:
+def _options(group: str) -> list[str]:
     """Return the options of a group."""
     from psp_lightning._conf import config_root
 
@@ -145,7 +146,7 @@ def _shipped(group: str) -> list[str]:
 
 
 def _closest_key(key: str, error: BaseException | None) -> str:
-    """Return the closest key of the composed configuration, which OmegaConf's error refers to."""
+    """Return a suggestion from the keys of the composed configuration, which OmegaConf's error refers to."""
     from omegaconf import OmegaConf
 
     node = getattr(error, "parent_node", None)

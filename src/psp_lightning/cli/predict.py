@@ -1,4 +1,4 @@
-"""psp-predict: one output for every readable input."""
+"""psp-predict: write one output for every readable input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
-    """Predict the share of this rank; return the manifest's records of all ranks."""
+    """Predict this rank's share of the inputs; return the manifest records of all ranks."""
     from psp_lightning.build.prediction import build_prediction
     from psp_lightning.lit.distributed import gather
 
@@ -40,10 +40,10 @@ def _run(cfg: DictConfig) -> None:
     records = plan.skipped
     if plan.todo:
         wanted = count_devices(cfg.accelerator, cfg.devices)
-        if wanted > len(plan.todo):  # a rank without an input has nothing to do
+        if wanted > len(plan.todo):  # more ranks would have no input
             wanted = cfg.devices = len(plan.todo)
         records += launch(partial(predict_job, plan), cfg, wanted)
-    # what was skipped may be another checkpoint's work
+    # skipped outputs may come from another checkpoint
     records = [{**r, "checkpoint": str(cfg.ckpt)} if r["status"] == "ok" else r for r in records]
     manifest = plan.outputs.folder / "manifest.jsonl"
     save_manifest(manifest, records)
@@ -63,7 +63,7 @@ def _run(cfg: DictConfig) -> None:
 
 def _command_line(arguments: list[str]) -> list[str]:
     if is_sweep(arguments):
-        raise UserError("psp-predict takes no sweep: input= takes a folder or a glob.")
+        raise UserError("psp-predict does not sweep (-m). For several inputs, set input= to a folder or a glob.")
     return quote_paths(arguments)
 
 

@@ -1,4 +1,4 @@
-"""`resume=`: a run's own settings and directory, put before what the command line adds."""
+"""`resume=`: continue a run with its recorded settings, its directory and the command line's changes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ARITHMETIC = "arithmetic.yaml"
 
 
 def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
-    """Return a command line with its paths quoted and with what `resume=` means.
+    """Quote the paths on a command line and expand `resume=`.
 
-    `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` goes on in RUN with the settings that it was started with; later
-    settings on the command line win. `resume=auto` takes the newest run of the task, or the one named by `run=`, and
-    starts a new run where there is none.
+    `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` continues RUN with the settings that it was started with; settings
+    on the command line override them. `resume=auto` continues the newest run of the task, or the run named by `run=`.
+    If there is no such run, it starts a new one.
 
     Args:
-        arguments: as given.
+        arguments: the command line.
         family: first part of the run directories; None: the task.
 
     Raises:
-        UserError: no such run or checkpoint; together with `-m`.
+        UserError: the run or checkpoint does not exist, or `resume=` is combined with `-m` or `hydra.run.dir=`.
     """
     arguments = quote_paths(arguments)
     options = flags(arguments)
@@ -44,15 +44,20 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
     if wanted in (None, "null"):
         return arguments
     if is_sweep(options):
-        raise UserError("resume= goes on with one run; leave out -m.")
+        raise UserError("resume= continues one run; leave out -m.")
     if wanted == "auto":
         checkpoint = _newest(settings, family or settings.get("task") or "inversion")
         if checkpoint is None:
             return [argument for argument in arguments if not argument.startswith("resume=")]
     else:
-        checkpoint = _checkpoint(Path(str(wanted).strip("'\"")))
+        path = Path(str(wanted).strip("'\""))
+        checkpoint = path / LAST if path.is_dir() else path
+        if not checkpoint.is_file():
+            raise UserError(
+                f"resume={path}: there is no {checkpoint}. Give a run directory, one of its checkpoints, or auto."
+            )
     if "hydra.run.dir" in settings:
-        raise UserError("resume= goes on in the run's own directory: leave out hydra.run.dir.")
+        raise UserError("resume= continues in the run's own directory; leave out hydra.run.dir.")
     run = checkpoint.parent.parent
     if (run / "config.yaml").is_file():
         settings["hydra.run.dir"] = quote(os.fspath(run.resolve()))
@@ -61,21 +66,12 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
 
 
 def _recorded_settings(run: Path) -> dict[str, str | None]:
-    """Return the settings that a run was started with, in this version's words."""
+    """Return the settings that a run was started with, as this version spells them."""
     file = run / "overrides.yaml"
     lines = yaml.safe_load(file.read_text()) if file.is_file() else None
     settings = dict(split(OVERRIDES.get(line, line)) for line in lines or ())
-    settings.pop("init_from", None)  # the checkpoint holds the weights by now
+    settings.pop("init_from", None)  # the checkpoint contains the weights
     return settings
-
-
-def _checkpoint(path: Path) -> Path:
-    candidate = path / LAST if path.is_dir() else path
-    if not candidate.is_file():
-        raise UserError(
-            f"resume={path}: no checkpoint at {candidate}. Give a run directory, one of its checkpoints, or auto."
-        )
-    return candidate
 
 
 def _newest(settings: dict[str, str | None], family: str) -> Path | None:
@@ -87,18 +83,17 @@ def _newest(settings: dict[str, str | None], family: str) -> Path | None:
 
 # --- the composed settings
 
-# What makes a run the run that it is. Data, trainer and callbacks may change; the log says what did.
+# A resume may not change these settings. It may change data, trainer and callbacks, and logs each change.
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
-FREE = ("model.compile", "model.checkpointing")  # they change speed and memory, no number
-
-NEW_KEYS = ("metric.", "callbacks.", "logger.")  # groups that have other keys than in version 0.1.0
+FREE = ("model.compile", "model.checkpointing")  # they change speed and memory, but no results
+NEW_KEYS = ("metric.", "callbacks.", "logger.")  # groups with other keys than in version 0.1.0
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     """Return `key: before -> now` for each setting that differs from the run's recorded ones.
 
     Raises:
-        UserError: one of them makes it another run.
+        UserError: a setting differs that a resume may not change.
     """
     recorded = run / "config.yaml"
     if not recorded.is_file():
@@ -110,8 +105,8 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
     if fixed := [line for key, line in lines.items() if key.startswith(FIXED) and key not in FREE]:
         raise UserError(
-            f"resume= goes on with the run as it was started, which does not allow {'; '.join(fixed)}. Leave this out, "
-            f"or start a new run from its weights with init_from={run / LAST}."
+            f"resume= cannot change {'; '.join(fixed)}. Leave this out, or start a new run from the weights with "
+            f"init_from={run / LAST}."
         )
     return list(lines.values())
 
@@ -126,8 +121,7 @@ def changed_arithmetic(run: Path) -> list[str]:
 
 
 def record(run: Path, cfg: DictConfig) -> None:
-    """Write the settings of a run, composed (config.yaml) and as they were given (overrides.yaml), and what its last
-    bits depend on (arithmetic.yaml)."""
+    """Record the composed settings (config.yaml), the overrides (overrides.yaml) and `arithmetic` (arithmetic.yaml)."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task)
     files = {
         "config.yaml": OmegaConf.to_yaml(cfg, resolve=True),
@@ -140,7 +134,7 @@ def record(run: Path, cfg: DictConfig) -> None:
 
 
 def _settings(container: Any) -> dict[str, Any]:
-    """Return the values of a configuration by their dotted keys; classes of ours by name, as their modules may move."""
+    """Return a configuration's values by dotted key; our classes without their modules, which may change."""
     return {
         key: value.rpartition(".")[2] if key.endswith("._target_") and "psp_lightning." in str(value) else value
         for key, value in flat(container).items()

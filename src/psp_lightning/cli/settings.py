@@ -1,4 +1,4 @@
-"""Settings on a command line, KEY=VALUE: of commands with and without configuration files."""
+"""KEY=VALUE settings on the command lines of all commands, with and without configuration files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from psp_lightning.cli.mistakes import guard
-from psp_lightning.utils import arguments as checks
 from psp_lightning.utils.errors import UserError, suggest
 
-# settings whose values are paths or names: people write them as in a shell, without Hydra's own quotes
+# Settings whose values are paths or names: users write them as in a shell, without Hydra's quotes.
 PATHS = (
     "ckpt", "input", "output", "init_from", "resume", "run", "generator.path", "paths.runs",
     "mix.reference", "mask.dir",
@@ -21,19 +20,19 @@ PATHS = (
 
 
 def verb(name: str, arguments: Sequence[str], verbs: Sequence[str]) -> str:
-    """Return the first argument, one of the verbs of the command `name`.
+    """Return the first argument.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not one of the verbs of the command `name`.
     """
     if arguments[0] not in verbs:
         close = suggest(arguments[0], verbs)
-        raise UserError(f"{name} has no '{arguments[0]}'.{close} It has: {', '.join(verbs)}.")
+        raise UserError(f"{name} has no '{arguments[0]}'.{close} Choose from: {', '.join(verbs)}")
     return arguments[0]
 
 
 def split(argument: str) -> tuple[str, str | None]:
-    """Return key and value of `KEY=VALUE`; the value is None where there is no `=`."""
+    """Return key and value of `KEY=VALUE`; the value is None without a `=`."""
     key, sign, value = argument.partition("=")
     return key, value if sign else None
 
@@ -42,29 +41,32 @@ def parse(arguments: Sequence[str], defaults: Mapping[str, Any], required: Seque
     """Return the settings of a command line; later ones win.
 
     Args:
-        arguments: `KEY=VALUE` each.
-        defaults: value by name of everything that may be left out. Where it is an int or a bool, so is what is given.
-        required: names of those that may not.
-        usage: the command's form, for messages.
+        arguments: items of the form `KEY=VALUE`.
+        defaults: the optional settings. The type of a default, bool, int, float or str, is the type of the setting. A
+            type instead of a value means that the default is None.
+        required: names of the settings that must be given; they are text.
+        usage: the command's usage line, for messages.
 
     Raises:
-        UserError: an unknown or empty setting, a missing one, or a value of another kind.
+        UserError: a setting is unknown, empty, missing or of the wrong type.
     """
     names = [*required, *defaults]
-    values = dict(defaults)
+    kinds = {name: value if isinstance(value, type) else type(value) for name, value in defaults.items()}
+    values = {name: None if isinstance(value, type) else value for name, value in defaults.items()}
     for argument in arguments:
         key, value = split(argument)
         if value is None or key not in names:
-            raise UserError(f"'{argument}' is no setting.{suggest(key, names)} Settings: {', '.join(names)}. {usage}")
+            close = suggest(key, names)
+            raise UserError(f"'{argument}' is not a setting.{close} Choose from: {', '.join(names)}. Usage: {usage}")
         if not value:
-            raise UserError(f"{key}= has no value. {usage}")
-        values[key] = _as(type(defaults.get(key, "")), key, value)
+            raise UserError(f"{key}= has no value. Usage: {usage}")
+        values[key] = _convert(kinds.get(key, str), key, value)
     if missing := [name for name in required if name not in values]:
-        raise UserError(f"{missing[0]}=... must be given: {usage}")
+        raise UserError(f"{missing[0]}=... must be given. Usage: {usage}")
     return values
 
 
-def _as(kind: type, key: str, value: str) -> Any:
+def _convert(kind: type, key: str, value: str) -> Any:
     if kind is bool:
         if value not in ("true", "false"):
             raise UserError(f"{key}={value}: write {key}=true or {key}=false.")
@@ -72,34 +74,32 @@ def _as(kind: type, key: str, value: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise UserError(f"{key}={value} is not a whole number.") from None
-
-
-def choice(values: Mapping[str, Any], key: str, options: Sequence[str]) -> str:
-    """Return the value of a setting, which must be one of `options`; a `UserError` says what they are."""
-    return checks.choice(key, values[key], options)
+        raise UserError(f"{key}={value} is not a {'whole ' if kind is int else ''}number.") from None
 
 
 def new_file(values: Mapping[str, Any], suffixes: Sequence[str]) -> Path:
-    """Return the file `out`, which has one of the suffixes and does not exist unless `overwrite`.
+    """Return the path in the setting `out`.
 
     Raises:
-        UserError: another suffix, or something exists there.
+        UserError: it has none of the suffixes, is a folder, or exists and `overwrite` is false.
     """
     path = Path(values["out"]).expanduser()
     if path.suffix not in suffixes:
         raise UserError(f"out={path} must end in {' or '.join(suffixes)}.")
     if path.is_dir():
-        raise UserError(f"out={path} is a folder: give a file.")
+        raise UserError(f"out={path} is a folder. Give a file.")
     if path.exists() and not values["overwrite"]:
-        raise UserError(f"out={path} is there already: overwrite=true replaces it.")
+        raise UserError(f"out={path} exists already. overwrite=true replaces it.")
     return path
 
 
-def command(help: str, run: Callable[[list[str]], object]) -> None:
-    """Run a command: without arguments its help and status 1, with --help its help, mistakes as one message."""
+def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool = True) -> None:
+    """Run a command and report a mistake in one message.
+
+    --help prints the help. So does a call without arguments if the command needs some, which exits with status 1.
+    """
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments) or (needs_arguments and not arguments):
         print(help)
         sys.exit(0 if arguments else 1)
     guard(lambda: run(arguments))
@@ -109,12 +109,12 @@ def command(help: str, run: Callable[[list[str]], object]) -> None:
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether Hydra is to run one job for each combination of values."""
+    """Return whether Hydra will run one job for each combination of values."""
     return bool({"-m", "--multirun"} & set(arguments))
 
 
 def flags(arguments: Sequence[str]) -> list[str]:
-    """Return Hydra's own options with their values: everything that is no `key=value`, `+key`, `~key`."""
+    """Return Hydra's own options with their values: everything except `key=value`, `+key` and `~key`."""
     found, takes_value = [], False
     for argument in arguments:
         is_flag = argument.startswith("-")
@@ -130,7 +130,7 @@ def quote(value: str) -> str:
 
 
 def quote_paths(arguments: list[str]) -> list[str]:
-    """Quote values of `PATHS` that Hydra's grammar would not take as they are; not in a sweep."""
+    """Quote the values of `PATHS` that Hydra's grammar rejects otherwise; leave a sweep unchanged."""
     if is_sweep(arguments):
         return arguments
     quoted = []

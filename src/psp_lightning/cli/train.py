@@ -1,4 +1,4 @@
-"""psp-train: compose, build, run."""
+"""psp-train: train an encoder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ log = logging.getLogger("psp_train")
 
 
 def train_job(cfg: DictConfig) -> float | None:
-    """Run one training in this process, or as one of its ranks; return the objective."""
+    """Run one training, or one rank of it; return the objective."""
     from psp_lightning.build.training import build_training
 
     run = cfg.paths.output_dir
 
     def announce(training: Training) -> None:
         if str(cfg.generator.get("_target_", "")).endswith("Generator.seeded") and cfg.init_from is None:
-            log.warning("the generator is seeded and untrained: outputs are no faces; generator=file takes a real one")
+            log.warning("the generator is untrained, so its outputs are not faces; generator=file loads a trained one")
         steps = training.trainer.max_steps
         log.info("%s on %s, %d steps; run directory %s", cfg.task.name, cfg.data.name, steps, run)
 
-    training = fit(cfg, build_training, announce, "psp-train", log)
+    training = fit(cfg, build_training, announce, "psp-train")
     if training is None:
         return None
     value = training.trainer.callback_metrics.get(cfg.objective)

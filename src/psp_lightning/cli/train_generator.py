@@ -1,4 +1,4 @@
-"""psp-train-generator: compose, build, run."""
+"""psp-train-generator: train a StyleGAN2 generator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 
 
 def train_generator_job(cfg: DictConfig) -> None:
-    """Run one training in this process, or as one of its ranks."""
+    """Run one training, or one rank of it."""
     from psp_lightning.build.generator_training import build_generator_training
 
     run = cfg.paths.output_dir
@@ -34,11 +34,11 @@ def train_generator_job(cfg: DictConfig) -> None:
         module: Any = training.module
         data: Any = training.data
         log.info(
-            "%d px on %s (%d images), %d steps of %d images a device; run directory %s", module.generator.output_size,
+            "%d px on %s (%d images), %d steps of %d images per device; run directory %s", module.generator.output_size,
             cfg.data.name, len(data.images), training.trainer.max_steps, data.batch_size, run,
         )  # fmt: skip
 
-    training = fit(cfg, build_generator_training, announce, "psp-train-generator", log)
+    training = fit(cfg, build_generator_training, announce, "psp-train-generator")
     if training is not None and training.trainer.is_global_zero:
         file = os.path.join(run, "generator.safetensors")
         log.info("done: step %d; %s", training.trainer.global_step, file if os.path.exists(file) else run)

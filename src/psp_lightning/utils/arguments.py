@@ -1,4 +1,8 @@
-"""Checks of arguments. A constructor refuses a value; whoever knows the setting behind it says that name instead."""
+"""Checks of argument values.
+
+A constructor raises `ArgumentError` about its own argument; `build.instantiate.naming` replaces the argument's name
+with the setting that it came from.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,12 @@ from psp_lightning.utils.errors import UserError, suggest
 
 
 class ArgumentError(UserError):
-    """A value that an argument cannot have.
+    """An argument with an invalid value.
 
     Attributes:
         argument: its name.
-        value: what was given.
-        rule: what it has to be, the end of the sentence `argument=value ...`.
+        value: the value that was passed.
+        rule: the rest of the sentence `argument=value ...`, which says what is allowed.
     """
 
     def __init__(self, argument: str, value: object, rule: str) -> None:
@@ -30,16 +34,16 @@ def number(argument: str, value: Any, low: float = -math.inf, high: float = math
     """Return `value`, a finite number from `low` to `high`, or None if it is `optional`.
 
     Raises:
-        ArgumentError: it is something else.
+        ArgumentError: `value` is anything else.
     """
     return _checked(argument, value, low, high, optional, "number")
 
 
 def whole(argument: str, value: Any, low: float = -math.inf, high: float = math.inf, optional: bool = False) -> Any:
-    """Return `value`, a whole number from `low` to `high`, as an int (1e4 is one), or None if it is `optional`.
+    """Return `value`, a whole number from `low` to `high`, as an int (1e4 counts), or None if it is `optional`.
 
     Raises:
-        ArgumentError: it is something else.
+        ArgumentError: `value` is anything else.
     """
     checked = _checked(argument, value, low, high, optional, "whole number")
     return None if checked is None else int(checked)
@@ -50,20 +54,19 @@ def _checked(argument: str, value: Any, low: float, high: float, optional: bool,
         return None
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= value <= high or (what == "whole number" and value != int(value)):
-        limits = f", from {low:g} to {high:g}" if high < math.inf else f", at least {low:g}" if low > -math.inf else ""
+        limits = f", from {low} to {high}" if high < math.inf else f", at least {low}" if low > -math.inf else ""
         raise ArgumentError(argument, value, f"must be a {what}{limits}.")
     return value
 
 
 def choice(argument: str, value: Any, options: Iterable[str]) -> Any:
-    """Return `value`, one of `options`.
+    """Return `value` if it is one of `options`.
 
     Raises:
-        ArgumentError: it is not; the closest option is suggested.
+        ArgumentError: it is not; the message suggests the closest option.
     """
     options = list(options)
     if value not in options:
-        raise ArgumentError(
-            argument, value, f"is unknown.{suggest(value, options)} Choose from: {', '.join(map(str, options))}"
-        )
+        rule = f"is unknown.{suggest(value, options)} Choose from: {', '.join(map(str, options))}"
+        raise ArgumentError(argument, value, rule)
     return value

@@ -1,4 +1,4 @@
-"""Write files that are whole or not there."""
+"""Atomic writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:
-    """Give a new, empty file in the folder of `path`, with its suffix, that takes its place when the block ends well.
+    """Yield a new, empty file in the folder of `path`, with the same suffix; move it to `path` if the block succeeds.
 
     Args:
-        path: is replaced, or stays as it was.
-        sync: wait until the bytes are on the disk, so that a power failure cannot leave half of them.
+        path: the file to create or replace; it does not change if the block raises.
+        sync: wait until the bytes are on the disk, so a power failure cannot leave a partial file.
 
     Raises:
-        OSError: naming `path`, when the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder cannot be written. The error names `path`.
     """
     path = Path(path)
     part = None
@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]
 
 
 def save_torch(content: Any, path: str | os.PathLike[str]) -> None:
-    """Call `torch.save` so that `path` holds a whole file or what it held before.
+    """Call `torch.save` atomically.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -54,7 +54,7 @@ def save_torch(content: Any, path: str | os.PathLike[str]) -> None:
     with replacing(path) as part, part.open("wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # how PyTorch's writer says that it was interrupted, or that the disk is full
+        except RuntimeError as error:  # PyTorch's writer reports both an interrupt and a full disk this way
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise OSError(errno.ENOSPC, "cannot be written, the disk is probably full") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`psp_lightning` in the user's cache folder; it may not exist yet."""
+    """Return the folder `psp_lightning` in the user's cache; it may not exist yet."""
     if sys.platform == "darwin":
         cache = Path.home() / "Library" / "Caches"
     elif sys.platform == "win32":

@@ -1,7 +1,7 @@
-"""What version 0.1.0 called otherwise, in one table.
+"""Names that have changed since version 0.1.0, in one table.
 
-Modules and names that its documentation showed can still be imported, with a `DeprecationWarning` that says the new
-path. Keys of its files are renamed when they are read, without a warning.
+Modules and names that were documented in 0.1.0 can still be imported, with a `DeprecationWarning` that gives the new
+path. Keys in its files are renamed when they are read, without a warning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = "psp_lightning."
 
-# Module of 0.1.0 -> the modules that hold its names now, searched in this order.
+# Module of 0.1.0 -> the modules that contain its names now, searched in this order.
 MODULES = {
     "checkpoints.io": ("loading", "checkpoints.read", "checkpoints.strict"),
     "checkpoints.latents": ("latents.codes", "loading"),
@@ -29,19 +29,19 @@ MODULES = {
     "lit.samples": ("lit.callbacks.samples",),
     "models.frozen": ("models.layers",),
 }
-# Name of 0.1.0 -> its name now. A module that still exists calls `moved` in its `__getattr__`; one that is gone needs a
-# line in MODULES too.
+# Name of 0.1.0 -> its name now. A module that still exists calls `moved` in its `__getattr__`; a removed module also
+# needs an entry in MODULES.
 NAMES = {
     "checkpoints.io.save_atomic": "utils.atomic.save_torch",
     "checkpoints.latents.generator_hash": "checkpoints.weight_files.generator_hash",
     "data.stores.View": "data.stores.PairLayout",
     "data.transforms.load_source": "data.spec.load_source",
 }
-# Prefix of a state dict's keys -> its prefix now.
-STATE_KEYS = {"average.": "g_ema."}  # of LitGenerator
-# Class that a file names -> its name now.
+# Prefix of state-dict keys -> its prefix now.
+STATE_KEYS = {"average.": "g_ema."}  # LitGenerator
+# Class name in a file -> its name now.
 CLASSES = {"FaceEmbedding": "ToyFaceEmbedding"}
-# Override that a run recorded -> what says the same now.
+# Override recorded by a run -> the equivalent override now.
 OVERRIDES = {
     f"callbacks.export={value}": "callbacks.export.every_n_steps=null" for value in ("null", "false", "False", "")
 }
@@ -50,10 +50,10 @@ REMOVED = {"checkpoints.release": "Run `python -m benchmarks.toyfaces.records FO
 
 
 def moved(module: str, name: str) -> Any:
-    """Return what `module.name` of version 0.1.0 is now, with a warning that says where.
+    """Return the object that was `module.name` in version 0.1.0, with a warning that gives its new path.
 
     Raises:
-        AttributeError: version 0.1.0 had no such name there, or it is gone.
+        AttributeError: `module` did not contain the name in version 0.1.0, or the name has been removed.
     """
     old = f"{module}.{name}".removeprefix(PACKAGE)
     places = [f"{place}.{name}" for place in MODULES.get(module.removeprefix(PACKAGE), ())]
@@ -66,12 +66,12 @@ def moved(module: str, name: str) -> Any:
 
 
 def warn_moved(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn whoever uses the name `old`."""
-    warnings.warn(f"{old} is now {new}; the old name will go.", DeprecationWarning, stacklevel)
+    """Issue a `DeprecationWarning` for the name `old`."""
+    warnings.warn(f"{old} is now {new}; the old name will be removed.", DeprecationWarning, stacklevel)
 
 
 def rename_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of version 0.1.0, or of this one, with today's keys."""
+    """Rename the keys of a state dict from version 0.1.0; current keys stay."""
     renamed = {}
     for key, value in state.items():
         old = next((prefix for prefix in STATE_KEYS if key.startswith(prefix)), "")
@@ -80,7 +80,7 @@ def rename_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Finds the modules of `MODULES`: empty ones, whose names `moved` looks up."""
+    """A finder for the modules in `MODULES`, which are empty and look their names up with `moved`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -95,6 +95,6 @@ class _OldModules(MetaPathFinder, Loader):
 
 
 def register_old_modules() -> None:
-    """Let the import system find the modules of `MODULES`; it asks only when it has found no other."""
+    """Make the modules in `MODULES` importable; existing modules take precedence."""
     if not any(type(finder).__qualname__ == _OldModules.__qualname__ for finder in sys.meta_path):
         sys.meta_path.append(_OldModules())

@@ -1,4 +1,4 @@
-"""What a device setting means on this machine."""
+"""Device settings, resolved on this machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def resolve_devices(accelerator: str, devices: Any) -> tuple[str, int | list[int]]:
-    """Accelerator and devices as a Trainer takes them: a number, or the ids of CUDA devices.
+    """Return accelerator and devices for a Trainer; devices become a number, or a list of CUDA device ids.
 
     Args:
         accelerator: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
-        devices: a number, `auto` or -1 (all), or ids as a list or as text with commas.
+        devices: a number, `auto` or -1 (all), or ids as a list or comma-separated text.
 
     Raises:
-        UserError: an accelerator that is unknown or not on this machine; devices that are neither, or too many.
+        UserError: the accelerator is unknown or missing, `devices` is invalid, or it asks for too many.
     """
     import torch
 
@@ -28,9 +28,9 @@ def resolve_devices(accelerator: str, devices: Any) -> tuple[str, int | list[int
             f"Choose from: {', '.join(ACCELERATORS)}"
         )
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError(f"accelerator={accelerator}: PyTorch finds no CUDA device here. Use cpu (trainer=cpu) or auto.")
+        raise UserError(f"accelerator={accelerator}: PyTorch finds no CUDA device. Use cpu (trainer=cpu) or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise UserError("accelerator=mps: PyTorch finds no Apple GPU here. Use cpu (trainer=cpu) or auto.")
+        raise UserError("accelerator=mps: PyTorch finds no Apple GPU. Use cpu (trainer=cpu) or auto.")
     cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     available = torch.cuda.device_count() if cuda else 1
     if devices in ("auto", -1, "-1"):
@@ -50,21 +50,19 @@ def resolve_devices(accelerator: str, devices: Any) -> tuple[str, int | list[int
 
 
 def count_devices(accelerator: str, devices: Any) -> int:
-    """How many processes the settings ask for; errors as of `resolve_devices`."""
+    """Return the number of processes that the settings ask for; raise the errors of `resolve_devices`."""
     chosen = resolve_devices(accelerator, devices)[1]
     return chosen if isinstance(chosen, int) else len(chosen)
 
 
 def check_launched(local: int) -> None:
-    """Refuse processes that torchrun started in another number than `local`, the devices of the settings: each of them
-    would take itself for the whole run.
+    """Raise a UserError if torchrun started more or fewer processes than `local`, the devices in the settings.
 
-    Raises:
-        UserError: with both numbers.
+    Otherwise each process would act as the whole run.
     """
     started = int(os.environ.get("LOCAL_WORLD_SIZE", local))
     if started != local:
         raise UserError(
-            f"torchrun started {started} processes on this machine and trainer.devices says {local}; they must be the "
-            "same."
+            f"torchrun started {started} processes on this machine, but trainer.devices asks for {local}. "
+            "Use the same number for both."
         )

@@ -1,4 +1,4 @@
-"""Matrix products that repeat bit for bit, and what their last bits depend on."""
+"""Matrix products that repeat bit for bit, and a record of what their last bits depend on."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE, VALUE = "MKL_CBWR", "AUTO,STRICT"
-# of MKL's mkl_types.h
+# from MKL's mkl_types.h
 AUTO, STRICT, ALL = 2, 0x10000, -1
 BRANCHES = {1: "off", AUTO: "AUTO", 3: "COMPATIBLE", 10: "AVX2", 12: "AVX512"}
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
 def make_reproducible() -> bool:
-    """Make matrix products on the CPU repeat bit for bit, in this process and in those that it starts.
+    """Make matrix products on the CPU repeat bit for bit, in this process and its child processes.
 
-    PyTorch multiplies matrices with Intel's MKL on x86 processors. By default MKL may add in another order from call to
-    call: two runs of one training with the same seed then drift apart. `MKL_CBWR=AUTO,STRICT` fixes the order for every
+    On x86 processors, PyTorch multiplies matrices with Intel's MKL. By default, MKL may change the order of its sums
+    between calls, so two trainings with the same seed drift apart. `MKL_CBWR=AUTO,STRICT` fixes the order for every
     number of threads, at the same speed. MKL reads this variable once, at its first product, so call this function
-    before. A value of `MKL_CBWR` that is set already stays. The commands of this package call it first; PyTorch is not
-    imported by it.
+    earlier than that. An existing value of `MKL_CBWR` is kept. The commands of this package call this function first.
+    It does not import PyTorch.
 
     Returns:
-        Whether this process's products repeat: False when MKL has computed without the setting before, or when
-        `MKL_CBWR` was set to a value without `STRICT`. True where PyTorch comes without MKL, which needs no setting.
+        Whether matrix products in this process repeat. False if MKL has already computed without the setting, or if
+        `MKL_CBWR` was set to a value without `STRICT`. True if PyTorch was built without MKL, which needs no setting.
     """
     inherited = os.environ.get(VARIABLE)
-    value = os.environ.setdefault(VARIABLE, VALUE)  # also for ranks and data loader workers
+    value = os.environ.setdefault(VARIABLE, VALUE)  # ranks and data loader workers inherit it
     if "torch" not in sys.modules:
         return "STRICT" in value
     import torch
@@ -38,7 +38,7 @@ def make_reproducible() -> bool:
     if not torch.backends.mkl.is_available():
         return True
     library = _mkl()
-    if library is None:  # PyTorch was loaded before, and nobody can say what it has computed since
+    if library is None:  # PyTorch is loaded already, and whether it has computed anything is unknown
         return inherited is not None and "STRICT" in inherited
     if value == VALUE and not library.mkl_serv_cbwr_get(ALL) & STRICT:
         library.mkl_serv_cbwr_set(AUTO | STRICT)  # refused after the first product
@@ -46,9 +46,9 @@ def make_reproducible() -> bool:
 
 
 def arithmetic() -> dict[str, str | int]:
-    """Return what decides the last bits of a computation in this process, as plain values by name.
+    """Return everything that affects the last bits of a computation in this process, as plain values by name.
 
-    Two runs with equal values on one machine agree bit for bit. Imports PyTorch.
+    Two runs on one machine agree bit for bit if these values are equal. This function imports PyTorch.
     """
     import torch
 
@@ -73,14 +73,14 @@ def processor() -> str:
 
 
 def _cpuinfo(key: str) -> str:
-    """The first value of a key of Linux's /proc/cpuinfo; empty where there is none."""
+    """Return the first value of a key in Linux's /proc/cpuinfo, or an empty string."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _mkl_mode() -> str:
-    """MKL's reproducibility mode in this process, in the words of `MKL_CBWR`."""
+    """Return MKL's reproducibility mode in this process, as `MKL_CBWR` spells it."""
     import torch
 
     if not torch.backends.mkl.is_available():
@@ -94,7 +94,7 @@ def _mkl_mode() -> str:
 
 
 def _mkl() -> Any:
-    """MKL as PyTorch has loaded it, or None where its settings cannot be reached."""
+    """Return the MKL library that PyTorch has loaded, or None if its settings are not accessible."""
     import torch
 
     name = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "")
