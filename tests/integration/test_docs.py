@@ -362,7 +362,7 @@ def test_notebook_predict_and_mix(given: bool, place: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_notebook_train(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    text = executed("train.ipynb", place, lambda source: quick(source).replace("steps = 150", "steps = 4"))
+    text = executed("train.ipynb", place, lambda source: quick(source).replace("steps = 200", "steps = 4"))
     assert "14 is the last step in the log" in text, "the run was not continued"
     assert (place / "runs/notebook/checkpoints/best.ckpt").is_file()
 
