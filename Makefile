@@ -1,10 +1,11 @@
-# make demo | test | test-fast | test-processors | lint | install: each first makes the virtual environment .venv,
-# with the tested versions.
+# make demo | test | test-fast | test-processors | lint | docs | install: each first makes the virtual environment .venv,
+# with the tested versions (CONSTRAINTS=FILE takes others).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --timeout 900
 WORKERS ?= 2
+CONSTRAINTS ?= constraints.txt
 # facenet-pytorch runs with today's torch, numpy and Pillow, but its metadata forbids them
 FACENET := facenet-pytorch==2.6.0
 
@@ -13,7 +14,7 @@ PROCESSOR_TESTS := tests/parity $(addprefix tests/ops/test_,frozen_conv.py libra
 	tests/integration/test_resume.py tests/integration/test_determinism.py
 CPUINFO := /proc/cpuinfo
 
-.PHONY: help install demo test test-fast test-processors lint clean
+.PHONY: help install demo test test-fast test-processors lint docs clean
 
 help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
@@ -22,13 +23,14 @@ help:
 	@echo "make test-fast  without the slow tests, in two minutes"
 	@echo "make test-processors  a part of it as other processors: with AVX2 only, and with AVX512 without AMX"
 	@echo "make lint     ruff and mypy"
+	@echo "make docs     the documentation as a site: site/index.html"
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, set PYTHON=") if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(FACENET)
 	touch $@
 
@@ -60,5 +62,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the variable turns off an advertisement of the theme's successor
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+
 clean:
-	rm -rf $(VENV) build dist demo demo_* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site demo demo_* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,162 @@
+"""The pages about commands, batches, metrics, loggers and released weights: their blocks run in order."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.integration.test_docs import DOCS, blocks, checkpoint, commands, place, run_block  # noqa: F401  a fixture
+
+
+@pytest.fixture
+def own_parts():
+    """Forgets the modules and registrations of these pages."""
+    from psp_lightning.losses import LOSSES
+    from psp_lightning.metrics import METRICS
+
+    before = dict(METRICS), dict(LOSSES)
+    yield
+    for table, content in zip((METRICS, LOSSES), before, strict=True):
+        table.clear()
+        table.update(content)
+    for name in ("my_metrics", "my_loggers", "my_losses"):
+        sys.modules.pop(name, None)
+
+
+def run_page(name: str, psp, tiny: list[str], place: Path) -> dict[str, object]:  # noqa: F811
+    """Write the files of a page and run its blocks, top to bottom; return the names that its Python defines."""
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(DOCS / name):
+        if block.skipped:
+            continue
+        if block.file:
+            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (place / block.file).write_text(block.text)
+        elif block.language == "python":
+            exec(compile(block.text, f"{name}:{block.line}", "exec"), names)
+        elif block.language == "bash":
+            run_block(block, psp, tiny)
+    return names
+
+
+def test_metrics_and_loggers_page(psp, tiny: list[str], place: Path, own_parts) -> None:  # noqa: F811
+    run_page("metrics_and_loggers.md", psp, tiny, place)
+    text = (DOCS / "metrics_and_loggers.md").read_text()
+    assert (place / "runs/inversion/by_psnr/checkpoints/best.ckpt").is_file()
+    columns = (place / "runs/inversion/mae/csv/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"step", "train/loss", "train/lr", "train/loss_l2", "val/loss", "val/loss_l2", "val/mae"} <= set(columns)
+    for name in re.findall(r"`((?:train|val)/[a-z_]+)`", text):
+        assert name in columns, f"the page names {name}"
+    rows = [json.loads(line) for line in (place / "runs/inversion/jsonl/metrics.jsonl").read_text().splitlines()]
+    assert {"train/loss", "val/loss"} <= {key for row in rows for key in row} and all("step" in row for row in rows)
+    assert (place / "runs/inversion/jsonl/csv/metrics.csv").is_file()
+    assert "val/ssim" in (place / "runs/inversion/ssim/csv/metrics.csv").read_text()
+
+
+def test_batches_and_losses_page(psp, tiny: list[str], place: Path, own_parts) -> None:  # noqa: F811
+    from dataclasses import fields
+
+    from psp_lightning.losses import LossInputs
+
+    names = run_page("batches_and_losses.md", psp, tiny, place)
+    text = (DOCS / "batches_and_losses.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", text.split("## LossInputs")[1].split("\n## ")[0], re.MULTILINE)
+    assert rows == [field.name for field in fields(LossInputs)]
+    batch = names["batch"]
+    assert isinstance(batch, dict)
+    shown = re.findall(r"^\| `(\w+)` \|", text.split("## Batches of psp-train\n")[1].split("| Task")[0], re.MULTILINE)
+    assert shown == list(batch)
+    assert set(names["values"]) == {"l2", "w_norm"}  # type: ignore[call-overload]
+    columns = (place / "runs/inversion/more/csv/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/charbonnier_largest", "val/charbonnier_largest", "val/loss_charbonnier"} <= set(columns)
+
+
+def test_the_page_about_batches_has_the_channels_that_the_tasks_have() -> None:
+    from psp_lightning.data.datamodules import DATAMODULES
+    from psp_lightning.data.stores import ToyFacesStore
+
+    section = (DOCS / "batches_and_losses.md").read_text().split("| Task")[1].split("```")[0]
+    told = {
+        task: channels
+        for tasks, channels in re.findall(r"^\| (`.+`) \| ([\w ]+) \|", section, re.MULTILINE)
+        for task in re.findall(r"`(\w+)`", tasks)
+    }
+    assert set(told) == set(DATAMODULES)
+    for task, channels in told.items():
+        data = DATAMODULES[task](ToyFacesStore(n=2), ToyFacesStore(n=2))
+        if channels.isdigit():
+            assert data.in_channels == int(channels), task
+
+
+def test_commands_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+    printed = []
+    for block in blocks(DOCS / "commands.md"):
+        for name, *arguments in commands(block) if block.language == "bash" and not block.skipped else ():
+            done = psp(name.removeprefix("psp-"), *arguments)
+            assert done.code == 0, f"line {block.line}: {shlex.join(arguments)}\n{done.err}"
+            printed.append(done.out)
+    assert any("3 skipped" in out for out in printed) and "3 written, 0 skipped" in printed[-1]
+
+
+def test_commands_page_names_every_command() -> None:
+    text = (DOCS / "commands.md").read_text()
+    project = (DOCS.parent / "pyproject.toml").read_text()
+    scripts = re.findall(r"^(psp-[\w-]+) = ", project, re.MULTILINE)
+    assert set(re.findall(r"^\| `(psp-[\w-]+)` \|", text.split("## ")[0], re.MULTILINE)) == set(scripts) and scripts
+    times = (DOCS / "times.md").read_text()
+    assert not (lacking := [name for name in scripts if f"`{name}" not in times]), lacking
+
+
+def test_completion(monkeypatch: pytest.MonkeyPatch, psp) -> None:
+    """What docs/commands.md promises about completion."""
+    assert "hydra_bash_completion" in psp("train", "-sc", "install=bash").out
+    monkeypatch.setenv("COMP_LINE", "psp-train task=")
+    assert "task=sketch2face" in psp("train", "-sc", "query=bash").out.split()
+    monkeypatch.setenv("COMP_LINE", "psp-train trainer.")
+    assert "trainer.max_steps=" in psp("train", "-sc", "query=bash").out
+
+
+def test_released_weights_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+    (place / "weights").mkdir()
+    checkpoint(place / "weights" / "psp_ffhq_encode.pt")
+    run_page("released_weights.md", psp, tiny, place)
+    assert Image.open(place / "aligned.png").size == (256, 256)
+    assert (place / "inverted" / "aligned.png").is_file()
+    from psp_lightning.zoo.locate import RECORDS
+
+    text = (DOCS / "released_weights.md").read_text()
+    for name in RECORDS:
+        if name.startswith(("psp_", "e4e_")):
+            assert f"`{name}`" in text, name
+
+
+def test_plugins_are_needed_where_the_page_says(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+    """A `_target_` imports a module; a checkpoint does not."""
+    from psp_lightning.models.registry import ENCODERS
+
+    before = dict(ENCODERS)
+    for block in blocks(DOCS / "extending.md"):
+        if block.file in ("my_encoder.py", "my_conf/encoder/tiny.yaml"):
+            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (place / block.file).write_text(block.text)
+    try:
+        done = psp("train", "--config-dir=my_conf", "encoder=tiny", "run=tiny", *tiny)
+        assert done.code == 0, done.err
+        again = psp("train", "--config-dir=my_conf", "encoder=tiny", "init_from=runs/inversion/tiny", "run=b", *tiny)
+        assert again.code == 0, again.err
+        ENCODERS.pop("TinyEncoder")
+        sys.modules.pop("my_encoder")
+        options = ["ckpt=runs/inversion/tiny", "input=photos", "output=out", "accelerator=cpu", "num_workers=0"]
+        refused = psp("predict", *options)
+        assert refused.code == 1 and "TinyEncoder" in refused.err
+        assert psp("predict", *options, "plugins=[my_encoder]").code == 0
+    finally:
+        ENCODERS.clear()
+        ENCODERS.update(before)
+        sys.modules.pop("my_encoder", None)
