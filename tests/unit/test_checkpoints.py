@@ -427,6 +427,21 @@ def test_paths(tmp_path):
         load_psp(tmp_path)
 
 
+@pytest.mark.parametrize("load", [load_psp, load_generator, load_decoder])
+def test_missing_public_weights_name_their_download(tmp_path, monkeypatch, load):
+    monkeypatch.setenv("PSP_WEIGHTS", str(tmp_path / "weights"))
+    for path in ("psp_ffhq_encode.pt", tmp_path / "psp_ffhq_encode", "~/none/psp_ffhq_encode.pt"):
+        with pytest.raises(UserError, match="psp_ffhq_encode(.pt)? does not exist.*psp-weights get psp_ffhq_encode`"):
+            load(path)
+    with pytest.raises(UserError, match="psp-weights get stylegan2_ffhq`"):
+        load("stylegan2-ffhq-config-f.pt")
+    with pytest.raises(UserError, match="other.pt does not exist.$"):
+        load("other.pt")
+    save({}, tmp_path / "weights" / "psp_ffhq_encode.pt")
+    with pytest.raises(UserError, match=f"does not exist.*{tmp_path / 'weights' / 'psp_ffhq_encode.pt'}"):
+        load("psp_ffhq_encode.pt")
+
+
 # --- parts ---------------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,17 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
+def download_hint(path: Path) -> str:
+    """Return a sentence on how to get the public weights whose file or record is named like `path`, or ""."""
+    for entry in RECORDS.values():
+        if path.name in (entry.filename, entry.name):
+            file = weights_dir() / entry.filename
+            if file.is_file():
+                return f" The weights folder has these weights: {file}"
+            return f" Download it with `psp-weights get {entry.name}`, which prints where the file is."
+    return ""
+
+
 def verify(name: str, path: str | os.PathLike[str]) -> None:
     """Raise a UserError if a file's SHA-256 differs from the published digits, if there are any."""
     expected = record(name).sha256
