@@ -138,6 +138,8 @@ def test_parts_of_ones_own_and_options_of_the_trainer(tmp_path: Path) -> None:
         ({"steps": 0}, "steps=0"),
         ({"resume": True}, "There is no run to continue"),
         ({"precisoin": "32-true"}, "precisoin"),
+        ({"max_steps": 3}, "fit takes steps= instead"),
+        ({"val_check_interval": 3}, "fit takes val_every= instead"),
         ({"generator": "nowhere.pt"}, "nowhere.pt"),
     ],
 )
