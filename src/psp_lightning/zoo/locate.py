@@ -43,7 +43,7 @@ class Shipped:
 def weights_dir() -> Path:
     """Return the folder of public weights: `$PSP_WEIGHTS`, or `psp_lightning` in the user's cache folder."""
     chosen = os.environ.get("PSP_WEIGHTS")
-    return Path(chosen).expanduser() if chosen else cache_dir()
+    return Path(chosen).expanduser() if chosen else cache_dir("PSP_WEIGHTS")
 
 
 def record(name: str) -> Record:
@@ -130,8 +130,7 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     if path is None and is_shipped_name(name):
         return find_shipped(name)
     entry = record(name)
-    folder = weights_dir()
-    file = Path(path).expanduser() if path is not None else folder / entry.filename
+    file = Path(path).expanduser() if path is not None else weights_dir() / entry.filename
     if file.is_file():
         return file
     what = "is a folder" if file.is_dir() else "does not exist"
@@ -140,7 +139,7 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         f"Get it (licence: {entry.licence}) with\n"
         f"  psp-weights get {name}\n"
         f"or by hand with\n"
-        f"  {entry.command(folder)}\n"
+        f"  {entry.command(weights_dir())}\n"
         f"or set PSP_WEIGHTS to the folder that contains {entry.filename}."
     )
 
