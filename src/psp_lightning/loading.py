@@ -18,7 +18,14 @@ from psp_lightning.checkpoints import weight_files
 from psp_lightning.checkpoints.read import read_weights, resolve, select
 from psp_lightning.checkpoints.safetensors_io import read_described
 from psp_lightning.checkpoints.strict import first, wrap_errors
-from psp_lightning.importers.published import build_generator, generator_tensors, is_generator_state, load_released
+from psp_lightning.importers.published import (
+    build_generator,
+    generator_tensors,
+    import_hint,
+    is_generator_state,
+    latent_average,
+    load_released,
+)
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError, suggest
@@ -133,9 +140,10 @@ def restore_any_generator(
             trained = weight_files.trained_state(content)
             state, average = select(trained, "generator."), trained.get("latent_avg")
         else:
-            state, average = generator_tensors(content), content.get("latent_avg")
+            state, average = generator_tensors(content), latent_average(content)
         if not is_generator_state(state):
-            raise UserError(f"this contains no StyleGAN2 generator; its keys are: {first(map(str, state)) or 'none'}.")
+            hint = import_hint(content) or f"Its keys are: {first(map(str, state)) or 'none'}."
+            raise UserError(f"this contains no StyleGAN2 generator in the published layout. {hint}")
         generator = build_generator(state)
         if average is not None and (not isinstance(average, Tensor) or average.shape[-1:] != (generator.style_dim,)):
             raise UserError(f"its 'latent_avg' does not fit a style of {generator.style_dim} numbers.")

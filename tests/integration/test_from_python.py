@@ -52,6 +52,30 @@ def test_the_run_folder_is_what_prediction_reads(psp, tmp_path: Path) -> None:
     assert done.code == 0 and (tmp_path / "out/a.png").is_file(), done.err
 
 
+def test_a_network_without_a_source_is_refused_with_the_remedy(psp, tmp_path: Path) -> None:
+    """The remedy of the message is followed to the letter."""
+    from PIL import Image
+
+    net = fit()
+    net.source = {}
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "psp": net.describe(), "global_step": 1}, tmp_path / "bare.ckpt")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    predict = ("predict", "input=a.png", "output=out", "progress_bar=false", "accelerator=cpu")
+    done = psp(*predict, "ckpt=bare.ckpt")
+    assert done.code == 1 and "bare.ckpt does not say what its encoder takes" in done.err
+    remedy = done.err.split("Add it in Python: ")[1]
+    exec(remedy, {"PSP": PSP, "InputSpec": psp_lightning.InputSpec, "psp_lightning": psp_lightning})
+    done = psp(*predict, "ckpt=FILE.safetensors")
+    assert done.code == 0 and (tmp_path / "out/a.png").is_file(), done.err
+
+
+def test_targets_larger_than_the_generators_images_are_refused() -> None:
+    store = ToyFacesStore(64, n=4)
+    with pytest.raises(UserError, match="targets have 64 px, but .* only 32 px"):
+        fit("inversion", InversionDataModule(store, store, input_size=32, target_size=64, batch_size=2))
+
+
 def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     fit(run="whole", steps=3)
     fit(run="parts", steps=1)
@@ -114,6 +138,8 @@ def test_parts_of_ones_own_and_options_of_the_trainer(tmp_path: Path) -> None:
         ({"steps": 0}, "steps=0"),
         ({"resume": True}, "There is no run to continue"),
         ({"precisoin": "32-true"}, "precisoin"),
+        ({"max_steps": 3}, "fit takes steps= instead"),
+        ({"val_check_interval": 3}, "fit takes val_every= instead"),
         ({"generator": "nowhere.pt"}, "nowhere.pt"),
     ],
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +101,73 @@ def test_an_argument_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match=r"there is no setting encoder\.widht\. Did you mean 'width'\?"):
         with naming(cfg, "encoder"):
             (lambda width: width)(**cfg.encoder)
+
+
+MINE = """
+import torch
+class Base:
+    def __init__(self, strength=1.0):
+        super().__init__()
+class Adds(Base):
+    def __init__(self, bins=8):
+        self.name = "bins" + bins
+class Passes(Base):
+    def __init__(self, strength=1.0):
+        super().__init__(strenght=strength)
+class Torch(Base):
+    def __init__(self):
+        torch.zeros("two")
+class Needs(Base):
+    def __init__(self, bins):
+        self.bins = bins
+class Attribute(Base):
+    def __init__(self):
+        self.nothing
+class Package(Base):
+    def __init__(self):
+        import no_such_package
+class Key(Base):
+    def __init__(self):
+        {}["bins"]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of the user's."""
+    (tmp_path / "mine_of_test.py").write_text(MINE)
+    (tmp_path / "broken_of_test.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mine_of_test", None)
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"_target_": "Base", "strenght": 2}, r"no setting loss\.colour\.strenght\. Did you mean 'strength'\?"),
+        ({"_target_": "Base", "wieght": 2}, r"no setting loss\.colour\.wieght\. Did you mean 'weight'\?"),
+        ({"_target_": "Adds"}, r"^loss\.colour: TypeError in .*mine_of_test\.py, line 8: can only concatenate str"),
+        ({"_target_": "Passes"}, r"^loss\.colour: TypeError in .*line 11: .*unexpected keyword argument 'strenght'"),
+        ({"_target_": "Torch"}, r"^loss\.colour: TypeError in .*mine_of_test\.py, line 14: zeros\(\)"),
+        ({"_target_": "Needs"}, r"^loss\.colour: .*missing 1 required positional argument: 'bins'"),
+        ({"_target_": "Attribute"}, r"^loss\.colour: AttributeError in .*line 20: .* no attribute 'nothing'"),
+        ({"_target_": "Package"}, r"^loss\.colour: ModuleNotFoundError in .*line 23: No module named 'no_such"),
+        ({"_target_": "Key"}, r"^loss\.colour: KeyError in .*line 26: 'bins'"),
+        ({"_target_": "Bose"}, r"cannot import mine_of_test\.Bose .* Did you mean 'Base'\? .*PYTHONPATH.*plugins="),
+        ({"_target_": "no_such_module.Base"}, r"cannot import no_such_module\.Base \(No module named .*PYTHONPATH"),
+        ({"_target_": "broken_of_test.Base"}, r"cannot import broken_of_test\.Base \(No module named 'no_such_pack"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_loss_of_ones_own(node: dict[str, Any], said: str, mine: None) -> None:
+    name = node["_target_"]
+    target = name if "." in name else f"mine_of_test.{name}"
+    cfg = OmegaConf.create({"loss": {"colour": {**node, "_target_": target, "weight": 1.0}}})
+    if "wieght" in node:
+        del cfg.loss.colour.weight
+    with pytest.raises(UserError, match=said) as error:
+        instantiate(cfg, "loss.colour", without=["weight"])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("group", ["loss", "metric"])

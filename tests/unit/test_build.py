@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 
 from psp_lightning._conf import config_root
+from psp_lightning.build.trainer import FIXED, prepare
 from psp_lightning.build.training import build_data, build_module, load_backbone
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
@@ -41,6 +44,16 @@ def test_torchrun_with_another_number_of_devices_is_refused(monkeypatch: pytest.
     check_launched(2)
     with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices asks for 1"):
         check_launched(1)
+
+
+def test_options_of_the_trainer_that_other_settings_determine() -> None:
+    """Lightning would report several values, or the setting would silently win."""
+    with initialize_config_dir(config_root(), version_base="1.3"):
+        for key in ("max_epochs", "val_check_interval", "check_val_every_n_epoch", "logger", "callbacks"):
+            cfg = compose("train", [f"+trainer.{key}=1"])
+            with pytest.raises(UserError, match=rf"^trainer\.{key} cannot be set: .*(trainer\.|logger|callbacks)"):
+                prepare(cfg)
+    assert FIXED.keys() <= inspect.signature(pl.Trainer).parameters.keys()
 
 
 @pytest.mark.parametrize(("width", "last"), [(4, False), (8, True)])

@@ -124,6 +124,34 @@ def test_released_averages(tmp_path, shape):
     assert_same(net, load_psp(save(content, tmp_path / "p.pt")))
 
 
+@pytest.mark.parametrize("kind", ["numbers", "rows", "tensors"])
+def test_average_as_a_list(tmp_path, kind):
+    net = network()
+    average = net.latent_avg
+    given = {"numbers": average[0].tolist(), "rows": average.tolist(), "tensors": list(average)}[kind]
+    path = save({**released_checkpoint(net), "latent_avg": given}, tmp_path / "p.pt")
+    assert_same(load_psp(path), net)
+    _, found = load_generator(path)
+    assert torch.equal(found.expand_as(average), average)
+    _, found = load_generator(save({"g_ema": net.generator.state_dict(), "latent_avg": given}, tmp_path / "g.pt"))
+    assert torch.equal(found.expand_as(average), average)
+
+
+@pytest.mark.parametrize("place", ["g", "G_ema", "G.", "mapping"])
+def test_generators_that_must_be_imported_are_recognised(tmp_path, place):
+    state = network().generator.state_dict()
+    content = {
+        "g": {"g": state, "d": {"a": torch.zeros(1)}, "args": {}},
+        "G_ema": {"G_ema": state},
+        "G.": {"state_dict": {f"G.{key}": value for key, value in state.items()}},
+        "mapping": {"mapping.fc0.weight": torch.zeros(1), "synthesis.b4.const": torch.zeros(1)},  # NVIDIA's names
+    }[place]
+    path = save(content, tmp_path / "g.pt")
+    for load in (load_generator, load_psp, load_decoder):
+        with pytest.raises(UserError, match="psp-weights import FILE out=generator.safetensors"):
+            load(path)
+
+
 def test_released_without_average(tmp_path):
     content = released_checkpoint(network())
     del content["latent_avg"]
@@ -338,6 +366,14 @@ def test_a_tensor_is_not_read_again_and_again(tmp_path):
         read_torch(save([codes] * 1000, tmp_path / "p.pt"))
 
 
+def nested(depth=17):
+    """A list of few objects that has more values than memory."""
+    node = [0.5, 0.5]
+    for _ in range(depth):
+        node = [node, node]
+    return node
+
+
 def contents():
     good = released_checkpoint(network())
     state = good["state_dict"]
@@ -360,7 +396,10 @@ def contents():
         "restyle": ({**good, "opts": {"encoder_type": "ResNetBackboneEncoder"}}, "ReStyle checkpoint.*psp-weights"),
         "wrong_encoder": ({**good, "opts": {"encoder_type": FOREIGN["EncoderIntoW"]}}, "p.pt"),
         "opts_is_list": ({**good, "opts": [1]}, "'opts' are a list"),
-        "average_is_list": ({**good, "latent_avg": [1.0]}, "'latent_avg' is a list"),
+        "average_is_text": ({**good, "latent_avg": "zero"}, "'latent_avg' is a str, not a tensor"),
+        "average_is_list_of_text": ({**good, "latent_avg": ["zero"]}, "'latent_avg' is a list, .* list of numbers"),
+        "average_is_short": ({**good, "latent_avg": [1.0]}, "p.pt"),
+        "average_is_nested": ({**good, "latent_avg": nested()}, "more values in its latent_avg"),
         "average_shape": ({**good, "latent_avg": torch.zeros(3, 5)}, "p.pt"),
         "factors": (
             {**good, "opts": {**good["opts"], "dataset_type": "celebs_super_resolution", "resize_factors": "a"}},
@@ -386,6 +425,21 @@ def test_paths(tmp_path):
         load_psp(tmp_path / "none.pt")
     with pytest.raises(UserError, match="folder without a checkpoint"):
         load_psp(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_psp, load_generator, load_decoder])
+def test_missing_public_weights_name_their_download(tmp_path, monkeypatch, load):
+    monkeypatch.setenv("PSP_WEIGHTS", str(tmp_path / "weights"))
+    for path in ("psp_ffhq_encode.pt", tmp_path / "psp_ffhq_encode", "~/none/psp_ffhq_encode.pt"):
+        with pytest.raises(UserError, match="psp_ffhq_encode(.pt)? does not exist.*psp-weights get psp_ffhq_encode`"):
+            load(path)
+    with pytest.raises(UserError, match="psp-weights get stylegan2_ffhq`"):
+        load("stylegan2-ffhq-config-f.pt")
+    with pytest.raises(UserError, match="other.pt does not exist.$"):
+        load("other.pt")
+    save({}, tmp_path / "weights" / "psp_ffhq_encode.pt")
+    with pytest.raises(UserError, match=f"does not exist.*{tmp_path / 'weights' / 'psp_ffhq_encode.pt'}"):
+        load("psp_ffhq_encode.pt")
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from psp_lightning.checkpoints import safetensors_io
 from psp_lightning.checkpoints.safetensors_io import KEY, save_described
 from psp_lightning.checkpoints.weight_files import generator_hash, save_generator, save_psp
+from psp_lightning.cli.latents import run
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import gather_latents, read_latents, read_plain, save_latents, save_plain
 from psp_lightning.loading import load_decoder, load_generator, load_psp
@@ -333,6 +335,53 @@ def test_plain_arrays(tmp_path: Path) -> None:
         read_latents(tmp_path / "wp.npy")
     with pytest.raises(UserError, match="psp-latents in="):
         read_latents(tmp_path / "projected_w.npz")
+
+
+def test_arrays_of_another_kind_are_named(tmp_path: Path) -> None:
+    """NumPy takes every file that it does not know for a pickle, and an array of objects for a damaged file."""
+    np.save(tmp_path / "objects.npy", np.array([{"a.png": codes(1).numpy()}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "objects.npz", w=np.array([{}], dtype=object))
+    (tmp_path / "dumped.npy").write_bytes(pickle.dumps(codes(1).numpy()))
+    (tmp_path / "dumped.npz").write_bytes(pickle.dumps(codes(1).numpy()))
+    (tmp_path / "text.npy").write_bytes(b"not an array")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.save(tmp_path / "a.npy", codes(1).numpy())
+    np.savez(tmp_path / "b.npz", codes(1).numpy())
+    (tmp_path / "a.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "b.npz").rename(tmp_path / "archive.npy")
+    for name, message in (
+        ("objects.npy", "contains pickled Python objects"), ("objects.npz", "contains pickled Python objects"),
+        ("dumped.npy", "contains pickled Python objects"), ("dumped.npz", "contains pickled Python objects"),
+        ("text.npy", "is not a NumPy file"), ("empty.npy", "is not a NumPy file"),
+        ("array.npz", "is a .npy file: rename it to array.npy"),
+        ("archive.npy", "is a .npz file: rename it to archive.npz"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            read_plain(tmp_path / name)
+        assert message in str(caught.value), name
+
+
+def test_codes_of_rosinalitys_projector(tmp_path: Path) -> None:
+    def entry(latent: torch.Tensor) -> dict[str, object]:
+        return {"img": torch.zeros(1, 3, 4, 4), "latent": latent, "noise": [torch.zeros(1, 1, 4, 4)]}
+
+    torch.save({"a.png": entry(codes(3)[0]), "b.png": entry(codes(3)[1])}, tmp_path / "w_plus.pt")
+    torch.save({"noises": [torch.zeros(1)], "a.png": entry(codes(3, "w")[0])}, tmp_path / "w.pt")
+    assert torch.equal(read_plain(tmp_path / "w_plus.pt").codes, codes(3)[:2])
+    assert torch.equal(read_plain(tmp_path / "w.pt").codes, codes(3, "w")[:1])
+
+
+@pytest.mark.parametrize("name", ["codes.pt", "codes.npy"])
+def test_one_code_of_w_plus_is_not_taken_for_several_of_w(name: str, tmp_path: Path) -> None:
+    save_generator(tmp_path / "g.safetensors", generator())
+    one = codes(1)[0]  # (n_styles, style_dim)
+    torch.save(one, tmp_path / name) if name.endswith(".pt") else np.save(tmp_path / name, one.numpy())
+    settings = [f"in={tmp_path / name}", f"out={tmp_path / 'out.safetensors'}", f"ckpt={tmp_path / 'g.safetensors'}"]
+    with pytest.raises(UserError, match="8x16 numbers: one code of w_plus .* or 8 codes of w"):
+        run(settings)
+    for space, shape in (("w_plus", (1, 8, 16)), ("w", (8, 16))):
+        run([*settings, f"space={space}", "overwrite=true"])
+        assert read_latents(tmp_path / "out.safetensors").codes.shape == shape
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pt"])

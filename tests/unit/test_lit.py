@@ -116,6 +116,27 @@ def test_state_dict_holds_the_network_alone_and_loads_strictly() -> None:
         lit.load_state_dict(state)
 
 
+def test_the_checkpoint_says_what_the_source_is(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The data module says it where the network does not; loaders alone cannot, which is reported."""
+    lit = module()
+    lit.net.source = {}
+    trainer(tmp_path, callbacks=[LastCheckpoint(tmp_path, 1)]).fit(lit, data())
+    assert lit.net.source == data().spec.to_dict() and not [w for w in recwarn if "source" in str(w.message)]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["psp"]["source"]["kind"] == "rgb"
+    lit, loaders = module(), data()
+    lit.net.source = {}
+    with pytest.warns(UserWarning, match=r"psp-predict will reject them: give PSP\(\.\.\., source="):
+        trainer(tmp_path, limit_val_batches=0).fit(lit, loaders.train_dataloader())
+
+
+@pytest.mark.parametrize("size", [64, 48])
+def test_targets_larger_than_the_generators_images_are_refused(size: int, tmp_path: Path) -> None:
+    store = ToyFacesStore(size=size, n=2)
+    larger = InversionDataModule(store, store, input_size=32, target_size=size, batch_size=2)
+    with pytest.raises(UserError, match=f"targets have {size} px, but .* only 32 px: set domain.target_size=32"):
+        trainer(tmp_path).fit(module(), larger)
+
+
 class Exploding(LossTerm):
     """NaN for images, whatever they show."""
 

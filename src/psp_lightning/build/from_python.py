@@ -106,6 +106,9 @@ def fit(
         raise UserError(f"There is no run to continue: {last} does not exist. Leave out resume=True.")
     if not resume and last.exists():
         raise UserError(f"{run} contains a run already. Continue it with resume=True, or choose another folder.")
+    for key, own in (("max_steps", "steps"), ("val_check_interval", "val_every")):
+        if key in trainer:
+            raise UserError(f"fit takes {own}= instead of the Trainer's {key}=.")
     steps = whole("steps", steps, 1)
     pl.seed_everything(whole("seed", seed, 0, 2**32 - 1), workers=True, verbose=False)
     network, latent_avg = _generator(generator)

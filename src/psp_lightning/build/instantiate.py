@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
+import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from psp_lightning.utils.arguments import ArgumentError
 from psp_lightning.utils.errors import UserError, suggest
 
+DERIVED = ("n_styles", "style_dim", "in_channels")  # arguments that are never settings
 LISTS = ("loss", "metric")  # groups that select a list of options
 
 
@@ -39,15 +44,19 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
     plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     for name in without:
         plain.pop(name, None)
-    with naming(cfg, *settings, key):
+    with naming(cfg, *settings, key, also=without):
         try:
             return hydra.utils.instantiate(plain, _convert_="all", **kwargs)
         except hydra.errors.InstantiationException as error:
             from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
             cause = error.__cause__
-            if cause is None or isinstance(cause, ImportError | AttributeError):  # the target does not exist
-                raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+            if missing := re.match(r"Error locating target '([^']*)'", str(error)):
+                raise UserError(f"{key}: {_not_importable(missing[1], cause)}") from error
+            if cause is None:
+                raise UserError(f"{key}: {' '.join(str(error).split())}") from error
+            if isinstance(cause, ImportError | AttributeError | LookupError | NameError):
+                raise UserError(f"{key}: {_in_words(cause)}") from cause
             if isinstance(cause, MisconfigurationException):  # Lightning's equivalent of a ValueError
                 raise ValueError(str(cause)) from cause
             raise cause from None
@@ -62,12 +71,13 @@ def not_selected(group: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
+def naming(cfg: DictConfig, *sections: str, also: Sequence[str] = ()) -> Iterator[None]:
     """Replace arguments' names in errors with settings: `flip=2 must ...` becomes `data.flip=2 must ...`.
 
     Args:
         cfg: the composed configuration.
         *sections: keys of the mappings that the arguments come from; the first one with the argument is named.
+        also: settings of the last section that are not arguments.
 
     Raises:
         UserError: the block raised an `ArgumentError`, a `ValueError` or a `TypeError`.
@@ -81,13 +91,45 @@ def naming(cfg: DictConfig, *sections: str) -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"{sections[-1]}: {error}") from error
     except TypeError as error:
-        if not (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
-            raise UserError(f"{sections[-1]}: {error}") from error
-        known = [str(key) for key in OmegaConf.select(cfg, sections[-1]) if key not in (unknown[1], "_target_")]
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        node = OmegaConf.select(cfg, sections[-1]) or {}
+        if not unknown or unknown[1] not in node:  # not from the configuration
+            raise UserError(f"{sections[-1]}: {_in_words(error)}") from error
+        known = [name for name in dict.fromkeys([*_arguments(node), *also]) if name != unknown[1]]
         close = suggest(unknown[1], known)
         raise UserError(
             f"there is no setting {sections[-1]}.{unknown[1]}.{close} Choose from: {', '.join(known)}"
         ) from error
+
+
+def _arguments(node: DictConfig) -> list[str]:
+    """Return the keys of a node and the arguments that its target takes."""
+    names = dict.fromkeys(str(key) for key in node if key not in ("_target_", "_partial_"))
+    with contextlib.suppress(Exception):  # a built-in target has no signature
+        parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters.values()
+        names |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    return [name for name in names if name not in DERIVED]
+
+
+def _in_words(error: Exception) -> str:
+    """Return an exception as a message that names the line of the user's code, if it came from there."""
+    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+    text = " ".join(str(error).split())
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in frame.filename and not os.path.abspath(frame.filename).startswith(ours):
+            return f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"
+    return text if isinstance(error, TypeError) else f"{type(error).__name__}: {text}"
+
+
+def _not_importable(target: str, cause: BaseException | None) -> str:
+    """Return the message for a `_target_` that cannot be imported."""
+    module, _, name = target.rpartition(".")
+    close = suggest(name, dir(sys.modules[module])) if module in sys.modules else ""
+    reason = (cause and cause.__cause__) or cause
+    return (
+        f"cannot import {target} ({reason}).{close} The folder of your module must be in PYTHONPATH; plugins=[MODULE] "
+        "imports modules that register classes."
+    )
 
 
 def import_plugins(names: Sequence[str]) -> None:

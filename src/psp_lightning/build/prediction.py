@@ -228,6 +228,13 @@ def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
     """Return the network's input specification; raise a UserError if a setting is for another kind of source."""
     values = dict(net.source)
+    if "kind" not in values:
+        size = getattr(net.encoder, "input_size", 256)
+        raise UserError(
+            f"{cfg.ckpt} does not say what its encoder takes as source: it was trained without PSP(..., source=...). "
+            f"Add it in Python: net = PSP.from_checkpoint({str(cfg.ckpt)!r}); net.source = InputSpec('rgb', "
+            f"size={size}).to_dict(); psp_lightning.checkpoints.weight_files.save_psp('FILE.safetensors', net)"
+        )
     if cfg.mask.kind is not None:
         values["mask"] = {"kind": cfg.mask.kind}
     spec = InputSpec.from_dict(values)

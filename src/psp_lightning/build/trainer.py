@@ -25,6 +25,18 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
 Checkpoint = dict[str, Any]
+FIXED = {  # options of Lightning's Trainer that other settings determine
+    "max_epochs": "trainer.max_steps sets the length of a run",
+    "val_check_interval": "trainer.val_every sets the steps between validations",
+    "check_val_every_n_epoch": "trainer.val_every sets the steps between validations",
+    "num_sanity_val_steps": "a run starts with training",
+    "use_distributed_sampler": "the data module gives each rank its share",
+    "default_root_dir": "run=NAME names the run's folder, and paths.runs the folder of all runs",
+    "callbacks": "callbacks.NAME sets a callback",
+    "logger": "logger=NAME chooses the loggers",
+    "plugins": "checkpoints are written by this library",
+    "enable_model_summary": "no summary is printed",
+}
 
 
 @dataclass
@@ -53,6 +65,8 @@ def prepare(cfg: DictConfig) -> None:
         UserError: a number is out of range, or a plugin does not exist.
     """
     quiet()
+    if fixed := sorted(FIXED.keys() & cfg.trainer.keys()):
+        raise UserError(f"trainer.{fixed[0]} cannot be set: {FIXED[fixed[0]]}.")
     cfg.seed = whole("seed", cfg.seed, 0, 2**32 - 1)
     for key in ("max_steps", "val_every", "log_every_n_steps", "accumulate_grad_batches"):
         if key in cfg.trainer:

@@ -41,7 +41,7 @@ def resolve(path: str | os.PathLike[str], generator: bool = False) -> Path:
     if not path.exists():
         if locate.is_shipped_name(name):
             return locate.find_shipped(name)
-        raise UserError(f"Checkpoint {path} does not exist.")
+        raise UserError(f"Checkpoint {path} does not exist.{locate.download_hint(path)}")
     if not path.is_file():
         raise UserError(f"Checkpoint {path} is not a regular file.")
     return path

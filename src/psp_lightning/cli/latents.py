@@ -63,6 +63,12 @@ def run(arguments: list[str]) -> None:
     if values["ckpt"]:
         import_plugins([name for name in values["plugins"].split(",") if name])
         net = load_decoder(values["ckpt"])
+        if latents.generator is None and not values["space"] and latents.space == "w" and len(latents) == net.n_styles:
+            shape = "x".join(map(str, latents.codes.shape))
+            raise UserError(
+                f"{values['in']} contains {shape} numbers: one code of w_plus (space=w_plus), or "
+                f"{len(latents)} codes of w (space=w)? Set space."
+            )
         latents = latents.of(net.generator, values["ckpt"], values["any_generator"])
     elif out.suffix == OURS and latents.generator is None:
         raise UserError(f"{values['in']} does not name the generator of its codes. Give ckpt=...")

@@ -70,6 +70,10 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
         if "Config group override must be" not in str(error):  # Hydra has no exception class for logger=null
             raise
         _fail(_wrong_option(sys.argv[1:]) or str(error))
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's error for a path with ~
+            raise
+        _fail("~ in a path cannot be replaced, because this user has no home folder: set HOME or write the whole path.")
     except BrokenPipeError:  # the reader of a pipe, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

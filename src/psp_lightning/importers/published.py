@@ -216,6 +216,8 @@ def load_released(content: Mapping[str, Any], in_channels: int | None = None) ->
         what = f"It has no encoder.* and decoder.* tensors; its keys are: {first(map(str, state)) or 'none'}."
         if "g_ema" in content or is_generator_state(state):
             what = "It is a StyleGAN2 generator without an encoder: use it as the generator's weights."
+        elif hint := import_hint(content):
+            what = hint
         raise UserError(f"this is not a pSp checkpoint. {what}")
     opts = read_options(content)
     if reason := why_not_built(encoder_state, opts):
@@ -262,6 +264,17 @@ def load_released(content: Mapping[str, Any], in_channels: int | None = None) ->
     )
 
 
+def import_hint(content: Mapping[str, Any]) -> str:
+    """Return a sentence about a generator that only psp-weights import finds in this checkpoint, or ""."""
+    for part in (content, *(value for value in content.values() if isinstance(value, Mapping))):
+        if any(str(key).endswith(("input.input", "mapping.fc0.weight")) for key in part):
+            return (
+                "It contains a generator under other names: convert it with `psp-weights import FILE "
+                "out=generator.safetensors` and use that file."
+            )
+    return ""
+
+
 def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the training options of a released checkpoint; raise a UserError if they are not a dict or too large."""
     opts = content.get("opts", {})
@@ -272,11 +285,19 @@ def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def latent_average(content: Mapping[str, Any]) -> Tensor | None:
-    """Return `latent_avg` of a checkpoint, None if it has none; raise a UserError if it is not a tensor."""
+    """Return `latent_avg` of a checkpoint, a tensor or a list, None if it has none; anything else is a UserError."""
     average = content.get("latent_avg")
-    if average is not None and not isinstance(average, Tensor):
-        raise UserError(f"its 'latent_avg' is a {type(average).__name__}, not a tensor.")
-    return average
+    if average is None or isinstance(average, Tensor):
+        return average
+    what = f"its 'latent_avg' is a {type(average).__name__}, not a tensor"
+    if not isinstance(average, list | tuple):
+        raise UserError(f"{what}.")
+    check_tree(average, "latent_avg")
+    try:
+        tensors = all(isinstance(row, Tensor) for row in average)
+        return torch.stack(list(average)) if tensors else torch.tensor(average, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise UserError(f"{what} or a list of numbers.") from None
 
 
 def build_generator(state: State) -> Generator:

@@ -34,6 +34,8 @@ OURS = ".safetensors"
 DESCRIBED = (OURS, ".npz")  # readable
 PLAIN = (".npy", ".pt")
 KIND = "latents"
+NUMPY = {b"\x93N": ".npy", b"PK": ".npz"}  # by the first bytes
+PICKLED = "contains pickled Python objects, which may run code. Save only the array."
 INFLATION, SMALL = 100, 1 << 26  # no real .npz is larger than 64 MB and compressed more than 100 times
 
 
@@ -161,7 +163,7 @@ def read_plain(path: str | os.PathLike[str], space: str | None = None) -> Latent
     """Read codes from a plain array, and name them 00000, 00001, ... in order. No code from the file runs.
 
     Args:
-        path: `.npy`, `.npz` with one array, or `.pt` with one tensor.
+        path: `.npy`, `.npz` with one array, `.pt` with one tensor, or rosinality's projection, without its noise maps.
         space: None: `w_plus` for three dimensions, `w` for two. With `w_plus`, (n_styles, style_dim) is one code.
 
     Raises:
@@ -217,16 +219,28 @@ def _reading(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if "allow_pickle" in str(error):
-            reason = "contains pickled Python objects, which may run code. Save only the array."
-        else:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            reason = f"is not a NumPy file or is damaged ({first[:200]})."
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        objects = "allow_pickle" in str(error) or "Python objects in dtype" in str(error)
+        reason = PICKLED if objects else f"is not a NumPy file or is damaged ({first[:200]})."
         raise UserError(f"{path} {reason}") from None
+
+
+def _check_kind(path: Path) -> None:
+    """Raise a UserError for a file of another kind than its suffix says; NumPy takes any such file for a pickle."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head.startswith(b"\x80"):
+        raise UserError(f"{path} {PICKLED}")
+    kind = NUMPY.get(head)
+    if kind is None:
+        raise UserError(f"{path} is not a NumPy file or is damaged.")
+    if kind != path.suffix:
+        raise UserError(f"{path} is a {kind} file: rename it to {path.with_suffix(kind).name}.")
 
 
 def _read_npy(path: Path) -> Tensor:
     with _reading(path):
+        _check_kind(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, so a huge shape needs no memory
     return _numbers(path, array)
 
@@ -241,6 +255,7 @@ def _read_one_array(path: Path) -> Tensor:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with _reading(path):
+        _check_kind(path)
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
         if claimed > SMALL and claimed > INFLATION * path.stat().st_size:
@@ -251,6 +266,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_pt(path: Path) -> Tensor:
     content = read_torch(path)
+    if isinstance(content, dict):  # rosinality's projector: {file: {"latent": ..., "img": ..., "noise": ...}}
+        entries = [entry for entry in content.values() if isinstance(entry, dict) and "latent" in entry]
+        content = [entry["latent"] for entry in entries] or content
     if isinstance(content, list | tuple) and content and all(isinstance(part, Tensor) for part in content):
         if any(part.shape != content[0].shape for part in content):
             raise UserError(f"{path} contains tensors of several shapes, not one tensor of codes.")

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -84,6 +85,28 @@ class LitPSP(pl.LightningModule):
         self._row: dict[str, Tensor] = {}
         self._random_state: list[dict[str, Any]] | None = None
         self.train()  # Lightning does not change the modes of modules
+
+    def on_fit_start(self) -> None:
+        """Compare the network with the data module, and record its source description if the network has none.
+
+        Raises:
+            UserError: the targets are larger than the generator's images.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        drawn, wanted = self.net.generator.output_size, getattr(data, "target_size", 0)
+        if wanted > drawn:
+            raise UserError(
+                f"the targets have {wanted} px, but the generator's images have only {drawn} px: set "
+                f"domain.target_size={drawn} and domain.input_size to at most as much (from Python: target_size and "
+                "input_size of the data module)."
+            )
+        if not self.net.source and (spec := getattr(data, "spec", None)) is not None:
+            self.net.source = spec.to_dict()
+        elif not self.net.source:
+            rank_zero_warn(
+                "the checkpoints will not say what the encoder takes as source, and psp-predict will reject them: "
+                "give PSP(..., source=InputSpec('rgb', size=256).to_dict()) with the kind and size of your data."
+            )
 
     # --- steps
 

@@ -43,7 +43,7 @@ class Shipped:
 def weights_dir() -> Path:
     """Return the folder of public weights: `$PSP_WEIGHTS`, or `psp_lightning` in the user's cache folder."""
     chosen = os.environ.get("PSP_WEIGHTS")
-    return Path(chosen).expanduser() if chosen else cache_dir()
+    return Path(chosen).expanduser() if chosen else cache_dir("PSP_WEIGHTS")
 
 
 def record(name: str) -> Record:
@@ -130,8 +130,7 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
     if path is None and is_shipped_name(name):
         return find_shipped(name)
     entry = record(name)
-    folder = weights_dir()
-    file = Path(path).expanduser() if path is not None else folder / entry.filename
+    file = Path(path).expanduser() if path is not None else weights_dir() / entry.filename
     if file.is_file():
         return file
     what = "is a folder" if file.is_dir() else "does not exist"
@@ -140,9 +139,20 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
         f"Get it (licence: {entry.licence}) with\n"
         f"  psp-weights get {name}\n"
         f"or by hand with\n"
-        f"  {entry.command(folder)}\n"
+        f"  {entry.command(weights_dir())}\n"
         f"or set PSP_WEIGHTS to the folder that contains {entry.filename}."
     )
+
+
+def download_hint(path: Path) -> str:
+    """Return a sentence on how to get the public weights whose file or record is named like `path`, or ""."""
+    for entry in RECORDS.values():
+        if path.name in (entry.filename, entry.name):
+            file = weights_dir() / entry.filename
+            if file.is_file():
+                return f" The weights folder has these weights: {file}"
+            return f" Download it with `psp-weights get {entry.name}`, which prints where the file is."
+    return ""
 
 
 def verify(name: str, path: str | os.PathLike[str]) -> None:

@@ -44,7 +44,7 @@ def ops_dir() -> Path:
     """Return the folder of built kernels: `$PSP_OPS_DIR`, or `psp_lightning/ops` in the user's cache folder."""
     if chosen := os.environ.get("PSP_OPS_DIR"):
         return Path(chosen).expanduser()
-    return cache_dir() / "ops"
+    return cache_dir("PSP_OPS_DIR") / "ops"
 
 
 def kernels() -> Any:
@@ -67,7 +67,7 @@ def _decide() -> tuple[Any, str]:
         if _outcome is None:
             try:
                 _outcome = load(ensure_built(_toolchain.architectures())), ""
-            except BuildError as error:
+            except (BuildError, UserError) as error:  # a UserError: there is no folder for the kernels
                 _outcome = None, str(error)
                 if choice() != "cuda":  # with "cuda", `kernels` raises an error
                     warnings.warn(
