@@ -22,7 +22,9 @@ from psp_lightning.data.datamodules import DATAMODULES, TaskDataModule
 from psp_lightning.data.stores import FolderStore, ToyFacesStore
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
-from psp_lightning.lit.callbacks import AverageBatchNorm, EpochStart, ImageGrids, LastCheckpoint, ProgressBar
+from psp_lightning.lit.callbacks import (
+    AverageBatchNorm, EpochStart, ImageGrids, LastCheckpoint, ProgressBar, ValidateEvery,
+)  # fmt: skip
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_generator, load_psp
@@ -124,9 +126,9 @@ def fit(
         total_steps=steps,
         source_is_target=data.source_is_target,
     )
-    validate = min(whole("val_every", val_every, 1), steps) * trainer.get("accumulate_grad_batches", 1)
+    validate = min(whole("val_every", val_every, 1), steps)
     try:
-        _trainer(run, resume, max_steps=steps, val_check_interval=validate, **trainer).fit(
+        _trainer(run, resume, validate, max_steps=steps, **trainer).fit(
             module, datamodule=data, ckpt_path=last if resume else None
         )
     except (TypeError, MisconfigurationException) as error:
@@ -189,11 +191,12 @@ def _metrics(objective: CompositeLoss) -> dict[str, Metric]:
     return metrics
 
 
-def _trainer(run: Path, resume: bool, **options: Any) -> pl.Trainer:
+def _trainer(run: Path, resume: bool, val_every: int, **options: Any) -> pl.Trainer:
     checkpoints = run / "checkpoints"
     callbacks = [
         EpochStart(),
         AverageBatchNorm(),
+        ValidateEvery(val_every),
         ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
         ImageGrids(run / "images", every_n_steps=0, n_images=4),
         *options.pop("callbacks", ()),
@@ -206,7 +209,8 @@ def _trainer(run: Path, resume: bool, **options: Any) -> pl.Trainer:
         log.keep_until(read(checkpoints / "last.ckpt")["global_step"])
     own = {
         "max_epochs": -1,
-        "check_val_every_n_epoch": None,  # val_check_interval counts across epochs
+        "val_check_interval": 1,  # ValidateEvery replaces it
+        "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module gives each rank its share
         "enable_model_summary": False,
