@@ -56,7 +56,7 @@ def test_a_finished_run_is_not_overwritten(psp, tiny: list[str], tmp_path: Path)
     assert psp("train", *tiny, "run=r").code == 0
     before = (tmp_path / "runs" / "inversion" / "r" / "csv" / "metrics.csv").read_text()
     done = psp("train", *tiny, "run=r", "seed=3")
-    assert done.code == 1 and "holds a run already" in done.err and "resume=" in done.err
+    assert done.code == 1 and "contains a run already" in done.err and "resume=" in done.err
     assert (tmp_path / "runs" / "inversion" / "r" / "csv" / "metrics.csv").read_text() == before
     done = psp("train", "resume=runs/inversion/r")
     assert done.code == 0 and "already at step 2" in done.out

@@ -263,7 +263,7 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
     assert psp("train_generator", *settings).code == 0
     run = tmp_path / "runs" / "generator" / "a"
     done = psp("train_generator", *settings)
-    assert done.code == 1 and "holds a run already" in done.err
+    assert done.code == 1 and "contains a run already" in done.err
     for change in ("network.max_channels=16", "model.mixing=0", "optimizer.lr=0.1", "seed=1"):
         done = psp("train_generator", f"resume={run}", change, "trainer.max_steps=2")
         assert done.code == 1 and change.split("=")[0] in done.err and "init_from=" in done.err, done.err

@@ -47,7 +47,8 @@ def fit(folder: Path, steps: int, n: int = 8, val_every: int = 100, callbacks: A
         log.keep_until(torch.load(resume, weights_only=True)["global_step"])
     best = ModelCheckpoint(last.parent, "best", monitor="val/loss", enable_version_counter=False)
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=options.pop("max_epochs", -1), logger=log, plugins=[AtomicCheckpointIO()],
+        accelerator="cpu", max_steps=steps, max_epochs=options.pop("max_epochs", -1), logger=log,
+        plugins=[AtomicCheckpointIO()],
         callbacks=[EpochStart(), ValidateEvery(val_every), best, *callbacks, LastCheckpoint(last.parent, None)],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1,
         check_val_every_n_epoch=None, **options,

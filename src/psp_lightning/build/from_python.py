@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +24,16 @@ from psp_lightning.data.stores import FolderStore, ToyFacesStore
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import (
-    AverageBatchNorm, EpochStart, ImageGrids, LastCheckpoint, ProgressBar, ValidateEvery,
+    AverageBatchNorm,
+    EpochStart,
+    ImageGrids,
+    LastCheckpoint,
+    ProgressBar,
+    ValidateEvery,
 )  # fmt: skip
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
+from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.losses import LOSSES, CompositeLoss, LossTerm
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
@@ -39,6 +46,7 @@ from psp_lightning.utils.memory import computes_on_cpu
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | tuple[PathLike, PathLike] | ToyFaces | TaskDataModule
+AGAIN = "Continue it with resume=True, or choose another folder."
 LARGEST_INPUT = 256  # pixels; the encoder of the paper never sees more, and larger outputs are pooled to it
 
 
@@ -106,8 +114,8 @@ def fit(
     run, last = Path(run), Path(run, "checkpoints", "last.ckpt")
     if resume and not last.is_file():
         raise UserError(f"There is no run to continue: {last} does not exist. Leave out resume=True.")
-    if not resume and last.exists():
-        raise UserError(f"{run} contains a run already. Continue it with resume=True, or choose another folder.")
+    if not resume and contains_run(run):
+        raise UserError(f"{run} contains a run already. {AGAIN}")
     steps = whole("steps", steps, 1)
     pl.seed_everything(whole("seed", seed, 0, 2**32 - 1), workers=True, verbose=False)
     network, latent_avg = _generator(generator)
@@ -127,10 +135,12 @@ def fit(
         source_is_target=data.source_is_target,
     )
     validate = min(whole("val_every", val_every, 1), steps)
+    claim = claim_run(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
     try:
-        _trainer(run, resume, validate, max_steps=steps, **trainer).fit(
-            module, datamodule=data, ckpt_path=last if resume else None
-        )
+        with claim:
+            _trainer(run, resume, validate, max_steps=steps, **trainer).fit(
+                module, datamodule=data, ckpt_path=last if resume else None
+            )
     except (TypeError, MisconfigurationException) as error:
         raise UserError(f"fit: {error}") from error
     return load_psp(run)
