@@ -27,6 +27,6 @@ class ValidateEvery(pl.Callback):
     def _schedule(self, trainer: pl.Trainer, due: bool) -> None:
         """Set `val_check_batch`: Lightning validates if it divides the number of batches."""
         self._step = trainer.global_step
-        if not trainer.fast_dev_run:  # which validates its only batch
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which validates its only batch
             batches = trainer.fit_loop.total_batch_idx + 1
             trainer.val_check_batch = max(1, batches) if due else batches + 1
