@@ -89,7 +89,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     different = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
     assert not different, different
     steps = [row["step"] for row in csv.DictReader((tmp_path / "parts/csv/metrics.csv").open())]
-    assert steps == ["1", "3"]
+    assert steps == ["1", "1", "3", "3"]  # at the end of each part: training, validation
 
 
 def test_data_from_folders_a_pair_of_folders_and_a_data_module(psp, tmp_path: Path) -> None:

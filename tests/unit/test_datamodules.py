@@ -1,6 +1,7 @@
 """Every task on drawn faces and on folders, with and without a Trainer."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,3 +209,13 @@ def test_two_gloo_ranks(tmp_path):
     seen = sum(a["train"] + b["train"], [])
     assert set(seen) == set(range(7)) and len(seen) == 8
     assert sorted(sum(a["val"] + b["val"], [])) == [0, 1, 2, 3, 4], "validation has each sample once"
+
+
+@pytest.mark.parametrize(("n", "devices"), [(1, 2), (3, 4)])
+def test_fewer_validation_images_than_devices_are_refused(n: int, devices: int) -> None:
+    data = DATAMODULES["inversion"](ToyFacesStore(32, 0, 8), ToyFacesStore(32, 1, n), **options())
+    data.trainer = SimpleNamespace(global_rank=0, world_size=devices)
+    with pytest.raises(UserError, match=f"{n} validation images are fewer than {devices} devices.*devices={n} or"):
+        data.val_dataloader()
+    data.trainer.world_size = n
+    assert len(data.val_dataloader()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,9 +23,17 @@ from psp_lightning.data.datamodules import DATAMODULES, TaskDataModule
 from psp_lightning.data.stores import FolderStore, ToyFacesStore
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
-from psp_lightning.lit.callbacks import AverageBatchNorm, EpochStart, ImageGrids, LastCheckpoint, ProgressBar
+from psp_lightning.lit.callbacks import (
+    AverageBatchNorm,
+    EpochStart,
+    ImageGrids,
+    LastCheckpoint,
+    ProgressBar,
+    ValidateEvery,
+)  # fmt: skip
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
+from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.losses import LOSSES, CompositeLoss, LossTerm
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
@@ -37,6 +46,7 @@ from psp_lightning.utils.memory import computes_on_cpu
 
 PathLike = str | os.PathLike[str]
 Data = PathLike | tuple[PathLike, PathLike] | ToyFaces | TaskDataModule
+AGAIN = "Continue it with resume=True, or choose another folder."
 LARGEST_INPUT = 256  # pixels; the encoder of the paper never sees more, and larger outputs are pooled to it
 
 
@@ -104,8 +114,8 @@ def fit(
     run, last = Path(run), Path(run, "checkpoints", "last.ckpt")
     if resume and not last.is_file():
         raise UserError(f"There is no run to continue: {last} does not exist. Leave out resume=True.")
-    if not resume and last.exists():
-        raise UserError(f"{run} contains a run already. Continue it with resume=True, or choose another folder.")
+    if not resume and contains_run(run):
+        raise UserError(f"{run} contains a run already. {AGAIN}")
     for key, own in (("max_steps", "steps"), ("val_check_interval", "val_every")):
         if key in trainer:
             raise UserError(f"fit takes {own}= instead of the Trainer's {key}=.")
@@ -127,11 +137,13 @@ def fit(
         total_steps=steps,
         source_is_target=data.source_is_target,
     )
-    validate = min(whole("val_every", val_every, 1), steps) * trainer.get("accumulate_grad_batches", 1)
+    validate = min(whole("val_every", val_every, 1), steps)
+    claim = claim_run(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
     try:
-        _trainer(run, resume, max_steps=steps, val_check_interval=validate, **trainer).fit(
-            module, datamodule=data, ckpt_path=last if resume else None
-        )
+        with claim:
+            _trainer(run, resume, validate, max_steps=steps, **trainer).fit(
+                module, datamodule=data, ckpt_path=last if resume else None
+            )
     except (TypeError, MisconfigurationException) as error:
         raise UserError(f"fit: {error}") from error
     return load_psp(run)
@@ -192,11 +204,12 @@ def _metrics(objective: CompositeLoss) -> dict[str, Metric]:
     return metrics
 
 
-def _trainer(run: Path, resume: bool, **options: Any) -> pl.Trainer:
+def _trainer(run: Path, resume: bool, val_every: int, **options: Any) -> pl.Trainer:
     checkpoints = run / "checkpoints"
     callbacks = [
         EpochStart(),
         AverageBatchNorm(),
+        ValidateEvery(val_every),
         ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
         ImageGrids(run / "images", every_n_steps=0, n_images=4),
         *options.pop("callbacks", ()),
@@ -209,7 +222,8 @@ def _trainer(run: Path, resume: bool, **options: Any) -> pl.Trainer:
         log.keep_until(read(checkpoints / "last.ckpt")["global_step"])
     own = {
         "max_epochs": -1,
-        "check_val_every_n_epoch": None,  # val_check_interval counts across epochs
+        "val_check_interval": 1,  # ValidateEvery replaces it
+        "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the data module gives each rank its share
         "enable_model_summary": False,

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from psp_lightning.build.instantiate import import_plugins, instantiate
 from psp_lightning.checkpoints.read import is_plain, read
-from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ProgressBar
+from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ProgressBar, ValidateEvery
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.devices import check_launched, count_devices, resolve_devices
@@ -133,8 +133,8 @@ def build_trainer(
     if options["strategy"] in ("auto", "ddp"):
         options["strategy"] = ddp if local * options["num_nodes"] > 1 else "auto"
     if (val_every := options.pop("val_every", None)) is not None:
-        options["val_check_interval"] = val_every * options["accumulate_grad_batches"]
-        options["check_val_every_n_epoch"] = None
+        own = [*own, ValidateEvery(val_every)]
+        options |= {"val_check_interval": 1, "check_val_every_n_epoch": None}
     try:
         return pl.Trainer(
             **options,

@@ -6,14 +6,17 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.fit import fit
 from psp_lightning.cli.launch import launch
-from psp_lightning.cli.mistakes import guard, user_errors
+from psp_lightning.cli.mistakes import _fail, guard, user_errors
 from psp_lightning.cli.resume import LAST, with_resume
 from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
     from psp_lightning.build.trainer import Training
@@ -46,12 +49,37 @@ def train_job(cfg: DictConfig) -> float | None:
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="train")
 @user_errors
 def _run(cfg: DictConfig) -> Any:
+    _check_search(cfg)
     return launch(train_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
+
+
+def _check_search(cfg: DictConfig) -> None:
+    """End a search whose trials would not measure the objective. In a plain sweep no objective is necessary."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
+        return
+    if cfg.objective is None:
+        _fail("a search needs an objective=NAME, such as val/loss.")
+    if not cfg.trainer.limit_val_batches or cfg.trainer.val_every > cfg.trainer.max_steps:
+        _fail(
+            f"objective={cfg.objective} would not be measured, because there is no validation: trainer.val_every="
+            f"{cfg.trainer.val_every}, trainer.max_steps={cfg.trainer.max_steps}, trainer.limit_val_batches="
+            f"{cfg.trainer.limit_val_batches}. Set trainer.val_every={cfg.trainer.max_steps} or less."
+        )
+
+
+def _run_or_search() -> None:
+    try:
+        _run()
+    except ValueError as error:
+        if "No trials are completed yet" not in str(error):  # Optuna's message
+            raise
+        raise UserError("no trial of the search was completed; the log above names the reason for each.") from None
 
 
 def main() -> None:
     """Entry point of `psp-train`."""
-    guard(_run, with_resume)
+    guard(_run_or_search, with_resume)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,17 @@ class TaskDataModule(_DataModule):
         return ResumableDataLoader(dataset=dataset, batch_size=self.batch_size, limit=limit, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
+        """Return the loader.
+
+        Raises:
+            UserError: if there are fewer images than devices: Lightning validates on all devices or on none.
+        """
         dataset = self.dataset("val")
+        if len(dataset) < (devices := self._ranks()[1]):
+            raise UserError(
+                f"{len(dataset)} validation images are fewer than {devices} devices. Add images, or set "
+                f"trainer.devices={len(dataset)} or trainer.limit_val_batches=0."
+            )
         loading = self._loading(len(dataset), train=False)
         return ReadableDataLoader(dataset, batch_size=self.val_batch_size, generator=torch.Generator(), **loading)
 

@@ -82,7 +82,7 @@ class LitGenerator(pl.LightningModule):
 
     Every `log_every` steps it logs `train/loss_g`, `train/loss_d`, `train/score_real`, `train/score_fake`, `train/r1`,
     `train/path_length`, `train/path_penalty`, `train/augment_p`, `train/ada_sign`, `train/images` (shown so far) and
-    `train/images_per_second`. With several devices, it logs their mean.
+    `train/images_per_second`. With several devices, it logs their mean. A shorter run logs its last step.
 
     On a CPU, both penalties are computed in full precision even if the networks use half precision.
 
@@ -294,7 +294,7 @@ class LitGenerator(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self._step + 1
-        if step % self.log_every:
+        if step % self.log_every and not step == self.trainer.max_steps < self.log_every:
             return
         now, shown = time.monotonic(), int(self.images_shown)
         rate = (shown - self._clock[1]) / (now - self._clock[0])

@@ -32,8 +32,8 @@ class LitPSP(pl.LightningModule):
     """Trains the encoder of `net`; the generator and the networks inside the losses are frozen.
 
     Logs `train/loss`, `train/loss_<term>` and `train/lr` every `log_every` optimizer steps, and `val/loss`,
-    `val/loss_<term>` and `val/<metric>` after each validation. The logged step is the number of finished optimizer
-    steps.
+    `val/loss_<term>` and `val/<metric>` after each validation. A shorter run logs its last step. The logged step is the
+    number of finished optimizer steps.
 
     Args:
         net: encoder, frozen generator and average latent.
@@ -139,7 +139,7 @@ class LitPSP(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the step that follows, so that its row is written before any checkpoint of the step."""
         step = self.global_step + 1
-        if step % self.log_every == 0:
+        if step % self.log_every == 0 or step == self.trainer.max_steps < self.log_every:
             row = {f"train/{name}": float(value) for name, value in self._row.items()}
             self._write({**row, "train/lr": optimizer.param_groups[0]["lr"]}, step)
 

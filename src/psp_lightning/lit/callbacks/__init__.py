@@ -6,8 +6,9 @@ from psp_lightning.lit.callbacks.image_grids import ImageGrids
 from psp_lightning.lit.callbacks.last_checkpoint import LastCheckpoint, step_checkpoints
 from psp_lightning.lit.callbacks.progress_bar import ProgressBar
 from psp_lightning.lit.callbacks.samples import ExportGenerator, SampleGrids
+from psp_lightning.lit.callbacks.validation import ValidateEvery
 
 __all__ = [
     "AverageBatchNorm", "EpochStart", "ExportGenerator", "ImageGrids", "LastCheckpoint", "ProgressBar", "SampleGrids",
-    "step_checkpoints",
+    "ValidateEvery", "step_checkpoints",
 ]  # fmt: skip

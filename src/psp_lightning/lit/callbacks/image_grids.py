@@ -25,8 +25,8 @@ CAPTION_HEIGHT = 14  # pixels; one line in PIL's default font
 class ImageGrids(Callback):
     """Draws grids of up to `n_images` rows source | target | output, for `folder` and the loggers that take images.
 
-    It draws a training batch every `every_n_steps` steps (0: never), `train_00000100.png`, and the first batch of every
-    validation, `val_00000100.png`.
+    It draws a training batch every `every_n_steps` steps (0: never; a shorter run: at its last step),
+    `train_00000100.png`, and the first batch of every validation, `val_00000100.png`.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int) -> None:
@@ -38,8 +38,9 @@ class ImageGrids(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step and self.every_n_steps and step % self.every_n_steps == 0 and step != self._drawn_step:
+        step, every = trainer.global_step, self.every_n_steps
+        due = every and (step % every == 0 or step == trainer.max_steps < every)
+        if step and due and step != self._drawn_step:
             self._drawn_step = step
             self._draw(trainer, pl_module, "train", batch, outputs["y_hat"])
 

@@ -49,12 +49,20 @@ class SampleGrids(Callback):
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int, truncation: float) -> None:
         self.folder, self.every_n_steps = Path(folder), whole("every_n_steps", every_n_steps, 0)
         self.n_images, self.truncation = whole("n_images", n_images, 1, 4096), number("truncation", truncation, 0, 10)
+        self._drawn_step = -1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = trainer.global_step
-        due = step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0)
-        if not due or not trainer.is_global_zero:
+        if step == self._drawn_step or not trainer.is_global_zero:
             return
+        self._drawn_step = step
         images = sample_images(pl_module.g_ema, self.n_images, self.truncation)
         grid = to_pil(tile(images, max(1, round(self.n_images**0.5))))
         keep_picture(trainer, grid, self.folder / f"samples_{step:08d}.png", "samples")

@@ -1,0 +1,88 @@
+"""Claim the folder of a run or a sweep before Hydra writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from psp_lightning.cli.mistakes import _fail
+from psp_lightning.cli.settings import quote
+from psp_lightning.lit.run_folder import claim_run, is_first_rank, new_folder
+from psp_lightning.utils.errors import UserError
+
+
+class ClaimFolder(Callback):
+    """A Hydra callback that claims the folder of a run or a sweep until it ends.
+
+    If a default name, which contains the time, is taken, the run or sweep gets another one. A name that was given and
+    is taken is an error. Ranks that torchrun or srun started share one folder, which the first of them claims.
+    """
+
+    held: ClassVar[FileLock | None] = None  # of the class: Hydra drops the callback if a job fails
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        HydraConfig.instance().set_config(config)  # names may refer to it
+        with _reporting():
+            folder = Path(config.hydra.run.dir)
+            if not _is_given(config, "hydra.run.dir"):
+                home = Path(config.paths.runs, str(config.task.name))
+                name = os.path.relpath(folder, home)
+                if name.split(os.sep)[0] in (os.curdir, os.pardir):
+                    raise UserError(f"run={config.run} is not the name of a folder inside {home}.")
+                if OmegaConf.is_interpolation(config, "run") and "LOCAL_RANK" not in os.environ:
+                    folder = new_folder(folder)
+                    config.run = os.path.relpath(folder, home)
+            resume = config.resume not in (None, "auto") and folder.resolve() in Path(config.resume).resolve().parents
+            self._claim(folder, resume, f"continue it with resume={folder}, or choose another run=NAME.")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with _reporting():
+            folder = Path(config.hydra.sweep.dir)
+            if not _is_given(config, "hydra.sweep.dir") and "LOCAL_RANK" not in os.environ:
+                folder = new_folder(folder)
+                with read_write(config), open_dict(config):  # jobs are composed again, from the overrides
+                    config.hydra.sweep.dir = os.fspath(folder)
+                    config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(os.fspath(folder))}")
+            # each job rejects a folder that contains a run
+            self._claim(folder, True, "choose another hydra.sweep.dir=DIR.")
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        self._release()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        self._release()
+
+    def _claim(self, folder: Path, resume: bool, hint: str) -> None:
+        self._release()
+        if is_first_rank():
+            ClaimFolder.held = claim_run(folder, resume, hint)
+
+    def _release(self) -> None:
+        if self.held is not None:
+            self.held.release()
+            ClaimFolder.held = None
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    """Report a mistake and exit; Hydra would turn an exception into a warning."""
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error))
+    except (OSError, OmegaConfBaseException):
+        pass  # Hydra meets the same error and reports it; a file system without locks allows no claims
+
+
+def _is_given(config: DictConfig, key: str) -> bool:
+    """Return whether the command line sets one of Hydra's settings."""
+    return any(override.lstrip("+").startswith(f"{key}=") for override in config.hydra.overrides.hydra)

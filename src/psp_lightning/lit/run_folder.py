@@ -1,0 +1,63 @@
+"""Claims on run folders: one process writes to a run at a time, and no run starts over the checkpoints of another."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from psp_lightning.utils.errors import UserError
+
+CLAIM = ".claim"
+
+
+def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
+    """Create a run folder if necessary, claim it for this process, and return the claim.
+
+    A claim is a lock of the operating system on a file in the folder. It ends with the process, however that ends, so
+    the claim of a dead process blocks nothing.
+
+    Args:
+        folder: the run folder.
+        resume: continue the run in the folder. False: the folder must not contain a run.
+        hint: for the message, how to continue a run and how to choose another folder.
+
+    Raises:
+        UserError: another process has claimed the folder, or it contains a run although `resume` is False.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = FileLock(folder / CLAIM)
+    try:
+        claim.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"Another process is writing to {folder}. When it has ended: {hint}") from None
+    if not resume and contains_run(folder):
+        claim.release()
+        raise UserError(f"{folder} contains a run already. {hint}")
+    return claim
+
+
+def new_folder(folder: Path) -> Path:
+    """Create and return a folder that did not exist: `folder`, or with `_2`, `_3` and so on appended to its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path in itertools.chain([folder], (folder.with_name(f"{folder.name}_{n}") for n in itertools.count(2))):
+        try:
+            path.mkdir()  # atomic: of several processes, one succeeds
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
+
+
+def contains_run(folder: Path) -> bool:
+    """Return whether a folder contains checkpoints or exported generators, without those that a crash left half."""
+    files = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("generator*.safetensors")]
+    return any(not file.name.startswith(".") for file in files)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the first rank, as torchrun, srun and Lightning number them."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank), "0") == "0"

@@ -1,0 +1,68 @@
+"""Claims on run folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank, new_folder
+from psp_lightning.utils.errors import UserError
+
+CLAIM = "import sys, pathlib; from psp_lightning.lit.run_folder import claim_run; "
+CLAIM += "claim = claim_run(pathlib.Path(sys.argv[1]), False, ''); print('claimed', flush=True); sys.stdin.read()"
+
+
+def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "claimed\n"
+    for resume in (False, True):
+        with pytest.raises(UserError, match="Another process is writing to .*run. When it has ended: do this"):
+            claim_run(run, resume, "do this")
+    other.kill()
+    other.communicate()
+    claim_run(run, False, "").release()
+
+
+@pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "generator_00000010.safetensors"])
+def test_no_run_starts_over_another_one(file: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / ".half.ckpt").touch()  # what a crash leaves
+    (tmp_path / "run" / "train.log").touch()
+    claim_run(tmp_path / "run", False, "").release()
+    (tmp_path / "run" / file).touch()
+    assert contains_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"contains a run already\. Do this"):
+        claim_run(tmp_path / "run", False, "Do this")
+    claim_run(tmp_path / "run", True, "").release()
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: new_folder(tmp_path / "runs" / "12-00-00"), range(20)))
+    assert len(set(folders)) == 20 and all(folder.is_dir() for folder in folders)
+    assert {folder.name for folder in folders} == {"12-00-00", *(f"12-00-00_{n}" for n in range(2, 21))}
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),  # started by Lightning
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),  # torchrun on a second machine
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_the_first_rank_claims(variables: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_rank() is first
