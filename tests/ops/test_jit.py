@@ -169,6 +169,54 @@ def test_a_failing_compiler_warns_once(folder, tmp_path, monkeypatch):
     assert not list(folder.glob("*.failed"))
 
 
+NINJA = """[1/2] /usr/local/cuda/bin/nvcc -MD -DTORCH_EXTENSION_NAME=x -c /csrc/epilogue.cu -o epilogue.cuda.o
+FAILED: [code=2] epilogue.cuda.o
+/usr/local/cuda/bin/nvcc -MD -DTORCH_EXTENSION_NAME=x -c /csrc/epilogue.cu -o epilogue.cuda.o
+{}
+ninja: build stopped: subcommand failed.
+Traceback (most recent call last):
+  File "/torch/utils/cpp_extension.py", line 2980, in _run_ninja_build
+    subprocess.run(
+subprocess.CalledProcessError: Command '['ninja', '-v']' returned non-zero exit status 2.
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "/psp_lightning/ops/cuda/compile.py", line 30, in <module>
+    main()
+RuntimeError: Error building extension 'psp_lightning_ops'
+"""
+PLAIN = """W1126 02:05:34.247000 2713 cpp_extension.py:183] No CUDA runtime is found
+Traceback (most recent call last):
+  File "/torch/utils/cpp_extension.py", line 2814, in _get_cuda_arch_flags
+    raise ValueError(f"Unknown CUDA arch ({arch}) or GPU not supported")
+ValueError: Unknown CUDA arch (1.0) or GPU not supported
+"""
+
+
+@pytest.mark.parametrize(
+    "log, first, all_of_it",
+    [
+        (NINJA.format('a.cu(35): error: "x" is undefined\n    y = x;\n        ^\n'), "a.cu(35): error:", "    y = x;"),
+        (NINJA.format("nvcc fatal   : Unsupported gpu architecture 'compute_999'"), "nvcc fatal", "compute_999"),
+        (NINJA.format("/usr/bin/ld: cannot find -lcudart: No such file"), "/usr/bin/ld", "-lcudart"),
+        (NINJA.format("a.h(3): warning #177-D: unused\n" * 20 + "sh: 1: c++: not found"), "sh: 1:", "not found"),
+        (PLAIN, "W1126", "ValueError: Unknown CUDA arch (1.0) or GPU not supported"),
+        ("line\n" * 30 + "the last one\n", "line", "the last one"),
+    ],
+    ids=["nvcc", "architecture", "linker", "no compiler", "before the compiler", "no error"],
+)
+def test_a_build_error_shows_the_compilers_own_lines(log, first, all_of_it, monkeypatch):
+    use(monkeypatch, f"print({log!r}); sys.exit(1)")
+    with pytest.raises(_jit.BuildError) as caught:
+        _jit.ensure_built(ARCH)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "The compiler failed (status 1). It says:" and lines[0].startswith(first), lines
+    assert all_of_it in str(caught.value) and len(lines) <= _jit.SHOWN
+    for noise in ("Traceback", 'cpp_extension.py"', "Error building extension", "-DTORCH"):
+        assert noise not in str(caught.value)
+
+
 def test_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):
     use(monkeypatch, GOOD)
     monkeypatch.setattr(_toolchain, "architectures", lambda: ARCH)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from psp_lightning.utils.errors import UserError
 LIBRARY, RECORD = f"{_toolchain.NAME}.so", "build.json"
 TIME_LIMIT = 1800  # seconds for the compiler
 LOCK_LIMIT = TIME_LIMIT + 60  # seconds to wait while another process compiles
-TAIL = 12  # lines of compiler output in a warning
+SHOWN = 12  # lines of compiler output in a warning
 
 
 class BuildError(Exception):
@@ -209,9 +210,32 @@ def _compile(scratch: Path, architectures: list[str]) -> None:
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     if code != 0 or not (scratch / LIBRARY).is_file():
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
         what = f"did not finish in {TIME_LIMIT} s" if code is None else f"failed (status {code})"
-        raise BuildError(f"The compiler {what}. Its last lines:\n{last}")
+        raise BuildError(f"The compiler {what}. It says:\n{compiler_message(log.read_text(errors='replace'))}")
+
+
+# What compilers, linkers, ninja and the shell print about an error, such as "a.cu(35): error: ...",
+# "nvcc fatal   : ...", "ld: cannot find -lcudart", "sh: 1: c++: not found", "Killed".
+_ERROR = re.compile(
+    r"\b(error|fatal)\b.*:|: error\b|undefined (reference|symbol)|cannot find|not found|[Kk]illed|No space left"
+)
+_COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |\S*(nvcc|c\+\+|g\+\+|clang\S*) .* -c ")
+
+
+def compiler_message(log: str) -> str:
+    """Return the lines of a build's output that tell what is wrong: the compiler's errors, each with its source line.
+
+    If there are none, they are the last lines, or the message of the exception that ended the build. The traceback of
+    PyTorch's builder, which follows the compiler's output and tells nothing about it, is left out.
+    """
+    output, _, traceback = log.partition("Traceback (most recent call last):\n")
+    lines = [line for line in output.splitlines() if line.strip() and not _COMMAND.match(line)]
+    errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+    if errors:
+        near = sorted({k for i in errors for k in range(i, min(i + 3, len(lines)))})  # the source line and its marker
+        return "\n".join(lines[k] for k in near[:SHOWN])
+    raised = re.split(r"^(?=[\w.]+: )", traceback, flags=re.MULTILINE)  # not indented, unlike the frames
+    return "\n".join([*lines, *raised[-1].splitlines()][-SHOWN:] if len(raised) > 1 else lines[-SHOWN:])
 
 
 def _install(scratch: Path, folder: Path) -> None:
