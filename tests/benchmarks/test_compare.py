@@ -400,6 +400,14 @@ def test_kernels_run_against_plain_pytorch():
     assert all(kernel["seconds"] > 0 and kernel["of_copy"] > 0 for kernel in found)
 
 
+def test_the_row_of_the_fused_filter_measures_the_fused_filter(fake_kernels: Any):
+    measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))
+    with_filter = [x for x, fy in fake_kernels.epilogues if fy is not None]
+    grown = {(channels, side + 1) for channels, side in sizes(32)}
+    assert {(x.shape[1], x.shape[2]) for x in with_filter} == grown
+    assert not [x for x, fy in fake_kernels.epilogues if fy is None and (x.shape[1], x.shape[2]) in grown]
+
+
 # --- the page
 
 
