@@ -392,6 +392,47 @@ def test_rates_are_measured():
     assert matrix_rate("cpu", torch.float32, 64) > 1e6 and bandwidth("cpu", 1 << 16) > 1e6
 
 
+def test_a_failing_product_leaves_the_precision_of_products(monkeypatch: pytest.MonkeyPatch):
+    import benchmarks.compare.floor as module
+
+    def fail(run: object, device: str) -> float:
+        assert torch.backends.cuda.matmul.allow_tf32
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "best", fail)
+    assert torch.backends.cudnn.allow_tf32  # the default
+    before = torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(RuntimeError, match="out of memory"):
+        matrix_rate("cpu", torch.float32, 8)
+    assert not before and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_on_a_gpu_the_device_measures_its_own_time(monkeypatch: pytest.MonkeyPatch):
+    """Events around calls that wait behind a busy queue; the time of the host does not count."""
+    import benchmarks.compare.floor as module
+
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queue.append("event")
+
+        def synchronize(self) -> None:
+            queue.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 20.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("sleep"))
+    assert module.best(lambda: queue.append("call"), "cuda", times=2) == pytest.approx(0.02 / module.CALLS)
+    assert queue == ["wait", "sleep", "event", *["call"] * module.CALLS, "event", "wait"] * 3
+
+
 def test_kernels_run_against_plain_pytorch():
     assert sizes(1024) == [(128, 256), (64, 512), (32, 1024)]
     found = measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))["kernels"]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.ops.networks import assert_networks_agree, network_values
 from torch.autograd import gradcheck, gradgradcheck
 
 from psp_lightning.models.discriminator import Discriminator
@@ -178,6 +179,14 @@ def test_penalties_through_the_operators(generator):
         found = penalties()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_values_that_a_gpu_compares_agree_in_half_precision(half):
+    """The test of test_gpu.py on the CPU, with the operators' plain forms: its bounds hold there."""
+    expected = network_values(torch.device("cpu"), None)
+    with registered():
+        assert_networks_agree(network_values(torch.device("cpu"), half), expected, half)
 
 
 def test_a_result_is_never_its_argument():
