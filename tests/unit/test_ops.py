@@ -18,6 +18,24 @@ def rand(*shape, seed=0, grad=False):
     return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_(grad)
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, f: upfirdn2d(x, f, up=2, padding=(2, 1)),
+        lambda x, f: upfirdn2d(x, f, down=2, padding=(1, 1)),
+        lambda x, f: modconv_epilogue(x, f, (1, 1), x.new_ones(2, 3), bias=x.new_ones(3)),
+    ],
+    ids=["the running image", "down", "epilogue"],
+)
+def test_autocast_does_not_lower_a_filter(op):
+    """As with the kernels, the result has the precision of the input, here the image that ToRGB layers sum."""
+    x, fir = rand(2, 3, 8, 8).float(), fir_filter(gain=4)
+    expected = op(x, fir)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, low = op(x, fir), op(x.bfloat16(), fir)
+    assert found.dtype == torch.float32 and torch.equal(found, expected) and low.dtype == torch.bfloat16
+
+
 def naive_upfirdn2d(x, fir, up, down, padding):
     """Zero insertion, padding, flipped filter, one output pixel at a time."""
     b, c, h, w = x.shape
