@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ops.networks import assert_networks_agree, network_values
 
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
@@ -19,6 +18,7 @@ from psp_lightning.ops.bias_act import bias_act_ref
 from psp_lightning.ops.check import relative_error
 from psp_lightning.ops.cuda import build as _jit
 from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
+from tests.ops.networks import assert_networks_agree, network_values
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tests.ops.networks import assert_networks_agree, network_values
 from torch.autograd import gradcheck, gradgradcheck
 
 from psp_lightning.models.discriminator import Discriminator
@@ -14,6 +13,7 @@ from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.ops import dispatch as _dispatch
 from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.dispatch import registered
+from tests.ops.networks import assert_networks_agree, network_values
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:

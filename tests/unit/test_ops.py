@@ -18,6 +18,16 @@ def rand(*shape, seed=0, grad=False):
     return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_(grad)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (1, 2, 4, 0)], ids=str)
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2)])
+def test_no_pixels_but_padding(shape, up, down):
+    x = torch.zeros(shape, requires_grad=True)
+    y = upfirdn2d(x, fir_filter(), up, down, (9, 9))
+    assert list(y.shape[2:]) == [(side * up + 14) // down + 1 for side in shape[2:]] and not y.any()
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+
+
 @pytest.mark.parametrize(
     "op",
     [

@@ -68,6 +68,8 @@ def upfirdn2d_ref(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return upfirdn2d_ref(x, fir, up, down, padding, flip, gain)
+    if not torch.jit.is_tracing() and 0 in x.shape[2:]:  # only padding, which PyTorch's convolutions reject
+        return x.new_zeros(filtered_shape(x, fir, padding, up, down)) + x.sum()
     channels = x.shape[1]
     fir = fir.to(x.dtype)
     if gain != 1:

@@ -67,7 +67,9 @@ def _decide() -> tuple[Any, str]:
     with _guards.setdefault("decide", threading.Lock()):  # autograd runs its own threads
         if _outcome is None:
             try:
-                _outcome = load(ensure_built(_toolchain.architectures())), ""
+                found = load(ensure_built(_toolchain.architectures()))
+                try_launch(found)
+                _outcome = found, ""
             except BuildError as error:
                 _outcome = None, str(error)
                 if choice() != "cuda":  # with "cuda", `kernels` raises an error
@@ -90,6 +92,31 @@ def load(library: Path) -> Any:
     except (OSError, RuntimeError) as error:
         raise BuildError(f"{library} cannot be loaded: {error}") from error
     return torch.ops.psp_lightning_cuda
+
+
+def try_launch(kernels: Any) -> None:
+    """Launch a kernel on the current GPU: a library for other GPUs is loaded without an error.
+
+    Raises:
+        BuildError: the launch fails.
+    """
+    if torch.cuda.is_current_stream_capturing():  # cannot wait for a result
+        return
+    gpu = f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    x = torch.ones(1, 1, device="cuda")
+    out = torch.zeros_like(x)
+    try:
+        kernels.epilogue(out, x, None, None, [], None, None, None, None, 1.0, 2.0, -1.0)
+        problem = "" if float(out) == 2 else "the result is wrong"
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise BuildError(f"The kernels do not run on this GPU ({gpu}): {problem}. {_built_for()}")
+
+
+def _built_for() -> str:
+    listed = " (TORCH_CUDA_ARCH_LIST)" if os.environ.get("TORCH_CUDA_ARCH_LIST") else ""
+    return f"They are built for {' '.join(_toolchain.architectures())}{listed}."
 
 
 def ensure_built(architectures: list[str]) -> Path:
@@ -188,12 +215,14 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 def build_command(scratch: Path) -> list[str]:
     """Return the command that builds `LIBRARY` in `scratch`."""
-    return [sys.executable, "-m", "psp_lightning.ops.cuda.compile", str(scratch)]
+    # this process may have found the package only through a changed sys.path
+    program = f"import sys; sys.path[:] = {sys.path!r}; from psp_lightning.ops.cuda.compile import main; main()"
+    return [sys.executable, "-c", program, str(scratch)]
 
 
 def _compile(scratch: Path, architectures: list[str]) -> None:
     log = scratch / "build.log"
-    env = {**_toolchain.environment(), "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
+    env = {**_toolchain.environment(), "TORCH_CUDA_ARCH_LIST": ";".join(architectures), "CXX": _toolchain.compiler()}
     if home := _toolchain.cuda_home():
         env["CUDA_HOME"] = str(home)
     with log.open("wb") as output:
