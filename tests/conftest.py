@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from psp_lightning import make_reproducible
+from psp_lightning.ops.dispatch import registered
 
 HERE = Path(__file__).parent
 
@@ -30,6 +31,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-kernels", action="store_true", help="every combination of the kernels' test matrix, not every pair"
     )
+
+
+class FakeKernels:
+    """Kernels that compute nothing and record how they are called."""
+
+    def __init__(self) -> None:
+        self.epilogues: list[tuple[Tensor, Tensor | None]] = []  # x, and fy if the filter is fused
+
+    def epilogue(self, out: Tensor, x: Tensor, fy: Tensor | None, *_: object) -> None:
+        self.epilogues.append((x, fy))
+        out.zero_()
+
+    def upfirdn2d(self, out: Tensor, *_: object) -> None:
+        out.zero_()
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
+    """Calls of the ops go to these kernels, as if the CPU were a GPU."""
+    fake = FakeKernels()
+    for name in ("upfirdn2d", "epilogue"):  # by module: the package has functions of these names
+        monkeypatch.setattr(importlib.import_module(f"psp_lightning.ops.{name}"), "kernels_for", lambda x: fake)
+    with registered():
+        yield fake
 
 
 @pytest.fixture(scope="session")

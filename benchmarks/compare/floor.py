@@ -16,27 +16,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.compare.rows import FLOAT32, Job
 from psp_lightning import PSP
 
+CALLS = 10  # of one timing on a GPU
+SLEEP = 50_000_000  # cycles, about 30 ms: as long as the host may take to launch them
+
 
 def best(run: Callable[[], Any], device: str, times: int = 10) -> float:
     """Return the seconds of the fastest of `times` runs after one warm-up.
 
-    On a GPU a run is ten calls, so that the launch time does not count.
+    On a GPU a run is several calls, timed by events on the device. They wait in its queue until all are launched, so
+    launch times do not count.
     """
-    calls = 10 if device == "cuda" else 1
-    seconds = []
-    for _ in range(times + 1):
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        _wait(device)
-        seconds.append((time.perf_counter() - start) / calls)
-    return min(seconds[1:])
+    once = _device_seconds if device == "cuda" else _host_seconds
+    return min([once(run) for _ in range(times + 1)][1:])
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _host_seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_seconds(run: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
+    start.record()
+    for _ in range(CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
 
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> float:
@@ -49,8 +58,10 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> flo
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    product = 2 * n**3 / best(lambda: a @ b, device)
-    torch.backends.cuda.matmul.allow_tf32 = before
+    try:
+        product = 2 * n**3 / best(lambda: a @ b, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     if device != "cpu":
         return product
     channels, pixels = n // 2, 32

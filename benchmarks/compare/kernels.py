@@ -85,7 +85,7 @@ def kernels_at(batch: int, channels: int, side: int, dtype: torch.dtype, device:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which would make filters that the fused kernel does not take
 def measure_kernels(job: Job) -> dict[str, Any]:
     """Measure all kernels.
 

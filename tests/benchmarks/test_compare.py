@@ -392,12 +392,61 @@ def test_rates_are_measured():
     assert matrix_rate("cpu", torch.float32, 64) > 1e6 and bandwidth("cpu", 1 << 16) > 1e6
 
 
+def test_a_failing_product_leaves_the_precision_of_products(monkeypatch: pytest.MonkeyPatch):
+    import benchmarks.compare.floor as module
+
+    def fail(run: object, device: str) -> float:
+        assert torch.backends.cuda.matmul.allow_tf32
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "best", fail)
+    assert torch.backends.cudnn.allow_tf32  # the default
+    before = torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(RuntimeError, match="out of memory"):
+        matrix_rate("cpu", torch.float32, 8)
+    assert not before and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_on_a_gpu_the_device_measures_its_own_time(monkeypatch: pytest.MonkeyPatch):
+    """Events around calls that wait behind a busy queue; the time of the host does not count."""
+    import benchmarks.compare.floor as module
+
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queue.append("event")
+
+        def synchronize(self) -> None:
+            queue.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 20.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("sleep"))
+    assert module.best(lambda: queue.append("call"), "cuda", times=2) == pytest.approx(0.02 / module.CALLS)
+    assert queue == ["wait", "sleep", "event", *["call"] * module.CALLS, "event", "wait"] * 3
+
+
 def test_kernels_run_against_plain_pytorch():
     assert sizes(1024) == [(128, 256), (64, 512), (32, 1024)]
     found = measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))["kernels"]
     names = {kernel["name"].split()[0] for kernel in found}
     assert names == {"bias_act", "modconv_epilogue", "upfirdn2d"} and len(found) == 2 * 3 * 4
     assert all(kernel["seconds"] > 0 and kernel["of_copy"] > 0 for kernel in found)
+
+
+def test_the_row_of_the_fused_filter_measures_the_fused_filter(fake_kernels: Any):
+    measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))
+    with_filter = [x for x, fy in fake_kernels.epilogues if fy is not None]
+    grown = {(channels, side + 1) for channels, side in sizes(32)}
+    assert {(x.shape[1], x.shape[2]) for x in with_filter} == grown
+    assert not [x for x, fy in fake_kernels.epilogues if fy is None and (x.shape[1], x.shape[2]) in grown]
 
 
 # --- the page

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from psp_lightning.build.prediction import _check_speed
-from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -73,20 +72,6 @@ def test_settings_that_do_not_go_together(settings, said: str, monkeypatch: pyte
     _check_speed(OmegaConf.create(plain))
     with pytest.raises(UserError, match=said):
         _check_speed(OmegaConf.create({**plain, **settings}))
-
-
-def test_a_smaller_batch_is_filled_up() -> None:
-    seen = []
-
-    def function(x: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(x.shape))
-        return 2 * x
-
-    call = FixedBatch(function, 4, compile=False, graph=True)  # a graph is for CUDA tensors alone
-    for n in (4, 1, 3):
-        x = torch.randn(n, 3, 5)
-        assert torch.equal(call(x), 2 * x)
-    assert seen == [(4, 3, 5)] * 3
 
 
 def test_freed_memory_is_kept_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

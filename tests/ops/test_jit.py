@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -126,6 +127,102 @@ def test_a_key_changes_with_all_that_matters(monkeypatch, tmp_path):
     assert len(keys) == 7
 
 
+def test_native_means_the_gpus(monkeypatch):
+    """Also beside others; so each kind of GPU has its own key in a common folder."""
+    keys = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
+        own = f"{capability[0]}.0"
+        for listed, expected in (("native", [own]), ("", [own]), (" ; ", [own]), ("8.6;native", ["8.6", own])):
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+            assert _toolchain.architectures() == expected
+        keys.append(_toolchain.key(_toolchain.architectures()[-1:]))
+    assert len(set(keys)) == 2
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0+PTX 9.0+PTX")
+    assert _toolchain.architectures() == ["9.0+PTX"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    assert _toolchain.architectures() == []
+
+
+@pytest.mark.parametrize("problem", ["no kernel image is available for execution on the device", "the result is wrong"])
+def test_a_library_for_other_gpus_is_not_used(problem, monkeypatch):
+    """The library loads; its first launch shows that it cannot run here."""
+
+    class Kernels:
+        def epilogue(self, out, *_):
+            if "image" in problem:
+                raise RuntimeError(f"CUDA error: {problem}\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+
+    use(monkeypatch, GOOD)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(_jit, "load", lambda library: Kernels())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    said = f"H100, compute capability 9.0.*{problem}.*built for 8.0 .TORCH_CUDA_ARCH_LIST"
+    with pytest.warns(UserWarning, match=said):
+        assert _jit.kernels() is None
+    monkeypatch.setenv("PSP_OPS", "cuda")
+    with pytest.raises(UserError, match=said):
+        _jit.kernels()
+
+
+def test_the_compiler_is_the_one_that_nvcc_uses(tmp_path, monkeypatch):
+    for name in ("CC", "CXX", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _toolchain.compiler() == "c++" and _toolchain.host_compiler_flags() == ["-ccbin", "c++"]
+    (tmp_path / "g++").write_text("#!/bin/sh\n")
+    (tmp_path / "g++").chmod(0o755)
+    assert _toolchain.compiler() == "g++" and _toolchain.host_compiler_flags() == []
+    monkeypatch.setenv("CXX", "g++-12")
+    assert _toolchain.compiler() == "g++-12" and _toolchain.host_compiler_flags() == ["-ccbin", "g++-12"]
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "-ccbin g++-11")
+    assert _toolchain.host_compiler_flags() == []
+
+
+def test_the_builder_imports_from_where_this_process_does(tmp_path, monkeypatch):
+    """The package may be on a path that only sys.path has."""
+    copy = tmp_path / "only_here"
+    (copy / "psp_lightning" / "ops" / "cuda").mkdir(parents=True)
+    for folder in ("", "ops", "ops/cuda"):
+        (copy / "psp_lightning" / folder / "__init__.py").touch()
+    (copy / "psp_lightning/ops/cuda/compile.py").write_text(
+        "import sys\ndef main(): open(sys.argv[1] + '/file', 'w').write(__file__)\n"
+    )
+    monkeypatch.syspath_prepend(copy)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    subprocess.run(_jit.build_command(tmp_path), check=True, cwd=tmp_path)
+    assert (tmp_path / "file").read_text().startswith(str(copy))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs a linker")
+def test_a_toolkit_from_pip_is_linked(tmp_path):
+    """It has lib/libcudart.so.13 and neither lib64 nor libcudart.so."""
+    home, scratch, source = tmp_path / "nvidia" / "cu13", tmp_path / "scratch", tmp_path / "a.c"
+    (home / "lib").mkdir(parents=True)
+    scratch.mkdir()
+    source.write_text("int cudaRuntimeGetVersion(int* v) { return *v = 13; }\n")
+    runtime = home / "lib" / "libcudart.so.13"
+    shared = ["g++", "-x", "c", "-shared", "-fPIC"]
+    subprocess.run([*shared, str(source), "-Wl,-soname,libcudart.so.13", "-o", str(runtime)], check=True)
+    flags = _toolchain.link_flags(home, scratch)
+    source.write_text("int cudaRuntimeGetVersion(int* v); int f() { int v; return cudaRuntimeGetVersion(&v); }\n")
+    out = tmp_path / "out.so"
+    link = [*shared, str(source), "-o", str(out), f"-L{home}/lib64", *flags, "-Wl,--no-undefined", "-Wl,--no-as-needed"]
+    subprocess.run([*link, "-lcudart"], check=True)
+    assert b"libcudart.so.13" in out.read_bytes(), "the library is found under its own name when it is loaded"
+    (home / "lib64").mkdir()
+    (home / "lib64" / "libcudart.so").touch()
+    assert _toolchain.link_flags(home, scratch) == [], "an installed toolkit needs none"
+    assert _toolchain.link_flags(tmp_path, scratch) == []
+
+
 def test_the_lock_of_a_killed_process_is_free_at_once(folder, tmp_path, monkeypatch):
     use(monkeypatch, GOOD)
     folder.mkdir()
@@ -167,6 +264,54 @@ def test_a_failing_compiler_warns_once(folder, tmp_path, monkeypatch):
     use(monkeypatch, GOOD)
     assert _jit.ensure_built(ARCH).is_file() and runs(tmp_path) == 2
     assert not list(folder.glob("*.failed"))
+
+
+NINJA = """[1/2] /usr/local/cuda/bin/nvcc -MD -DTORCH_EXTENSION_NAME=x -c /csrc/epilogue.cu -o epilogue.cuda.o
+FAILED: [code=2] epilogue.cuda.o
+/usr/local/cuda/bin/nvcc -MD -DTORCH_EXTENSION_NAME=x -c /csrc/epilogue.cu -o epilogue.cuda.o
+{}
+ninja: build stopped: subcommand failed.
+Traceback (most recent call last):
+  File "/torch/utils/cpp_extension.py", line 2980, in _run_ninja_build
+    subprocess.run(
+subprocess.CalledProcessError: Command '['ninja', '-v']' returned non-zero exit status 2.
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "/psp_lightning/ops/cuda/compile.py", line 30, in <module>
+    main()
+RuntimeError: Error building extension 'psp_lightning_ops'
+"""
+PLAIN = """W1126 02:05:34.247000 2713 cpp_extension.py:183] No CUDA runtime is found
+Traceback (most recent call last):
+  File "/torch/utils/cpp_extension.py", line 2814, in _get_cuda_arch_flags
+    raise ValueError(f"Unknown CUDA arch ({arch}) or GPU not supported")
+ValueError: Unknown CUDA arch (1.0) or GPU not supported
+"""
+
+
+@pytest.mark.parametrize(
+    "log, first, all_of_it",
+    [
+        (NINJA.format('a.cu(35): error: "x" is undefined\n    y = x;\n        ^\n'), "a.cu(35): error:", "    y = x;"),
+        (NINJA.format("nvcc fatal   : Unsupported gpu architecture 'compute_999'"), "nvcc fatal", "compute_999"),
+        (NINJA.format("/usr/bin/ld: cannot find -lcudart: No such file"), "/usr/bin/ld", "-lcudart"),
+        (NINJA.format("a.h(3): warning #177-D: unused\n" * 20 + "sh: 1: c++: not found"), "sh: 1:", "not found"),
+        (PLAIN, "W1126", "ValueError: Unknown CUDA arch (1.0) or GPU not supported"),
+        ("line\n" * 30 + "the last one\n", "line", "the last one"),
+    ],
+    ids=["nvcc", "architecture", "linker", "no compiler", "before the compiler", "no error"],
+)
+def test_a_build_error_shows_the_compilers_own_lines(log, first, all_of_it, monkeypatch):
+    use(monkeypatch, f"print({log!r}); sys.exit(1)")
+    with pytest.raises(_jit.BuildError) as caught:
+        _jit.ensure_built(ARCH)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "The compiler failed (status 1). It says:" and lines[0].startswith(first), lines
+    assert all_of_it in str(caught.value) and len(lines) <= _jit.SHOWN
+    for noise in ("Traceback", 'cpp_extension.py"', "Error building extension", "-DTORCH"):
+        assert noise not in str(caught.value)
 
 
 def test_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):

@@ -301,6 +301,23 @@ def test_empty_batch(device, shape):
     assert fused_leaky_relu(x, bias).shape == shape
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (2, 8, 3, 0)], ids=str)
+def test_no_pixels_but_padding(device, shape):
+    """The result is zero, or what the epilogue makes of zero."""
+    b, c, h, w = shape
+    x, bias = torch.zeros(shape, device=device, requires_grad=True), torch.ones(c, device=device)
+    for fir in (FIR, FULL, torch.ones(6, 6)):
+        taps = len(fir)
+        for up, down in ((1, 1), (2, 1), (1, 2)):
+            y = upfirdn2d(x, fir.to(device), up, down, (9, 9))
+            size = [(side * up + 18 - taps) // down + 1 for side in (h, w)]
+            assert y.shape == (b, c, *size) and not y.any()
+            (grad,) = torch.autograd.grad(y.sum(), x)
+            assert grad.shape == shape
+        y = modconv_epilogue(x, fir.to(device), (9, 9), bias=bias, gain=3.0)
+        assert y.shape == (b, c, h + 19 - taps, w + 19 - taps) and (y == 3).all()
+
+
 def test_inputs_that_are_not_dense(device):
     """Slices, transposed and expanded tensors, also with addresses that are not multiples of 16 bytes."""
     base = torch.randn(2, 9, 10, 13, generator=torch.Generator().manual_seed(0)).to(device)

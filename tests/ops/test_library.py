@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -11,6 +13,7 @@ from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.ops import dispatch as _dispatch
 from psp_lightning.ops import fir_filter, fused_leaky_relu, modconv_epilogue, upfirdn2d
 from psp_lightning.ops.dispatch import registered
+from tests.ops.networks import assert_networks_agree, network_values
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -178,11 +181,37 @@ def test_penalties_through_the_operators(generator):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_values_that_a_gpu_compares_agree_in_half_precision(half):
+    """The test of test_gpu.py on the CPU, with the operators' plain forms: its bounds hold there."""
+    expected = network_values(torch.device("cpu"), None)
+    with registered():
+        assert_networks_agree(network_values(torch.device("cpu"), half), expected, half)
+
+
 def test_a_result_is_never_its_argument():
     x = torch.randn(2, 3, 4, 4)
     with registered():
         y = modconv_epilogue(x, negative_slope=1, gain=1)
     assert torch.equal(x, y) and y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("network", [lambda: Generator(16, style_dim=8, n_mapping=1), lambda: Discriminator(16, 64, 8)])
+def test_a_network_made_under_inference_mode_uses_the_fused_filter(network, fake_kernels):
+    """Built, copied and moved there, its filters are inference tensors, which the kernels' cache cannot hold."""
+
+    def fused(net, x):
+        fake_kernels.epilogues.clear()
+        net(x)
+        return [fy is not None for _, fy in fake_kernels.epilogues]
+
+    with torch.inference_mode():
+        net = copy.deepcopy(network()).to(torch.float64).to(torch.float32)
+        x = torch.randn((1, 8) if isinstance(net, Generator) else (1, 3, 16, 16))
+        found = fused(net, x)
+    with torch.no_grad():
+        assert found == fused(network(), x) and any(found)
+    assert not [name for name, buffer in net.named_buffers() if name.endswith("kernel") and buffer.is_inference()]
 
 
 def test_plain_path_is_used_on_the_cpu(monkeypatch):

@@ -18,6 +18,34 @@ def rand(*shape, seed=0, grad=False):
     return torch.randn(*shape, generator=source, dtype=torch.float64).requires_grad_(grad)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 0, 4), (1, 2, 4, 0)], ids=str)
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2)])
+def test_no_pixels_but_padding(shape, up, down):
+    x = torch.zeros(shape, requires_grad=True)
+    y = upfirdn2d(x, fir_filter(), up, down, (9, 9))
+    assert list(y.shape[2:]) == [(side * up + 14) // down + 1 for side in shape[2:]] and not y.any()
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, f: upfirdn2d(x, f, up=2, padding=(2, 1)),
+        lambda x, f: upfirdn2d(x, f, down=2, padding=(1, 1)),
+        lambda x, f: modconv_epilogue(x, f, (1, 1), x.new_ones(2, 3), bias=x.new_ones(3)),
+    ],
+    ids=["the running image", "down", "epilogue"],
+)
+def test_autocast_does_not_lower_a_filter(op):
+    """As with the kernels, the result has the precision of the input, here the image that ToRGB layers sum."""
+    x, fir = rand(2, 3, 8, 8).float(), fir_filter(gain=4)
+    expected = op(x, fir)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, low = op(x, fir), op(x.bfloat16(), fir)
+    assert found.dtype == torch.float32 and torch.equal(found, expected) and low.dtype == torch.bfloat16
+
+
 def naive_upfirdn2d(x, fir, up, down, padding):
     """Zero insertion, padding, flipped filter, one output pixel at a time."""
     b, c, h, w = x.shape

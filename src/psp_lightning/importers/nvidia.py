@@ -24,7 +24,7 @@ from torch import Tensor
 from psp_lightning.checkpoints.strict import first
 from psp_lightning.checkpoints.torch_files import COPIES, ROOM, Refused, read_pickle
 from psp_lightning.importers.published import LARGEST_BLOCKS
-from psp_lightning.models.stylegan2 import FIRFilter
+from psp_lightning.models.layers import FIRFilter
 from psp_lightning.utils.errors import UserError, clean
 
 LR_MULTIPLIER = 0.01  # of the mapping layers in the published layout

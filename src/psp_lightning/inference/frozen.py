@@ -202,7 +202,7 @@ class FrozenStyledConv(StyledConv):
             return super().forward(x, w, noise, clamp)
         x = x.to(conv.prepared_weight.dtype)
         batch, _, height, width = x.shape
-        fir, up = (None, 1) if conv.blur is None else (conv.blur.kernel, 2)
+        fir, up = (None, 1) if conv.blur is None else (conv.blur.taps, 2)
         if noise is None:
             noise = x.new_empty(batch, 1, height * up, width * up).normal_()
         noise = self.noise["weight"] * noise

@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.models.layers import EqualisedLinear, FIRFilter, HalfPrecision
 from psp_lightning.models.registry import record_config
-from psp_lightning.ops import fir_filter, fused_leaky_relu, upfirdn2d
+from psp_lightning.ops import fused_leaky_relu, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 
 class EqualisedConv(nn.Module):
     """A convolution with an equalised learning rate and "same" padding."""
-
-    fir: Tensor
 
     def __init__(
         self,
@@ -36,17 +34,15 @@ class EqualisedConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if activation else None
         self.scale = 1 / math.sqrt(in_channels * size * size)
-        self.down = down
-        if down:
-            self.register_buffer("fir", fir_filter(), persistent=False)
+        self.register_module("fir", FIRFilter(persistent=False) if down else None)
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, H, W), or half of H and W, multiplied by `gain`."""
         weight, size = self.weight * self.scale, self.weight.shape[-1]
-        if self.down and size == 1:  # filtering first quarters the work of a 1x1 convolution
-            x = F.conv2d(upfirdn2d(x, self.fir, down=2, padding=(1, 1)), weight)
-        elif self.down:
-            x = upfirdn2d(x, self.fir, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
+        if self.fir is not None and size == 1:  # filtering first quarters the work of a 1x1 convolution
+            x = F.conv2d(upfirdn2d(x, self.fir.taps, down=2, padding=(1, 1)), weight)
+        elif self.fir is not None:
+            x = upfirdn2d(x, self.fir.taps, padding=((size + 1) // 2, (size + 1) // 2))  # (B, C, H+1, W+1)
             x = F.conv2d(x, weight, stride=2)
         else:
             x = F.conv2d(x, weight, padding=size // 2)

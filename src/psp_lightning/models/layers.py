@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psp_lightning.ops import fused_leaky_relu
+from psp_lightning.ops import fir_filter, fused_leaky_relu
 
 FLOAT16_LIMIT = 256.0  # published bound of the activations, far inside the range of float16
 
@@ -45,6 +45,28 @@ class EqualisedLinear(nn.Module):
         if self.activation:
             return fused_leaky_relu(F.linear(x, self.weight * self.scale), bias)
         return F.linear(x, self.weight * self.scale, bias)
+
+
+class FIRFilter(nn.Module):
+    """A FIR filter as a buffer, which moves with the network, and is saved with it if it is `persistent`."""
+
+    kernel: Tensor
+
+    def __init__(self, gain: float = 1.0, persistent: bool = True) -> None:
+        super().__init__()
+        self.register_buffer("kernel", fir_filter(gain=gain), persistent)
+
+    @property
+    def taps(self) -> Tensor:
+        """The filter, never as an inference tensor.
+
+        The CUDA kernels cache the factors of a filter with its version counter, which inference tensors do not have. So
+        a network that was built, copied or moved under `torch.inference_mode` is as fast as any other.
+        """
+        if not torch.compiler.is_compiling() and self.kernel.is_inference():
+            with torch.inference_mode(False):
+                self.kernel = self.kernel.clone()
+        return self.kernel
 
 
 class HalfPrecision(nn.Module):

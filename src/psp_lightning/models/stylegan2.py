@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.models.layers import EqualisedLinear, FIRFilter, HalfPrecision
 from psp_lightning.models.registry import record_config, register_generator
-from psp_lightning.ops import fir_filter, modconv_epilogue, modulated_convolution, upfirdn2d
+from psp_lightning.ops import modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
@@ -29,15 +29,6 @@ class PixelNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-
-
-class FIRFilter(nn.Module):
-    """A FIR filter as a buffer, which moves and is saved with the network."""
-
-    def __init__(self, gain: float) -> None:
-        super().__init__()
-        self.register_buffer("kernel", fir_filter(gain=gain))
-        self.kernel: Tensor
 
 
 class ModulatedConv(nn.Module):
@@ -94,7 +85,7 @@ class StyledConv(nn.Module):
         `noise` is (1 or B, 1, H', W'); None draws it from the global random state. `clamp` bounds absolute values.
         """
         batch, _, height, width = x.shape
-        fir, up = (None, 1) if self.conv.blur is None else (self.conv.blur.kernel, 2)
+        fir, up = (None, 1) if self.conv.blur is None else (self.conv.blur.taps, 2)
         x, demod = self.conv(x, w)
         if noise is None:
             noise = x.new_empty(batch, 1, height * up, width * up).normal_()
@@ -116,7 +107,7 @@ class ToRGB(nn.Module):
         rgb = (x + self.bias).to(self.bias.dtype)  # the image is summed in full precision
         if image is None or self.upsample is None:
             return rgb
-        return rgb + upfirdn2d(image, self.upsample.kernel, up=2, padding=(2, 1))
+        return rgb + upfirdn2d(image, self.upsample.taps, up=2, padding=(2, 1))
 
 
 @register_generator

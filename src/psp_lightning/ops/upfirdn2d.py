@@ -61,7 +61,15 @@ def upfirdn2d_ref(
     flip: bool = False,
     gain: float = 1.0,
 ) -> Tensor:
-    """Compute `upfirdn2d` in plain PyTorch, with factors (y, x) and padding (top, bottom, left, right)."""
+    """Compute `upfirdn2d` in plain PyTorch, with factors (y, x) and padding (top, bottom, left, right).
+
+    The result has the dtype of `x`, as with the kernels: autocast does not lower it.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return upfirdn2d_ref(x, fir, up, down, padding, flip, gain)
+    if not torch.jit.is_tracing() and 0 in x.shape[2:]:  # only padding, which PyTorch's convolutions reject
+        return x.new_zeros(filtered_shape(x, fir, padding, up, down)) + x.sum()
     channels = x.shape[1]
     fir = fir.to(x.dtype)
     if gain != 1:

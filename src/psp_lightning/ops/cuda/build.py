@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from psp_lightning.utils.errors import UserError
 LIBRARY, RECORD = f"{_toolchain.NAME}.so", "build.json"
 TIME_LIMIT = 1800  # seconds for the compiler
 LOCK_LIMIT = TIME_LIMIT + 60  # seconds to wait while another process compiles
-TAIL = 12  # lines of compiler output in a warning
+SHOWN = 12  # lines of compiler output in a warning
 
 
 class BuildError(Exception):
@@ -66,7 +67,9 @@ def _decide() -> tuple[Any, str]:
     with _guards.setdefault("decide", threading.Lock()):  # autograd runs its own threads
         if _outcome is None:
             try:
-                _outcome = load(ensure_built(_toolchain.architectures())), ""
+                found = load(ensure_built(_toolchain.architectures()))
+                try_launch(found)
+                _outcome = found, ""
             except (BuildError, UserError) as error:  # a UserError: there is no folder for the kernels
                 _outcome = None, str(error)
                 if choice() != "cuda":  # with "cuda", `kernels` raises an error
@@ -89,6 +92,31 @@ def load(library: Path) -> Any:
     except (OSError, RuntimeError) as error:
         raise BuildError(f"{library} cannot be loaded: {error}") from error
     return torch.ops.psp_lightning_cuda
+
+
+def try_launch(kernels: Any) -> None:
+    """Launch a kernel on the current GPU: a library for other GPUs is loaded without an error.
+
+    Raises:
+        BuildError: the launch fails.
+    """
+    if torch.cuda.is_current_stream_capturing():  # cannot wait for a result
+        return
+    gpu = f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    x = torch.ones(1, 1, device="cuda")
+    out = torch.zeros_like(x)
+    try:
+        kernels.epilogue(out, x, None, None, [], None, None, None, None, 1.0, 2.0, -1.0)
+        problem = "" if float(out) == 2 else "the result is wrong"
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise BuildError(f"The kernels do not run on this GPU ({gpu}): {problem}. {_built_for()}")
+
+
+def _built_for() -> str:
+    listed = " (TORCH_CUDA_ARCH_LIST)" if os.environ.get("TORCH_CUDA_ARCH_LIST") else ""
+    return f"They are built for {' '.join(_toolchain.architectures())}{listed}."
 
 
 def ensure_built(architectures: list[str]) -> Path:
@@ -187,12 +215,14 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 def build_command(scratch: Path) -> list[str]:
     """Return the command that builds `LIBRARY` in `scratch`."""
-    return [sys.executable, "-m", "psp_lightning.ops.cuda.compile", str(scratch)]
+    # this process may have found the package only through a changed sys.path
+    program = f"import sys; sys.path[:] = {sys.path!r}; from psp_lightning.ops.cuda.compile import main; main()"
+    return [sys.executable, "-c", program, str(scratch)]
 
 
 def _compile(scratch: Path, architectures: list[str]) -> None:
     log = scratch / "build.log"
-    env = {**_toolchain.environment(), "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
+    env = {**_toolchain.environment(), "TORCH_CUDA_ARCH_LIST": ";".join(architectures), "CXX": _toolchain.compiler()}
     if home := _toolchain.cuda_home():
         env["CUDA_HOME"] = str(home)
     with log.open("wb") as output:
@@ -209,9 +239,32 @@ def _compile(scratch: Path, architectures: list[str]) -> None:
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     if code != 0 or not (scratch / LIBRARY).is_file():
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
         what = f"did not finish in {TIME_LIMIT} s" if code is None else f"failed (status {code})"
-        raise BuildError(f"The compiler {what}. Its last lines:\n{last}")
+        raise BuildError(f"The compiler {what}. It says:\n{compiler_message(log.read_text(errors='replace'))}")
+
+
+# What compilers, linkers, ninja and the shell print about an error, such as "a.cu(35): error: ...",
+# "nvcc fatal   : ...", "ld: cannot find -lcudart", "sh: 1: c++: not found", "Killed".
+_ERROR = re.compile(
+    r"\b(error|fatal)\b.*:|: error\b|undefined (reference|symbol)|cannot find|not found|[Kk]illed|No space left"
+)
+_COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |\S*(nvcc|c\+\+|g\+\+|clang\S*) .* -c ")
+
+
+def compiler_message(log: str) -> str:
+    """Return the lines of a build's output that tell what is wrong: the compiler's errors, each with its source line.
+
+    If there are none, they are the last lines, or the message of the exception that ended the build. The traceback of
+    PyTorch's builder, which follows the compiler's output and tells nothing about it, is left out.
+    """
+    output, _, traceback = log.partition("Traceback (most recent call last):\n")
+    lines = [line for line in output.splitlines() if line.strip() and not _COMMAND.match(line)]
+    errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+    if errors:
+        near = sorted({k for i in errors for k in range(i, min(i + 3, len(lines)))})  # the source line and its marker
+        return "\n".join(lines[k] for k in near[:SHOWN])
+    raised = re.split(r"^(?=[\w.]+: )", traceback, flags=re.MULTILINE)  # not indented, unlike the frames
+    return "\n".join([*lines, *raised[-1].splitlines()][-SHOWN:] if len(raised) > 1 else lines[-SHOWN:])
 
 
 def _install(scratch: Path, folder: Path) -> None:

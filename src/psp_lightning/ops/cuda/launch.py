@@ -82,8 +82,8 @@ def upfirdn2d(
     """Compute `upfirdn2d_ref` with kernels: taps in registers, two separable passes, or the general kernel."""
     x = x.contiguous(memory_format=memory_format(x))
     out = empty(x, shape)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or x.numel() == 0:  # a launch without blocks is an error; without pixels only padding is left
+        return out.zero_()
     pad, taps = [padding[0], padding[2]], tuple(fir.shape)
     small = fir.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     registers = max(*up, *down) == 1 and taps == (FUSED_TAPS, FUSED_TAPS)

@@ -29,10 +29,15 @@ def source_files() -> list[Path]:
 def architectures() -> list[str]:
     """Return the compute capabilities to build for, such as `["8.0", "9.0"]`.
 
-    They come from `$TORCH_CUDA_ARCH_LIST` if it is set, otherwise from the visible GPUs.
+    They come from `$TORCH_CUDA_ARCH_LIST` if it is set, otherwise from the visible GPUs, as does its item `native`.
     """
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return [item for item in re.split(r"[;\s]+", chosen) if item]
+    result: list[str] = []
+    for item in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ") or "native"):
+        result += [of_gpu for of_gpu in (_of_gpus() if item == "native" else [item]) if of_gpu not in result]
+    return result
+
+
+def _of_gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -51,6 +56,22 @@ def key(architectures: list[str]) -> str:
     facts = (CFLAGS, CUDA_CFLAGS, torch.__version__, torch.version.cuda, tuple(architectures), abi)
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:20]
+
+
+def link_flags(home: Path, scratch: Path) -> list[str]:
+    """Return the linker flags for the CUDA runtime of a toolkit from pip.
+
+    Its libraries are in `lib`, where PyTorch's builder does not look, and without the name `libcudart.so`, which is
+    made in `scratch`.
+    """
+    if (home / "lib64" / "libcudart.so").exists():
+        return []
+    found = sorted((home / "lib").glob("libcudart.so*"))
+    if not found:
+        return []
+    link = scratch / "libcudart.so"
+    link.symlink_to(found[0])
+    return [f"-L{scratch}"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,9 +103,24 @@ def ninja_version() -> str:
     return _search_output(r"^(\S+)", ["ninja", "--version"])
 
 
+def compiler() -> str:
+    """Return the C++ compiler, which nvcc uses as well: `$CXX`, or g++, which is nvcc's default, or c++."""
+    return os.environ.get("CXX") or ("g++" if shutil.which("g++") else "c++")
+
+
+def host_compiler_flags() -> list[str]:
+    """Return the flags that make nvcc use `compiler`, unless the environment names another host compiler.
+
+    PyTorch's builder passes `$CC` itself.
+    """
+    flags = os.environ.get("NVCC_PREPEND_FLAGS", "") + os.environ.get("NVCC_APPEND_FLAGS", "")
+    named = "-ccbin" in flags or "--compiler-bindir" in flags or os.environ.get("CC") or os.environ.get("NVCC_CCBIN")
+    return [] if named or compiler() == "g++" else ["-ccbin", compiler()]
+
+
 def compiler_version() -> str:
     """Return the first line that the C++ compiler prints for --version; empty without a compiler."""
-    return _search_output(r"^(.+)$", [os.environ.get("CXX") or "c++", "--version"])
+    return _search_output(r"^(.+)$", [compiler(), "--version"])
 
 
 def _search_output(pattern: str, command: list[str]) -> str:
