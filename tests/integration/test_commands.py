@@ -299,7 +299,9 @@ def test_full_disk_leaves_nothing_half_written(psp, small: Path, tmp_path: Path,
     monkeypatch.setattr(Image.Image, "save", save)
     done = predict(psp, f"ckpt={small}", "input=in", "output=out")
     assert done.code == 1 and "No space left" in done.err and "Traceback" not in done.err, done.err
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["manifest.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["pending", "pending"]
 
 
 # --- stopping

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build.instantiate import import_plugins, naming
 from psp_lightning.build.trainer import quiet
+from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
@@ -26,6 +27,7 @@ from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
+from psp_lightning.lit.manifest import difference, read_manifest, save_manifest
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.models.psp import PSP
@@ -33,6 +35,8 @@ from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.devices import count_devices, resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
+from psp_lightning.utils.names import native
+from psp_lightning.zoo.locate import sha256
 
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
@@ -40,17 +44,15 @@ SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "comp
 
 @dataclass
 class PredictionPlan:
-    """The planned outputs, the indices of the inputs to process, and the codes if `input` is a file of latents."""
+    """The planned outputs, the indices of the inputs to process, and the codes if `input` is a file of latents.
+
+    `skipped` contains the manifest records of the other inputs, whose outputs exist already.
+    """
 
     outputs: Outputs
     todo: list[int]
+    skipped: list[dict[str, Any]]
     latents: Latents | None
-
-    @property
-    def skipped(self) -> list[dict[str, Any]]:
-        """Return the manifest records of the inputs whose outputs exist already."""
-        todo = set(self.todo)
-        return [self.outputs.record(i, "skipped") for i in range(len(self.outputs.files)) if i not in todo]
 
     def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors with all codes and return its path, or None if `latents` is off.
@@ -70,16 +72,18 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     """Check the settings, list the inputs and find the outputs that exist already.
 
     Raises:
-        UserError: a setting is invalid, there is no input, or the output folder cannot be written.
+        UserError: a setting is invalid, there is no checkpoint or input, the output folder cannot be written, or it
+            contains an output that another checkpoint or other settings made.
     """
     _check_settings(cfg)
     folder = Path(cfg.output)
     latents = None
     if Path(str(cfg.input)).suffix in (*DESCRIBED, *PLAIN):
         latents = _read_latents(cfg)
-        files = [InputFile(Path(str(cfg.input)).expanduser(), name) for name in latents.names]
+        files = [InputFile(Path(str(cfg.input)).expanduser(), native(name)) for name in latents.names]
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
+    made = _made(cfg, latents is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,12 +91,54 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     except OSError as error:
         raise UserError(f"output={folder} cannot be written: {error.strerror}.") from None
     outputs = Outputs(
-        folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents), named=latents is not None
-    )
+        folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents), named=latents is not None,
+        checkpoint=str(cfg.ckpt), made=made,
+    )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
-    every = range(len(files))
-    todo = [i for i in every if cfg.overwrite or not all(path.exists() for path in outputs.all(i))]
-    return PredictionPlan(outputs, todo, latents)
+    skipped = [] if cfg.overwrite else _existing(outputs)
+    todo = sorted({*range(len(files))} - {record["index"] for record in skipped})
+    if todo:  # an interrupted prediction can then tell its own outputs from others
+        save_manifest(folder, skipped + [outputs.record(index, "pending") for index in todo])
+    return PredictionPlan(outputs, todo, skipped, latents)
+
+
+def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
+    """Return what determines the content of the outputs except for rounding: the checkpoint and the settings."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = {key: values[key] for key in ("resize", "factor", "precision", "seed")}
+    groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
+    settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
+    digest = sha256(resolve(str(cfg.ckpt), generator=decoder))
+    return {
+        "sha256": digest,
+        **{key: value for key, value in settings.items() if value is not None and value is not False},
+    }
+
+
+def _existing(outputs: Outputs) -> list[dict[str, Any]]:
+    """Return the records of the inputs whose outputs exist and need not be written again.
+
+    Raises:
+        UserError: an output exists that is not recorded, or was made from another input, by another checkpoint or with
+            other settings.
+    """
+    makers = {name: record for record in read_manifest(outputs.folder) for name in record["files"]}
+    skipped, refused = [], []
+    for index in range(len(outputs.files)):
+        now = outputs.record(index, "skipped")
+        found = {name: makers.get(name) for name in now["files"] if os.path.isfile(outputs.folder / name)}
+        reasons = {name: difference(maker, now) for name, maker in found.items()}
+        refused += [f"{outputs.folder / name} {reason}" for name, reason in reasons.items() if reason]
+        done = [maker for maker in found.values() if maker and maker["status"] in ("ok", "skipped")]
+        if len(done) == len(now["files"]) and all(maker["stamp"] == now["stamp"] for maker in done):
+            files = dict.fromkeys(name for maker in done for name in maker["files"])  # some may be from other options
+            skipped.append({**now, "files": list(files)})
+    if refused:
+        raise UserError(
+            f"{len(refused)} outputs exist already and may differ from the new ones: {refused[0]}. "
+            "overwrite=true replaces them; or set output= to another folder."
+        )
+    return skipped
 
 
 def _check_settings(cfg: DictConfig) -> None:

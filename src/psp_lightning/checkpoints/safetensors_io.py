@@ -22,6 +22,7 @@ from torch import Tensor
 
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError, clean
+from psp_lightning.utils.names import is_utf8
 
 KEY, FORMAT = "psp_lightning", 1
 HEADER_LIMIT = 4 << 20  # bytes; a network with a thousand tensors needs a tenth of a megabyte
@@ -135,8 +136,10 @@ def _opened(path: Path) -> Iterator[Any]:
         reason = f"a header of {size} bytes" if head[8:] == b"{" else "it does not begin like one"
         raise UserError(f"{path} is damaged or not a safetensors file ({reason}).")
     try:
-        with safe_open(path, framework="pt", device="cpu") as tensors:
-            yield tensors
+        with open(path, "rb") as file:  # safetensors takes only names that are UTF-8
+            name = path if is_utf8(path) else f"/dev/fd/{file.fileno()}"
+            with safe_open(name, framework="pt", device="cpu") as tensors:
+                yield tensors
     except (SafetensorError, ValueError, TypeError, RuntimeError, OSError, RecursionError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or not a safetensors file ({reason[:200]}).") from None

@@ -20,9 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from psp_lightning.cli.mistakes import message
 from psp_lightning.utils.errors import UserError
 
 Job = Callable[[DictConfig], Any]
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # messages name files, whose names may not be UTF-8
 
 
 def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
@@ -36,7 +38,7 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
         n_processes: number of ranks on this machine.
 
     Raises:
-        UserError: a rank raised it; several ranks' errors are reported once.
+        UserError: a rank raised it or an OSError; several ranks' errors are reported once.
         RuntimeError: a rank failed in any other way; the message contains its traceback.
     """
     if n_processes == 1 or "LOCAL_RANK" in os.environ:
@@ -69,7 +71,7 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
             results = elastic_launch(config, _rank)(job, frozen, os.getcwd(), messages, os.getpid())
         except ChildFailedError as error:
             if reports := sorted(Path(messages).iterdir()):
-                raise UserError(reports[0].read_text()) from None
+                raise UserError(reports[0].read_text(**TEXT)) from None
             raise RuntimeError(str(error)) from None
         except SignalException:  # the ranks received it too, and have stopped after their step
             raise KeyboardInterrupt from None
@@ -101,8 +103,10 @@ def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
         return job(cfg)
-    except UserError as error:
-        (Path(messages) / f"rank_{rank}").write_text(str(error))
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        (Path(messages) / f"rank_{rank}").write_text(message(error), **TEXT)
         raise SystemExit(1) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -36,7 +37,7 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except (UserError, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN or (isinstance(error, OSError) and error.errno is None):
                 raise
-            raise Report(_message(error)) from None
+            raise Report(message(error)) from None
 
     return run
 
@@ -51,6 +52,8 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
         prepare: changes the command line before the call.
     """
     make_reproducible()  # before anything imports PyTorch
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as in stderr, for names that the locale cannot print
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -79,10 +82,11 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(_message(error))
+        _fail(message(error))
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
+    """Return a user's mistake or a failure of the disk as one message."""
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}"
     return str(error)

@@ -34,7 +34,8 @@ def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
 @user_errors
 def _run(cfg: DictConfig) -> None:
     from psp_lightning.build.prediction import plan_prediction
-    from psp_lightning.lit.prediction import save_manifest, save_sheet
+    from psp_lightning.lit.manifest import MANIFEST, save_manifest
+    from psp_lightning.lit.prediction import save_sheet
 
     plan = plan_prediction(cfg)
     records = plan.skipped
@@ -43,18 +44,16 @@ def _run(cfg: DictConfig) -> None:
         if wanted > len(plan.todo):  # more ranks would have no input
             wanted = cfg.devices = len(plan.todo)
         records += launch(partial(predict_job, plan), cfg, wanted)
-    # skipped outputs may come from another checkpoint
-    records = [{**r, "checkpoint": str(cfg.ckpt)} if r["status"] == "ok" else r for r in records]
-    manifest = plan.outputs.folder / "manifest.jsonl"
-    save_manifest(manifest, records)
+    folder = plan.outputs.folder
+    save_manifest(folder, records)
     if cfg.sheet:
-        save_sheet(manifest.with_name("sheet.png"), records)
+        save_sheet(folder / "sheet.png", records)
     count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
     for record in records:
         if record["status"] == "error":
             print(f"error: {record['error']}", file=sys.stderr)
     again = " (overwrite=true writes them again)" if count["skipped"] else ""
-    print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {manifest}")
+    print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {folder / MANIFEST}")
     if codes := plan.write_latents(cfg, records):
         print(f"latents: {codes}")
     if count["error"]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
+from psp_lightning.lit.manifest import append_record
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil
+from psp_lightning.utils.names import portable
 
-FORMATS = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
+FORMATS: dict[str, dict[str, Any]] = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
+# failures of the disk, which would meet every later output too; other failures concern one output
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class LitPredictor(pl.LightningModule):
@@ -123,6 +127,8 @@ class Outputs:
         side_by_side: also write source | output.
         latents: also write w_plus, one file per input.
         named: the inputs are entries of one file, so the manifest includes their names.
+        checkpoint: name of the checkpoint.
+        made: what else determines the outputs: the checkpoint's SHA-256 and the settings.
     """
 
     folder: Path
@@ -132,6 +138,8 @@ class Outputs:
     side_by_side: bool = False
     latents: bool = False
     named: bool = False
+    checkpoint: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
 
     def images(self, index: int) -> list[Path]:
         """Return the paths of an input's output images."""
@@ -151,17 +159,34 @@ class Outputs:
         """Return the paths of all files of an input."""
         return self.images(index) + [self.comparison(index)] * self.side_by_side + [self.code(index)] * self.latents
 
-    def record(self, index: int, status: str, seconds: float = 0.0, error: str | None = None) -> dict[str, Any]:
-        """Return the manifest's record of an input."""
+    def record(
+        self, index: int, status: str, seconds: float = 0.0, error: str | None = None, files: list[Path] | None = None
+    ) -> dict[str, Any]:
+        """Return the manifest's record of an input; `files` are the files that exist, by default all of them."""
+        source, files = self.files[index].path, self.all(index) if files is None else files
         line: dict[str, Any] = {
             "index": index,
-            "source": os.fspath(self.files[index].path),
+            "source": os.fspath(source),
             **({"name": self.files[index].name} if self.named else {}),
-            "output": [] if status == "error" else [os.fspath(path) for path in self.images(index)],
+            "output": [os.fspath(path) for path in self.images(index) if path in files],
             "status": status,
             "seconds": round(seconds, 6),
+            **({} if error is None else {"error": error}),
+            "checkpoint": self.checkpoint,
+            "made": self.made,
+            "stamp": _stamp(source),
+            "files": [path.relative_to(self.folder).as_posix() for path in files],
         }
-        return line if error is None else {**line, "error": error}
+        return line
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Return size and modification time of a file, by which a changed input is noticed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 class PredictionWriter(Callback):
@@ -184,7 +209,7 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         for index, error, seconds in batch["failed"]:
-            self.records.append(self.outputs.record(index, "error", seconds, error))
+            self._keep(self.outputs.record(index, "error", seconds, error, files=[]))
         source = batch["source"].cpu() if self.outputs.side_by_side and batch["index"] else None
         for i, index in enumerate(batch["index"]):
             seconds = batch["seconds"][i] + outputs["seconds"]
@@ -192,37 +217,45 @@ class PredictionWriter(Callback):
             job = (index, seconds, outputs["images"][i], outputs["w_plus"][i], shown)
             self._waiting.append(self._threads.submit(self._write, *job))
         while len(self._waiting) > 64 or (self._waiting and self._waiting[0].done()):
-            self.records.append(self._waiting.pop(0).result())  # bounds memory if writing is the slowest part
+            self._keep(self._waiting.pop(0).result())  # bounds memory if writing is the slowest part
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.records += [future.result() for future in self._waiting]
-        self._waiting = []
+        while self._waiting:
+            self._keep(self._waiting.pop(0).result())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._threads.shutdown(cancel_futures=True)
 
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        append_record(self.outputs.folder, record)
+
     def _write(
         self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
     ) -> dict[str, Any]:
+        """Write the files of an input and return its record; it contains the reason if a file cannot be written."""
         start, outputs = time.perf_counter(), self.outputs
-        for image, path in zip(images, outputs.images(index), strict=True):
-            save_atomic(to_pil(image), path, **FORMATS[outputs.format])
+        options = FORMATS[outputs.format]
+        writes = [partial(save_atomic, to_pil(image), **options) for image in images]
         if source is not None:
             assert self.spec is not None
             shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
-            row = to_pil(torch.cat([shown[0], *images], dim=-1))
-            save_atomic(row, outputs.comparison(index), **FORMATS[outputs.format])
+            writes.append(partial(save_atomic, to_pil(torch.cat([shown[0], *images], dim=-1)), **options))
         if outputs.latents:
-            names = (outputs.files[index].name,)
-            save_latents(outputs.code(index), Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint))
-        return outputs.record(index, "ok", seconds + time.perf_counter() - start)
-
-
-def save_manifest(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write one JSON line per record, in the order of the inputs."""
-    lines = ({k: v for k, v in r.items() if k != "index"} for r in sorted(records, key=lambda r: r["index"]))
-    with replacing(path) as part:
-        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            names = (portable(outputs.files[index].name),)
+            latents = Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint)
+            writes.append(partial(save_latents, latents=latents))
+        written, reason = [], None
+        for path, write in zip(outputs.all(index), writes, strict=True):
+            try:
+                write(path=path)
+                written.append(path)
+            except OSError as error:
+                if error.errno in DISK:
+                    raise
+                reason = reason or f"{path} cannot be written: {error.strerror or error}"
+        seconds += time.perf_counter() - start
+        return outputs.record(index, "ok" if reason is None else "error", seconds, reason, written)
 
 
 def make_inject(

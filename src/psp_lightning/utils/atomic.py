@@ -25,7 +25,10 @@ def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]
     path = Path(path)
     part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise NotADirectoryError(errno.ENOTDIR, "a file has the name of its folder") from None
         handle, part = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         yield Path(part)
