@@ -21,7 +21,6 @@ from psp_lightning.build.trainer import quiet
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
-from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
@@ -45,6 +44,7 @@ class PredictionPlan:
     outputs: Outputs
     todo: list[int]
     latents: Latents | None
+    inputs: InputDataset | None = None  # filled by `build_prediction`
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
@@ -176,8 +176,7 @@ def build_prediction(
     else:
         net = load_psp(cfg.ckpt)
         spec = _spec(cfg, net)
-        masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
-        dataset = InputDataset(plan.outputs.files, spec, cfg.factor, masks, cfg.seed)
+        dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
         frozen, reference = freeze_psp_generator(net), _reference(cfg, spec)
@@ -211,6 +210,15 @@ def build_prediction(
         pin_memory=torch.cuda.is_available(),
     )
     return trainer, module, loader, writer
+
+
+def sheet_inputs(cfg: DictConfig, plan: PredictionPlan) -> InputDataset | None:
+    """Return the inputs as the network sees them, or None if they are latents."""
+    if plan.latents is None and plan.inputs is None:  # all outputs exist, or other processes made them
+        import_plugins(cfg.plugins)
+        spec = _spec(cfg, load_psp(cfg.ckpt))
+        plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
+    return plan.inputs
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
