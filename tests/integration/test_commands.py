@@ -187,8 +187,12 @@ def test_existing_outputs_are_skipped(psp, small: Path, tmp_path: Path) -> None:
     assert predict(psp, f"ckpt={small}", "input=in", "output=out").code == 0
     (tmp_path / "out" / "1.png").unlink()
     mark = (tmp_path / "out" / "0.png").stat().st_mtime_ns
-    done = predict(psp, f"ckpt={small}", "input=in", "output=out")
+    done = predict(psp, f"ckpt={small}", "input=in", "output=out", "sheet=true")
     assert "1 written, 1 skipped (overwrite=true" in done.out
+    sheet = (tmp_path / "out" / "sheet.png").read_bytes()
+    (tmp_path / "out" / "sheet.png").unlink()
+    assert "0 written, 2 skipped" in predict(psp, f"ckpt={small}", "input=in", "output=out", "sheet=true").out
+    assert (tmp_path / "out" / "sheet.png").read_bytes() == sheet, "it does not depend on what was computed now"
     assert (tmp_path / "out" / "0.png").stat().st_mtime_ns == mark
     done = predict(psp, f"ckpt={small}", "input=in", "output=out", "overwrite=true")
     assert "2 written, 0 skipped" in done.out

@@ -1,6 +1,7 @@
 """Every task on drawn faces and on folders, with and without a Trainer."""
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,10 +96,30 @@ def test_masks_of_files(tmp_path, folder):
     assert data.spec.mask == {"kind": "random"}, "a checkpoint must not ask for the masks of the training images"
     (tmp_path / "3.png").unlink()
     data = InpaintingDataModule(store, store, mask="file", mask_dir=tmp_path, **options())
-    with pytest.raises(UserError, match=r"1 images have no mask of the same stem.*3\.jpg"):
+    with pytest.raises(UserError, match=r"1 image without a mask of the same name.*3\.jpg"):
         data.setup()
     data = InpaintingDataModule(store, store, mask="file", mask_dir=tmp_path, mask_paired=False, **options())
     assert data.dataset("train")[3]["source"][3].sum() > 0
+
+
+def test_masks_of_repeated_names_pair_by_path(tmp_path):
+    for i, name in enumerate(("a", "b")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "mask" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / "1.png")
+        mask = np.zeros((8, 8), np.uint8)
+        mask[i] = 255
+        Image.fromarray(mask).save(tmp_path / "mask" / name / "1.png")
+    train, val = (FolderStore(tmp_path / "in", part=part, val_share=0.5) for part in ("train", "val"))
+    data = InpaintingDataModule(train, val, mask="file", mask_dir=tmp_path / "mask", **options(input_size=8))
+    for part in ("train", "val"):
+        item = data.dataset(part)[0]
+        assert item["source"][3].nonzero()[:, 0].unique().tolist() == [("a", "b").index(Path(item["path"]).parent.name)]
+    # one mask for both images would be used twice
+    (tmp_path / "mask" / "a" / "1.png").unlink()
+    data = InpaintingDataModule(train, val, mask="file", mask_dir=tmp_path / "mask" / "b", **options(input_size=8))
+    with pytest.raises(UserError, match=r"1 image without a mask of the same name"):
+        data.setup()
 
 
 def test_source_is_target():

@@ -89,7 +89,7 @@ def test_label_ids_outside_the_map(tmp_path):
     ids = np.zeros((8, 8), np.uint8)
     ids[2, 5] = 32
     Image.fromarray(ids).save(tmp_path / "m.png")
-    with pytest.raises(UserError, match=r"m\.png: label id 32 at row 2, column 5 \(1 pixels\).*19 classes"):
+    with pytest.raises(UserError, match=r"m\.png: label id 32 at row 2, column 5 \(1 pixel\).*19 classes"):
         load_source(tmp_path / "m.png", InputSpec("labels", 4, 19))
 
 

@@ -245,7 +245,7 @@ def test_every_image_is_seen(root: Path) -> None:
 
 
 def test_fewer_images_than_a_batch(root: Path) -> None:
-    with pytest.raises(UserError, match=r"5 images are fewer than one batch of 8.*data\.batch_size=5"):
+    with pytest.raises(UserError, match=r"5 images, fewer than one batch of 8.*data\.batch_size=5"):
         ImageDataModule(FolderImages(root), 8).train_dataloader()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from psp_lightning.data.inputs import InputDataset, collate_inputs, list_inputs
 from psp_lightning.data.spec import InputSpec
+from psp_lightning.lit.prediction import save_sheet
 from psp_lightning.utils.errors import UserError
 
 
@@ -59,7 +61,7 @@ def test_hole_of_a_file_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 
 def test_missing_mask_is_an_error_of_its_file(tmp_path: Path) -> None:
     files = list_inputs(str(picture(tmp_path / "a.png")))
-    item = InputDataset(files, InputSpec("masked", 16), masks={})[0]
+    item = InputDataset(files, InputSpec("masked", 16), masks=picture(tmp_path / "masks" / "b.png").parent)[0]
     assert "no mask named a" in item["error"]
 
 
@@ -70,3 +72,58 @@ def test_unreadable_files_are_listed_apart(tmp_path: Path) -> None:
     batch = collate_inputs([dataset[0], dataset[1]])
     assert batch["index"] == [0] and batch["source"].shape == (1, 3, 8, 8)
     assert [index for index, *_ in batch["failed"]] == [1]
+
+
+def test_masks_pair_by_path_if_names_repeat(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        picture(tmp_path / "in" / folder / "1.png")
+    picture(tmp_path / "mask" / "b" / "1.png")
+    files, spec = list_inputs(str(tmp_path / "in")), InputSpec("masked", 8)
+    first, second = (InputDataset(files, spec, masks=tmp_path / "mask")[i] for i in range(2))
+    assert "no mask named 1.* (if names repeat: a/1.*)" in first["error"] and "source" in second
+    files = list_inputs(str(tmp_path / "in" / "*" / "1.png"))
+    assert "source" in InputDataset(files, spec, masks=tmp_path / "mask")[1]
+    picture(tmp_path / "mask" / "b" / "1.jpg")
+    with pytest.raises(UserError, match="1 duplicate stem in .*mask"):
+        InputDataset(files, spec, masks=tmp_path / "mask")
+
+
+def test_stems_pair_in_other_folders(tmp_path: Path) -> None:
+    file = picture(tmp_path / "in" / "a" / "1.png")
+    picture(tmp_path / "mask" / "1.png")
+    for pattern in (file, tmp_path / "in", f"{tmp_path}/in/**/*.png"):
+        assert "source" in InputDataset(list_inputs(str(pattern)), InputSpec("masked", 8), masks=tmp_path / "mask")[0]
+
+
+@pytest.mark.parametrize("pattern", ["in", "in/**/*.png", "in/**", "i*/**/a*"])
+def test_links_do_not_multiply_inputs(pattern: str, tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    for name in ("x", "y"):
+        (tmp_path / "in" / name).symlink_to(".")
+        (tmp_path / "in" / f"a{name}.png").symlink_to("a.png")
+    assert [file.path.name for file in list_inputs(str(tmp_path / pattern))] == ["a.png"]
+
+
+def test_sheet_shows_the_inputs_as_the_network_sees_them(tmp_path: Path) -> None:
+    half = np.zeros((16, 16), np.uint8)
+    half[:, 8:] = 1
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    files = {
+        "grey.png": ("rgb", Image.fromarray(half.astype(np.uint16) * 65535), {}, [(0, 0, 0), (255, 255, 255)]),
+        "exif.png": ("rgb", Image.fromarray(half * 255), {"exif": exif}, [(255, 255, 255), (0, 0, 0)]),
+        "ids.png": ("labels", Image.fromarray(half), {}, [(0, 0, 0), (204, 0, 0)]),
+        "hole.png": ("masked", Image.fromarray(half * 255), {"transparency": 0}, [(128, 128, 128), (255, 255, 255)]),
+    }
+    for name, (kind, image, options, colours) in files.items():
+        image.save(tmp_path / name, **options)
+        inputs = InputDataset(list_inputs(str(tmp_path / name)), InputSpec(kind, 16, 19 * (kind == "labels")))
+        Image.new("RGB", (16, 16), "blue").save(tmp_path / "output.png")
+        record = {"index": 0, "status": "ok", "source": str(tmp_path / name), "output": [str(tmp_path / "output.png")]}
+        save_sheet(tmp_path / "sheet.png", [record], inputs, edge=16)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.size == (32, 16)
+            assert [sheet.getpixel((x, 8)) for x in (2, 13, 20)] == [*colours, (0, 0, 255)], name
+        (tmp_path / name).unlink()
+        save_sheet(tmp_path / "sheet.png", [record], inputs, edge=16)  # the file has gone: white
+        save_sheet(tmp_path / "sheet.png", [record], None, edge=16)

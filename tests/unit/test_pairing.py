@@ -41,7 +41,7 @@ def test_same_stem_in_several_folders_pairs_by_path(tmp_path):
 def test_missing_and_extra(tmp_path):
     source = make(tmp_path / "s", "1.png", "3.png", "4.png")
     target = make(tmp_path / "t", "1.png", "2.png")
-    with pytest.raises(UserError, match=r"2 sources have no target: 3.png, 4.png.*1 targets have no source: 2.png"):
+    with pytest.raises(UserError, match=r"2 sources without a target: 3.png, 4.png.*1 target without a source: 2.png"):
         pair(source, target)
     assert stems(pair(source, target, unpaired="skip")) == [("1.png", "1.png")]
     with pytest.raises(UserError, match="do not pair up"):
@@ -51,7 +51,7 @@ def test_missing_and_extra(tmp_path):
 
 
 def test_duplicates(tmp_path):
-    with pytest.raises(UserError, match=r"1 duplicate stems in .*1.jpg, .*1.png"):
+    with pytest.raises(UserError, match=r"1 duplicate stem in .*1.jpg, .*1.png"):
         pair(make(tmp_path / "s", "1.png", "1.jpg"), make(tmp_path / "t", "1.png"))
 
 
@@ -59,7 +59,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="source folder .* does not exist"):
         pair(tmp_path / "none", tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"contain no images \(but 1 other files\)"):
+    with pytest.raises(UserError, match=r"contain no images, but 1 other file \(1 \.txt\)"):
         list_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         list_images(tmp_path / "notes.txt")
@@ -68,3 +68,71 @@ def test_folders_that_are_none(tmp_path):
 def test_order_and_hidden_files(tmp_path):
     make(tmp_path, "b.png", "a/z.png", "a/c.webp", ".hidden.png", ".trash/x.png", "._b.png")
     assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ["a/c.webp", "a/z.png", "b.png"]
+
+
+# --- links
+
+
+def listed(folder):
+    return [path.relative_to(folder).as_posix() for path in list_images(folder)]
+
+
+def test_links_to_folders_that_contain_them_are_ignored(tmp_path):
+    folder = make(tmp_path / "in", "a.png", "sub/b.png")
+    (folder / "up").symlink_to("..")
+    (folder / "self").symlink_to(".")
+    (folder / "sub" / "up").symlink_to(folder, target_is_directory=True)
+    make(tmp_path / "out", "c.png")
+    assert listed(folder) == ["a.png", "sub/b.png"]
+
+
+def test_each_real_folder_and_file_is_listed_once_by_its_own_name(tmp_path):
+    folder = make(tmp_path / "in", "b/1.png", "z.png")
+    (folder / "a").symlink_to("b")
+    (folder / "a.png").symlink_to("z.png")
+    make(tmp_path / "far", "1.png", "deep/2.png")
+    for name in ("f", "g"):
+        (folder / name).symlink_to(tmp_path / "far")
+    (folder / "h").symlink_to(tmp_path / "far" / "deep")
+    assert listed(folder) == ["b/1.png", "f/1.png", "f/deep/2.png", "z.png"]
+
+
+def test_broken_links_stay_listed(tmp_path):
+    make(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to("none.png")
+    (tmp_path / "c.png").symlink_to("c.png")
+    assert listed(tmp_path) == ["a.png", "b.png", "c.png"]
+
+
+def test_links_may_share_one_target_but_no_pair_is_repeated(tmp_path):
+    source, target = make(tmp_path / "s", "1.png", "2.png"), make(tmp_path / "t", "1.png")
+    (target / "2.png").symlink_to("1.png")
+    assert stems(pair(source, target)) == [("1.png", "1.png"), ("2.png", "2.png")]
+    (source / "3.png").symlink_to("1.png")
+    (target / "3.png").symlink_to("1.png")
+    assert len(pair(source, target)) == 2
+
+
+# --- suffixes
+
+
+def test_what_pillow_reads_is_listed(tmp_path):
+    make(tmp_path, "a.JFIF", "b.jpe", "c.tga", "d.pcx", "e.apng", "f.qoi", "g.jp2", "h.ico", "i.pbm", "j.gif")
+    assert len(list_images(tmp_path)) == 10
+    for name in ("a.eps", "b.h5", "c.mpg", "d.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(list_images(tmp_path)) == 10
+
+
+def test_files_left_out_are_counted(tmp_path, caplog):
+    make(tmp_path, "a.png")
+    list_images(tmp_path)
+    assert not caplog.messages
+    for name in ("a.heic", "b.HEIC", "sub/c.heic", "note.txt", "LICENSE", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for _ in range(2):
+        list_images(tmp_path)
+    assert len(caplog.messages) == 1
+    assert "5 files left out" in caplog.messages[0]
+    assert "(3 .heic, 1 without a suffix, 1 .txt)" in caplog.messages[0]

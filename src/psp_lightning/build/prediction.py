@@ -22,7 +22,6 @@ from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
 from psp_lightning.data.masks import SHAPES
-from psp_lightning.data.pairing import list_images
 from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
@@ -53,6 +52,7 @@ class PredictionPlan:
     todo: list[int]
     skipped: list[dict[str, Any]]
     latents: Latents | None
+    inputs: InputDataset | None = None  # filled by `build_prediction`
 
     def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors with all codes and return its path, or None if `latents` is off.
@@ -222,8 +222,7 @@ def build_prediction(
     else:
         net = load_psp(cfg.ckpt)
         spec = _spec(cfg, net)
-        masks = None if cfg.mask.dir is None else {p.stem: p for p in list_images(cfg.mask.dir, "mask folder")}
-        dataset = InputDataset(plan.outputs.files, spec, cfg.factor, masks, cfg.seed)
+        dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
         frozen, reference = freeze_psp_generator(net), _reference(cfg, spec)
@@ -257,6 +256,15 @@ def build_prediction(
         pin_memory=torch.cuda.is_available(),
     )
     return trainer, module, loader, writer
+
+
+def sheet_inputs(cfg: DictConfig, plan: PredictionPlan) -> InputDataset | None:
+    """Return the inputs as the network sees them, or None if they are latents."""
+    if plan.latents is None and plan.inputs is None:  # all outputs exist, or other processes made them
+        import_plugins(cfg.plugins)
+        spec = _spec(cfg, load_psp(cfg.ckpt))
+        plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
+    return plan.inputs
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:

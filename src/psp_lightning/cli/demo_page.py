@@ -16,6 +16,7 @@ from PIL import Image
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic
+from psp_lightning.utils.pictures import open_8bit
 
 Losses = dict[str, list[tuple[int, float]]]  # name of a curve -> list of (step, value)
 SheetRow = tuple[str | Path, Sequence[Path]]  # label, as text or a picture, and the pictures of the row
@@ -104,9 +105,8 @@ def write_sheet(
         figure.text(x / width, 1 - y / height, text, va="center", **style)
 
     def paste(x: int, y: int, picture: Path) -> None:
-        with Image.open(picture) as image:
-            cell = np.asarray(image.convert("RGB").resize((CELL, CELL), Image.Resampling.LANCZOS))
-        figure.figimage(cell, x, height - y - CELL)
+        cell = open_8bit(picture, "RGB").resize((CELL, CELL), Image.Resampling.LANCZOS)
+        figure.figimage(np.asarray(cell), x, height - y - CELL)
 
     y = MARGIN
     for title, rows in groups:

@@ -33,7 +33,7 @@ def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="predict")
 @user_errors
 def _run(cfg: DictConfig) -> None:
-    from psp_lightning.build.prediction import plan_prediction
+    from psp_lightning.build.prediction import plan_prediction, sheet_inputs
     from psp_lightning.lit.manifest import MANIFEST, save_manifest
     from psp_lightning.lit.prediction import save_sheet
 
@@ -47,7 +47,7 @@ def _run(cfg: DictConfig) -> None:
     folder = plan.outputs.folder
     save_manifest(folder, records)
     if cfg.sheet:
-        save_sheet(folder / "sheet.png", records)
+        save_sheet(folder / "sheet.png", records, sheet_inputs(cfg, plan))
     count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
     for record in records:
         if record["status"] == "error":

@@ -16,7 +16,7 @@ from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import _fail, guard, user_errors
 from psp_lightning.cli.resume import LAST, with_resume
 from psp_lightning.utils.devices import count_devices
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, plural
 
 if TYPE_CHECKING:
     from psp_lightning.build.trainer import Training
@@ -34,7 +34,7 @@ def train_job(cfg: DictConfig) -> float | None:
         if str(cfg.generator.get("_target_", "")).endswith("Generator.seeded") and cfg.init_from is None:
             log.warning("the generator is untrained, so its outputs are not faces; generator=file loads a trained one")
         steps = training.trainer.max_steps
-        log.info("%s on %s, %d steps; run directory %s", cfg.task.name, cfg.data.name, steps, run)
+        log.info("%s on %s, %s; run directory %s", cfg.task.name, cfg.data.name, plural(steps, "step"), run)
 
     training = fit(cfg, build_training, announce, "psp-train")
     if training is None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from psp_lightning.data.transforms import ImageLike, open_8bit
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.pictures import ImageLike, open_8bit
 
 Point = Sequence[float]
 

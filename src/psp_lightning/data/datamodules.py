@@ -17,12 +17,12 @@ from psp_lightning.data.image_sets import ImageSet
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
 from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, ResumableDataLoader
 from psp_lightning.data.masks import draw_mask
-from psp_lightning.data.pairing import list_images
+from psp_lightning.data.pairing import pair_masks
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import PairLayout, Store
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.compat import warn_moved
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, plural
 
 StoreLike = Store | Callable[[], Store]
 
@@ -129,7 +129,7 @@ class TaskDataModule(_DataModule):
         return self._datasets[split]
 
     def _masks(self, store: Store) -> dict[str, Path] | None:
-        """Return mask files by the stem of their target, or None to draw holes."""
+        """Return mask files by the path of their target, or None to draw holes."""
         return None
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -240,7 +240,8 @@ class InpaintingDataModule(TaskDataModule):
         mask: `box`, `brush`, `half`, `random` or `file`, or a mapping with options such as
             `{kind: box, low: 0.2, high: 0.4}`, see `psp_lightning.data.masks.draw_mask`.
         mask_dir: folder of masks for `file`, in which bright pixels are missing.
-        mask_paired: match masks to targets by stem. False: draw a random mask for each sample.
+        mask_paired: pair masks with targets by name, as `psp_lightning.data.pairing.pair` does. False: draw a random
+            mask for each sample.
     """
 
     layout = PairLayout("inpainting")
@@ -272,14 +273,11 @@ class InpaintingDataModule(TaskDataModule):
     def _masks(self, store: Store) -> dict[str, Path] | None:
         if not self.mask_paired or self.mask_dir is None:
             return None
-        masks: dict[str, Path] = {}
-        for path in list_images(self.mask_dir, "mask folder"):
-            if path.stem in masks:
-                raise UserError(f"Two masks have the stem {path.stem}: {masks[path.stem]} and {path}. Remove one.")
-            masks[path.stem] = path
-        if missing := [path for path in store.paths() if Path(path).stem not in masks]:
+        root, images = store.listing()
+        masks = pair_masks(images, root, self.mask_dir)
+        if missing := [path for path in store.paths() if path not in masks]:
             raise UserError(
-                f"{len(missing)} images have no mask of the same stem in {self.mask_dir}. The first ones: "
+                f"{plural(len(missing), 'image')} without a mask of the same name in {self.mask_dir}. The first: "
                 f"{', '.join(missing[:3])}. Add the masks, or set task.datamodule.mask_paired=false to use any mask "
                 "for any image."
             )
@@ -312,7 +310,7 @@ class ImageDataModule(_DataModule):
         n, (_, world) = len(self.images), self._ranks()
         if n < self.batch_size * world:
             raise UserError(
-                f"{n} images are fewer than one batch of {self.batch_size * world}. Add images, or set "
+                f"{plural(n, 'image')}, fewer than one batch of {self.batch_size * world}. Add images, or set "
                 f"data.batch_size={max(1, n // world)} or less."
             )
         loading = self._loading(n, train=True)

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import Store
-from psp_lightning.data.transforms import open_image, rgb
+from psp_lightning.data.transforms import rgb
+from psp_lightning.utils.pictures import open_image
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
@@ -28,7 +29,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         independent_flip: mirror source and target independently (frontalization on folders, as in the reference)
             instead of together.
         train: False disables flips and treats every epoch as epoch 0, so validation always sees the same samples.
-        masks: mask files for inpainting by stem of the target. None: draw holes.
+        masks: mask files for inpainting by `RawSample.path`. None: draw holes.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if raw.source is None:
             image = open_image(raw.target)  # decode once for source and target
             image.filename = raw.path  # type: ignore[attr-defined]  # for messages
-            mask = self.masks[Path(raw.path).stem] if self.masks is not None else None
+            mask = self.masks[raw.path] if self.masks is not None else None
             source = load(image, rng, mask=mask)
             same = self.spec.kind == "rgb" and self.spec.size == self.target_size
             target = source if same else rgb(image, self.target_size)

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from psp_lightning.data.pairing import list_images
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.data.transforms import open_8bit, to_8bit
 from psp_lightning.utils.arguments import ArgumentError, choice, whole
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8
+from psp_lightning.utils.pictures import open_8bit, to_8bit
 
 FITS = ("squash", "pad", "crop")
 
@@ -154,7 +154,7 @@ def _header_size(path: Path) -> tuple[int, int]:
             # without this check `getexif` decodes the whole file
             has_exif = "exif" in image.info or image.format == "TIFF"
             rotated = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers fail in many ways on damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path} cannot be read as an image ({reason}). Remove it or replace it.") from None
     return (height, width) if rotated else (width, height)

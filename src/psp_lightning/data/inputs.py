@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from psp_lightning.data.pairing import SUFFIXES, list_images
-from psp_lightning.data.spec import InputSpec, load_source
+from psp_lightning.data.pairing import expand, list_images, pair_masks
+from psp_lightning.data.spec import InputSpec, load_source, source_to_rgb
 from psp_lightning.data.transforms import rgb
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.images import to_pil
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class InputFile:
     Args:
         path: the file.
         name: path of its outputs relative to the output folder, without a suffix.
+        root: the folder that was searched; masks are paired by the path below it.
     """
 
     path: Path
     name: str
+    root: Path = Path()
 
 
 def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
@@ -49,13 +54,11 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
     """
     path = Path(pattern)
     if path.is_file():
-        return [InputFile(path, path.stem)]
+        return [InputFile(path, path.stem, path.parent)]
     if path.is_dir():
         root, files = path, list_images(path, "input folder")
     elif glob.has_magic(pattern):
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
-        root, found = Path(*fixed), sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        files = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+        root, files = expand(pattern)
     else:
         raise UserError(f"input={pattern} does not exist. Give a file, a folder or a glob.")
     if exclude is not None:
@@ -63,7 +66,7 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
             raise UserError(f"output={exclude} is the folder of the inputs. Choose another folder.")
         files = [file for file in files if exclude.resolve() not in file.resolve().parents]
     if not files:
-        raise UserError(f"input={pattern} contains no images. Known suffixes: {', '.join(SUFFIXES)}.")
+        raise UserError(f"input={pattern} contains no images that Pillow can read.")
     relative = [file.relative_to(root) for file in files]
     count = Counter(file.with_suffix("") for file in relative)
     names: dict[str, None] = {}  # an ordered set
@@ -71,7 +74,7 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
         name = (file.with_suffix("") if count[file.with_suffix("")] == 1 else file).as_posix()
         free = (name if k == 1 else f"{name}_{k}" for k in itertools.count(1))
         names[next(candidate for candidate in free if candidate not in names)] = None
-    return [InputFile(file, name) for file, name in zip(files, names, strict=True)]
+    return [InputFile(file, name, root) for file, name in zip(files, names, strict=True)]
 
 
 class InputDataset(Dataset[dict[str, Any]]):
@@ -84,7 +87,7 @@ class InputDataset(Dataset[dict[str, Any]]):
         files: the inputs.
         spec: description of the network's input.
         factor: down-sampling factor to apply first (superres).
-        masks: mask files by stem (inpainting). None: as `load_source` without a mask.
+        masks: folder of masks (inpainting), paired with the files. None: as `load_source` without a mask.
         seed: of drawn holes. Each file gets its own hole, independent of the batch size and the number of devices.
     """
 
@@ -93,10 +96,13 @@ class InputDataset(Dataset[dict[str, Any]]):
         files: list[InputFile],
         spec: InputSpec,
         factor: int | None = None,
-        masks: dict[str, Path] | None = None,
+        masks: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.files, self.spec, self.factor, self.masks, self.seed = files, spec, factor, masks, seed
+        self.files, self.spec, self.factor, self.seed = files, spec, factor, seed
+        self.masks: dict[str, Path] | None = None
+        if masks is not None and files:
+            self.masks = pair_masks([os.fspath(file.path) for file in files], files[0].root, masks)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -110,15 +116,25 @@ class InputDataset(Dataset[dict[str, Any]]):
             rng = np.random.default_rng([self.seed, index]) if masked else None
             mask = None
             if masked and self.masks is not None:
-                mask = self.masks.get(file.path.stem)
+                mask = self.masks.get(os.fspath(file.path))
                 if mask is None:
-                    raise UserError(f"{file.path}: mask.dir has no mask named {file.path.stem}.*")
+                    below = file.path.relative_to(file.root).with_suffix("").as_posix()
+                    raise UserError(
+                        f"{file.path}: mask.dir has no mask named {file.path.stem}.* (if names repeat: {below}.*)"
+                    )
             item["source"] = load_source(file.path, self.spec, rng=rng, factor=self.factor, mask=mask)
             if masked:
                 item["known"] = rgb(file.path, self.spec.size)
         except UserError as error:
             item["error"] = str(error)
         return {**item, "seconds": time.perf_counter() - start}
+
+    def picture(self, index: int) -> Image.Image:
+        """Return an input as the network sees it, in RGB; white if the file cannot be read (any more)."""
+        item = self[index]
+        if "error" in item:
+            return Image.new("RGB", (self.spec.size, self.spec.size), "white")
+        return to_pil(source_to_rgb(item["source"][None], self.spec)[0])
 
 
 class LatentDataset(Dataset[dict[str, Any]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,26 @@ class LabelMap:
         try:
             rows = values["classes"]
             ids = tuple(int(row["id"]) for row in rows)
+            if not ids:
+                raise ValueError("it has no classes")
             names = tuple(str(row["name"]) for row in rows)
-            palette = default_colors(max(ids) + 1)
-            colors = tuple(tuple(int(c) for c in row.get("color", palette[int(row["id"])])) for row in rows)
+            given = [tuple(int(c) for c in row["color"]) if "color" in row else None for row in rows]
             mirror = tuple((int(a), int(b)) for a, b in values.get("mirror") or ())
             ignore = tuple(int(i) for i in values.get("ignore") or ())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{origin}: not a label map ({type(error).__name__}: {error}). It needs a list 'classes' with entries "
                 "such as {id: 0, name: background, color: [0, 0, 0]}, see " + str(CELEBAMASK_HQ)
             ) from None
         for what, items in (("id", ids), ("name", names)):
-            if repeated := [item for item in items if items.count(item) > 1]:  # type: ignore[attr-defined]
+            if repeated := [item for item, n in Counter(items).items() if n > 1]:
                 raise UserError(f"{origin}: the {what} {repeated[0]!r} is given twice.")
         if wrong := [i for i in (*ids, *ignore) if not 0 <= i < IGNORED]:
             raise UserError(f"{origin}: id {wrong[0]} is outside 0..{IGNORED - 1}.")
         if wrong := [i for pair in mirror for i in pair if i not in ids]:
             raise UserError(f"{origin}: 'mirror' names id {wrong[0]}, which is not a class.")
+        palette = default_colors(max(ids) + 1).tolist()  # only now, because a wrong id may be huge
+        colors = tuple(tuple(palette[i]) if color is None else color for i, color in zip(ids, given, strict=True))
         if any(len(color) != 3 or not all(0 <= c <= 255 for c in color) for color in colors):
             raise UserError(f"{origin}: a color must be three numbers from 0 to 255.")
         return cls(ids, names, colors, mirror, ignore)  # type: ignore[arg-type]
@@ -83,6 +87,8 @@ class LabelMap:
         """Return a map of the ids 0..n_classes-1 without names, or CelebAMask-HQ's for 19 classes."""
         if n_classes == 19:
             return load_label_map()
+        if not 1 <= n_classes <= IGNORED:
+            raise UserError(f"n_classes={n_classes} must be from 1 to {IGNORED}.")
         return cls.from_dict({"classes": [{"id": i, "name": f"class {i}"} for i in range(n_classes)]})
 
     def mirrored_channels(self) -> list[int]:

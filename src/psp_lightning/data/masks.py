@@ -1,4 +1,15 @@
-"""Holes for inpainting: boxes, brush strokes, halves or files, as bool (H, W) in which True is missing."""
+"""Holes for inpainting, as bool (H, W) in which True is missing: boxes, brush strokes, halves, files, transparency.
+
+Every mode of Pillow is read by one of two rules:
+
+- A picture with a hole (`transparent_hole`): pixels with less than half of the full opacity are missing, whether the
+  transparency is an alpha channel, a palette entry or PNG's single transparent colour.
+- A mask (`as_mask`): bright pixels are missing, the upper half of the value range. The range is 0..1, 0..255 or
+  0..65535, the smallest that contains the largest value, whatever the bit depth of the file. If a mask is partly
+  transparent and what is painted has one tone, the shape is in the transparency: what is painted is missing.
+  A mask with colours, with several tones beside transparency, or with values that are not zero but all in the lower
+  half is rejected, because it can be read in more than one way.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from psp_lightning.data.pairing import list_images
-from psp_lightning.data.transforms import open_image
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.pictures import ImageLike, name_of, opacity, open_image, to_rgba
 
 SHAPES = ("box", "brush", "half", "file", "random")
 
@@ -54,21 +65,69 @@ def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: flo
     return np.array(image)
 
 
-def as_mask(mask: np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """Return a mask image or array of any size as bool (size, size). The upper half of the value range is missing."""
-    if isinstance(mask, np.ndarray):
-        array = mask.squeeze()
-        half = 0.5 if array.dtype.kind == "f" or array.max() <= 1 else 128
-        bright = array if array.dtype == bool else array >= half
-        mask = Image.fromarray(bright.astype(np.uint8) * 255)
-    elif mask.mode == "1":
-        mask = mask.convert("L")
-    else:
-        values = np.asarray(mask.convert("RGB") if mask.mode == "P" else mask).astype(np.float32)
-        values = values[..., :3].mean(-1) if values.ndim == 3 else values
-        top = 1 if values.max() <= 1 else 65535 if mask.mode.startswith("I") else 255
-        mask = Image.fromarray((values >= top / 2).astype(np.uint8) * 255)
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 127
+TONES = 64  # levels of 255 by which grey pixels may differ in their channels, and painted ones from each other
+
+
+def transparent_hole(image: Image.Image, size: int) -> np.ndarray | None:
+    """Return the transparent pixels of a picture as bool (size, size), or None if it has none."""
+    alpha = opacity(image)
+    if alpha is None or alpha.min() >= 128:
+        return None
+    return np.asarray(Image.fromarray(alpha).resize((size, size))) < 128
+
+
+def as_mask(mask: ImageLike | np.ndarray, size: int) -> np.ndarray:
+    """Return a mask of any size as bool (size, size). The module's docstring describes the rule.
+
+    Args:
+        mask: path, PIL image or array (H, W).
+        size: height and width of the result.
+
+    Raises:
+        UserError: if the mask cannot be read, or can be read in more than one way. The message names the file.
+    """
+    try:
+        hole = _bright(mask.squeeze()) if isinstance(mask, np.ndarray) else _read_mask(open_image(mask, "mask"))
+    except _UnclearMask as error:
+        name = "mask" if isinstance(mask, np.ndarray) else f"Mask {name_of(mask)}"
+        raise UserError(f"{name}: {error}. Save it in grey: white is missing, black is kept.") from None
+    return np.asarray(Image.fromarray(hole.astype(np.uint8) * 255).resize((size, size), Image.Resampling.NEAREST)) > 127
+
+
+class _UnclearMask(Exception):
+    """A mask that can be read in more than one way, or in none."""
+
+
+def _read_mask(image: Image.Image) -> np.ndarray:
+    rgba = to_rgba(image)
+    levels = None if rgba is None else np.asarray(rgba).astype(np.int64)
+    if levels is not None and levels[..., 3].min() < 128:
+        painted = levels[..., 3] >= 128
+        if not painted.any():
+            raise _UnclearMask("all of it is transparent")
+        if np.ptp(levels[painted], axis=0)[:3].max() > TONES:
+            raise _UnclearMask("it has transparent pixels and several tones")
+        return painted
+    if image.mode in ("1", "L", "F") or image.mode[0] == "I":
+        return _bright(np.asarray(image))
+    if levels is None:
+        levels = np.asarray(image.convert("RGB")).astype(np.int64)
+    if np.ptp(levels[..., :3], axis=-1).max() > TONES:
+        raise _UnclearMask("it has colours")
+    return _bright(levels[..., :3].mean(-1))
+
+
+def _bright(values: np.ndarray) -> np.ndarray:
+    """Return the upper half of the value range of (H, W) numbers."""
+    if values.ndim != 2:
+        raise _UnclearMask(f"its shape {values.shape} is not (height, width)")
+    low, high = float(values.min()), float(values.max())
+    top = next((top for top in (1, 255, 65535) if high <= top), None)
+    if top is None or not low >= 0:
+        raise _UnclearMask(f"its values from {low:g} to {high:g} are not in 0..1, 0..255 or 0..65535")
+    if 0 < high < top / 2:
+        raise _UnclearMask(f"its brightest pixel, {high:g} of {top}, is in the lower half of the range")
+    return values >= top / 2
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,7 +138,7 @@ def _mask_files(folder: str) -> list[Path]:
 def file_mask(size: int, rng: np.random.Generator, folder: str) -> np.ndarray:
     """Return a random mask file of `folder` or its subfolders. Bright pixels are missing."""
     files = _mask_files(os.fspath(folder))
-    return as_mask(open_image(files[int(rng.integers(len(files)))], "mask"), size)
+    return as_mask(files[int(rng.integers(len(files)))], size)
 
 
 def draw_mask(size: int, rng: np.random.Generator, kind: str = "box", **options: Any) -> np.ndarray:

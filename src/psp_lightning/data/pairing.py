@@ -1,55 +1,171 @@
-"""Listing the images of a folder, and pairing source and target images by file stem."""
+"""Listing the images of a folder, and pairing source and target images, or images and masks, by name."""
 
 from __future__ import annotations
 
+import functools
+import glob
+import logging
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from psp_lightning.utils.errors import UserError
+from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+from psp_lightning.utils.errors import UserError, plural
+
+# Formats that Pillow registers but reads without pixels, on some systems only, or by running another program.
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
-def list_images(folder: str | os.PathLike[str], what: str = "image folder") -> list[Path]:
-    """Return all images in `folder` and its subfolders, sorted by relative path. Hidden files and folders are skipped.
+def suffixes() -> tuple[str, ...]:
+    """Return the file name suffixes of the images that Pillow can read here, those of imported plugins included."""
+    known = Image.registered_extensions().items()
+    return tuple(suffix for suffix, name in known if name == "MPO" or (name in Image.OPEN and name not in NO_PICTURES))
+
+
+def walk(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry[str]]]]:
+    """Yield `root` and its subfolders: the path, the real path, and the entries that are not folders.
+
+    Hidden files and folders are skipped. Links are followed, but each real folder is visited once, by its own path if
+    that is below `root`. A link to a folder that contains the link is ignored.
 
     Raises:
-        UserError: if the folder is missing, is a file, cannot be read or contains no images.
+        UserError: if a folder cannot be read.
     """
+    seen: set[str] = set()
+    pending = [root]
+    links: list[Path] = []  # visited last, so that what they point to is named by its own path
+    while pending or links:
+        folder = pending.pop() if pending else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        files = []
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"Cannot read folder {error.filename}: {error.strerror}.") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
+                files.append(entry)
+            elif not entry.is_symlink():
+                pending.append(folder / entry.name)
+            elif Path(os.path.realpath(entry.path)) not in (Path(real), *Path(real).parents):
+                links.append(folder / entry.name)
+        yield folder, real, files
+
+
+def _list(folder: str | os.PathLike[str], what: str) -> dict[Path, str]:
+    """Return all images in `folder` and its subfolders, sorted by relative path, with the real path of each."""
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"The {what} {folder} does not exist.")
     if not folder.is_dir():
         raise UserError(f"The {what} {folder} is a file. Give a folder.")
-    found, others = [], 0
-    for base, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(SUFFIXES):
-                found.append(Path(base, name))
+    found, others, known = {}, Counter[str](), suffixes()
+    for base, real, entries in walk(folder):
+        for entry in entries:
+            if entry.name.lower().endswith(known):
+                here = os.path.join(real, entry.name)
+                found[base / entry.name] = os.path.realpath(here) if entry.is_symlink() else here
             else:
-                others += 1
+                others[Path(entry.name).suffix.lower() or "without a suffix"] += 1
+    left_out = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5)) + (", ..." if len(others) > 5 else "")
     if not found:
         raise UserError(
-            f"The {what} {folder} and its subfolders contain no images (but {others} other files). "
-            f"Known suffixes: {', '.join(SUFFIXES)}."
+            f"The {what} {folder} and its subfolders contain no images"
+            + (f", but {plural(others.total(), 'other file')} ({left_out})." if others else ".")
+            + " Images have a suffix that Pillow can read, such as .png, .jpg, .webp or .tif. Convert others."
         )
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    if others:
+        _say_once(
+            f"The {what} {folder}: {plural(others.total(), 'file')} left out because Pillow reads no images with such "
+            f"a suffix ({left_out})."
+        )
+    return {path: found[path] for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix())}
 
 
-def _raise(error: OSError) -> None:
-    raise UserError(f"Cannot read folder {error.filename}: {error.strerror}.")
+@functools.lru_cache(maxsize=64)  # a folder may be listed for training and again for validation
+def _say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
-def _by_key(paths: Sequence[Path], root: Path, nested: bool) -> dict[str, list[Path]]:
+def list_images(folder: str | os.PathLike[str], what: str = "image folder") -> list[Path]:
+    """Return all images in `folder` and its subfolders, sorted by relative path. Hidden files and folders are skipped.
+
+    Each file is returned once: links to a file or folder that is listed already, or that contains the link, are
+    ignored. A log message counts the files that are left out because of their suffix.
+
+    Raises:
+        UserError: if the folder is missing, is a file, cannot be read or contains no images.
+    """
+    return once(_list(folder, what))
+
+
+def once(real: dict[Path, str]) -> list[Path]:
+    """Return each real file once, by its own path if that is among the keys, in the order of the keys."""
+    if len(set(real.values())) == len(real):
+        return list(real)
+    chosen: dict[str, Path] = {}
+    for path in sorted(real, key=Path.is_symlink):
+        chosen.setdefault(real[path], path)
+    return [path for path in real if chosen[real[path]] == path]
+
+
+def expand(pattern: str) -> tuple[Path, list[Path]]:
+    """Return the fixed part of a glob and the images that match it, sorted, each file once.
+
+    `**` means any number of folders, each of which is visited once even if links form a loop.
+    """
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    matches = [root]
+    for part in parts[fixed:]:
+        if part == "**":
+            matches = [folder for match in matches if match.is_dir() for folder, *_ in walk(match)]
+        else:
+            matches = [
+                Path(name) for match in matches for name in glob.glob(os.path.join(glob.escape(str(match)), part))
+            ]
+    if parts[-1] == "**":
+        matches = [folder / entry.name for match in matches for folder, _, files in walk(match) for entry in files]
+    files = sorted({path for path in matches if path.name.lower().endswith(suffixes()) and path.is_file()})
+    return root, once({path: os.path.realpath(path) for path in files})
+
+
+def _groups(images: Iterable[Path], root: Path, nested: bool) -> dict[str, list[Path]]:
     groups = defaultdict(list)
-    for path in paths:
+    for path in images:
         groups[path.relative_to(root).with_suffix("").as_posix() if nested else path.stem].append(path)
     return groups
+
+
+def _by_name(
+    left: Iterable[Path], left_root: Path, right: Iterable[Path], right_root: Path
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the files of both folders by the name that pairs them.
+
+    This is the stem. If a stem occurs more than once in a folder, it is the relative path without extension.
+
+    Raises:
+        UserError: if that occurs more than once, too.
+    """
+    both = [(left_root, _groups(left, left_root, False)), (right_root, _groups(right, right_root, False))]
+    if any(len(group) > 1 for _, groups in both for group in groups.values()):
+        both = [(left_root, _groups(left, left_root, True)), (right_root, _groups(right, right_root, True))]
+    for folder, groups in both:
+        if duplicates := [group for group in groups.values() if len(group) > 1]:
+            first = _first_few([str(path) for path in duplicates[0]])
+            raise UserError(
+                f"{plural(len(duplicates), 'duplicate stem')} in {folder}, the first: {first}. "
+                "Files are paired by stem, so each stem may occur only once. Remove or rename the other files."
+            )
+    return tuple({key: group[0] for key, group in groups.items()} for _, groups in both)  # type: ignore[return-value]
 
 
 def _first_few(names: Sequence[str]) -> str:
@@ -74,26 +190,42 @@ def pair(
     if unpaired not in ("error", "skip"):
         raise UserError(f"unpaired={unpaired!r} is unknown. Use 'error' or 'skip'.")
     source, target = Path(source), Path(target)
-    sources, targets = list_images(source, "source folder"), list_images(target, "target folder")
-    left, right = _by_key(sources, source, False), _by_key(targets, target, False)
-    if any(len(group) > 1 for group in [*left.values(), *right.values()]):
-        left, right = _by_key(sources, source, True), _by_key(targets, target, True)
-    for folder, groups in ((source, left), (target, right)):
-        if duplicates := [group for group in groups.values() if len(group) > 1]:
-            first = _first_few([str(path) for path in duplicates[0]])
-            raise UserError(
-                f"{len(duplicates)} duplicate stems in {folder}, the first: {first}. "
-                "Files are paired by stem, so each stem may occur only once. Remove or rename the other files."
-            )
-    extra_sources = [left[key][0].name for key in left if key not in right]
-    extra_targets = [right[key][0].name for key in right if key not in left]
-    pairs = [(left[key][0], group[0]) for key, group in right.items() if key in left]
+    sources, targets = _list(source, "source folder"), _list(target, "target folder")
+    left, right = _by_name(sources, source, targets, target)
+    extra_sources = [path.name for key, path in left.items() if key not in right]
+    extra_targets = [path.name for key, path in right.items() if key not in left]
+    # several names may be links to one file, for example one target of many sources, but no pair is repeated
+    pairs = {(sources[left[key]], targets[path]): (left[key], path) for key, path in right.items() if key in left}
     if (extra_sources or extra_targets) and (unpaired == "error" or not pairs):
         raise UserError(
-            f"Sources in {source} ({len(left)} files) and targets in {target} ({len(right)} files) do not pair up."
-            + (f" {len(extra_sources)} sources have no target: {_first_few(extra_sources)}." if extra_sources else "")
-            + (f" {len(extra_targets)} targets have no source: {_first_few(extra_targets)}." if extra_targets else "")
+            f"Sources in {source} ({plural(len(left), 'file')}) and targets in {target} ({plural(len(right), 'file')}) "
+            "do not pair up."
+            + (
+                f" {plural(len(extra_sources), 'source')} without a target: {_first_few(extra_sources)}."
+                if extra_sources
+                else ""
+            )
+            + (
+                f" {plural(len(extra_targets), 'target')} without a source: {_first_few(extra_targets)}."
+                if extra_targets
+                else ""
+            )
             + " A source and its target have the same name, apart from the extension."
-            + (f" To use the {len(pairs)} pairs that exist, set data.unpaired=skip." if pairs else "")
+            + (f" To use the other {plural(len(pairs), 'pair')}, set data.unpaired=skip." if pairs else "")
         )
-    return pairs
+    return list(pairs.values())
+
+
+def pair_masks(images: Sequence[str], root: str | os.PathLike[str], masks: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the mask file of each image that has one. Images and masks are paired like sources and targets.
+
+    Args:
+        images: paths of all images, below `root`.
+        masks: folder of the masks.
+
+    Raises:
+        UserError: if the folder is missing or empty, or stems are duplicated.
+    """
+    names = {Path(image): image for image in images}
+    left, right = _by_name(names, Path(root), _list(masks, "mask folder"), Path(masks))
+    return {names[path]: right[key] for key, path in left.items() if key in right}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from psp_lightning.data import transforms
 from psp_lightning.data.labels import LabelMap
-from psp_lightning.data.masks import as_mask, draw_mask
-from psp_lightning.data.transforms import ImageLike, open_image
+from psp_lightning.data.masks import as_mask, draw_mask, transparent_hole
 from psp_lightning.utils.images import from_uint8
+from psp_lightning.utils.pictures import ImageLike, open_image
 
 Hole = ImageLike | np.ndarray
 
@@ -50,8 +50,8 @@ class Source(ABC):
             rng: source of random numbers for the factor of `LowRes` and the hole of `Masked`.
             factor: down-sampling factor of `LowRes`. Without `factor` and `rng` the picture is assumed to have low
                 resolution already and is only resized.
-            mask: hole of `Masked`, a file or image (bright pixels are missing) or a bool array. The default is the
-                picture's transparent pixels if it has any, otherwise a hole drawn from `rng`, or a fixed hole.
+            mask: hole of `Masked`, a file, image or array that `psp_lightning.data.masks.as_mask` reads. The default is
+                the picture's transparent pixels if it has any, otherwise a hole drawn from `rng`, or a fixed hole.
 
         Raises:
             UserError: if the image cannot be read or contains a label id outside the map. The message names the file.
@@ -141,12 +141,9 @@ class Masked(Source):
         self, picture: ImageLike, rng: np.random.Generator | None = None, factor: Any = None, mask: Hole | None = None
     ) -> Tensor:
         image = open_image(picture)
-        if mask is None and image.mode in ("RGBA", "LA") and image.getextrema()[-1][0] < 128:  # type: ignore[index,misc]
-            mask = np.asarray(image.getchannel("A").resize((self.size, self.size))) < 128
-        if mask is None:
+        hole = transparent_hole(image, self.size) if mask is None else as_mask(mask, self.size)
+        if hole is None:
             hole = draw_mask(self.size, rng or np.random.default_rng(0), **self.mask)
-        else:
-            hole = as_mask(mask if isinstance(mask, np.ndarray) else open_image(mask, "mask"), self.size)
         return transforms.masked(transforms.rgb(image, self.size), hole)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from psp_lightning.data.sources import SOURCES, Source
-from psp_lightning.data.transforms import ImageLike
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.pictures import ImageLike
 
 KINDS = tuple(SOURCES)
 INTERPOLATIONS = ("nearest", "legacy_bilinear")

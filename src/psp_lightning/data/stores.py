@@ -13,10 +13,10 @@ from PIL import Image
 
 from psp_lightning.data.pairing import list_images, pair
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.data.transforms import ImageLike
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.pictures import ImageLike
 
 # Common layouts of CelebAMask-HQ: photos, training label maps, and sketches next to them.
 CELEBA_FOLDERS = {
@@ -81,6 +81,11 @@ class Store(ABC):
     def paths(self) -> list[str]:
         """Return the `RawSample.path` of every sample."""
 
+    def listing(self) -> tuple[Path, list[str]]:
+        """Return a folder and all pictures in it, of which `paths` may be a part. Masks are paired with them."""
+        paths = self.paths()
+        return Path(os.path.commonpath([os.path.dirname(path) for path in paths])), paths
+
 
 class FolderStore(Store):
     """Images in folders.
@@ -118,6 +123,7 @@ class FolderStore(Store):
         self.part, self.val_share = part, number("val_share", val_share, 0, 1)
         self.unpaired, self.limit = unpaired, whole("limit", limit, 1, optional=True)
         self._files: list[tuple[Path | None, Path]] = []
+        self._listing: tuple[Path, list[str]] = (Path(), [])
 
     def _folder(self, what: str) -> Path | None:
         """Return the subfolder of `root` with `what` in the CelebAMask-HQ layout, or None."""
@@ -147,6 +153,7 @@ class FolderStore(Store):
             self._files = [(None, path) for path in list_images(target)]
         else:
             self._files = list(pair(source, target, self.unpaired))
+        self._listing = (Path(target), [str(path) for _, path in self._files])
         if self.part != "all" and not self.own_val and len(self._files) > 1:
             self._files = self._split(self._files)
         self._files = self._files[: self.limit]
@@ -169,6 +176,9 @@ class FolderStore(Store):
 
     def paths(self) -> list[str]:
         return [str(target) for _, target in self._files]
+
+    def listing(self) -> tuple[Path, list[str]]:
+        return self._listing
 
 
 class ToyFacesStore(Store):

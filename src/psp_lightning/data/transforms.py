@@ -1,83 +1,27 @@
 """Conversion of images to tensors, with the numbers of the reference (eladrich/pixel2style2pixel, commit 5cfff38).
 
-Every picture first becomes 8-bit RGB or grey: the EXIF orientation is applied, 16-bit values are divided by 257,
-palettes are resolved, transparency is composited over white, and Pillow converts CMYK and other modes. The picture is
-then squashed to a square, as in the reference.
+Every picture first becomes 8-bit RGB or grey, as `psp_lightning.utils.pictures` describes. It is then squashed to a
+square, as in the reference.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from psp_lightning.data.labels import IGNORED, NO_CLASS, LabelMap
 from psp_lightning.utils.compat import moved
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, plural
+from psp_lightning.utils.pictures import ImageLike, name_of, open_8bit, open_image
 
-ImageLike = str | os.PathLike[str] | Image.Image
 BILINEAR = Image.Resampling.BILINEAR
-
-
-def open_image(source: ImageLike, what: str = "image") -> Image.Image:
-    """Decode a picture and apply its EXIF orientation.
-
-    Args:
-        source: path or PIL image.
-        what: noun for messages.
-
-    Raises:
-        UserError: if the file is missing, truncated or not an image. The message names it.
-    """
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise UserError(f"{what.capitalize()} {source} does not exist.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read {what} {source}: {error}. Replace or remove the file.") from None
-
-
-def to_8bit(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to `RGB` or `L` by the rules in the module's docstring."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion would clip at 255
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise UserError("Floating-point pixels have no defined range. Save the image with 8 or 16 bits per channel.")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:  # type: ignore[index,misc]
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "P":
-        image = image.convert("RGB")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def open_8bit(source: ImageLike, mode: str) -> Image.Image:
-    """Decode a picture, apply its EXIF orientation and convert it to `RGB` or `L`.
-
-    Raises:
-        UserError: if the picture cannot be read or converted. The message names the file.
-    """
-    try:
-        return to_8bit(open_image(source), mode)
-    except UserError as error:
-        raise error if str(name_of(source)) in str(error) else UserError(f"{name_of(source)}: {error}") from None
-
-
-def name_of(source: ImageLike) -> str:
-    """Return the picture's name for messages."""
-    return (getattr(source, "filename", "") or "image") if isinstance(source, Image.Image) else str(source)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -96,32 +40,102 @@ def sketch(source: ImageLike, size: int) -> Tensor:
     return _to_tensor(open_8bit(source, "L").resize((size, size), BILINEAR))
 
 
+# Formats that keep every pixel value (TIFF and WebP can also be lossy, GIF and other palettes are checked by colour).
+LOSSLESS = ("PNG", "TIFF", "BMP", "DIB", "PPM", "TGA", "PCX", "SGI", "QOI", "GIF", "WEBP")
+
+
+def _check_lossless(image: Image.Image, source: ImageLike) -> None:
+    lossy = image.format not in (None, *LOSSLESS) or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    if image.format == "WEBP" and not isinstance(source, Image.Image):
+        lossy = b"VP8 " in Path(source).read_bytes()  # the chunk of lossy pixels; VP8L has lossless ones
+    if lossy:
+        raise UserError(
+            f"{name_of(image)}: compression as in {image.format} files changes label ids. Save label images as PNG, "
+            "from the original ids."
+        )
+
+
+def _ids_of_colours(colours: np.ndarray, label_map: LabelMap) -> np.ndarray:
+    """Return the id of each RGB colour (..., 3), -1 for colours that are not in the map."""
+    place = np.array([65536, 256, 1])
+    code, known = colours @ place, np.array(label_map.colors, np.int64) @ place
+    order = np.argsort(known)
+    at = np.searchsorted(known[order], code).clip(max=len(known) - 1)
+    return np.where(known[order][at] == code, np.array(label_map.ids, np.int64)[order][at], -1)
+
+
+def _read_palette(image: Image.Image, label_map: LabelMap) -> np.ndarray:
+    """Return the ids of an image with a palette, int64 (H, W). `read_labels` describes the rule."""
+    index = np.asarray(image).astype(np.int64)
+    index = index[..., 0] if index.ndim == 3 else index
+    palette = np.zeros((256, 3), np.int64)
+    given = np.array(image.getpalette("RGB"), np.int64).reshape(-1, 3)
+    palette[: len(given)] = given
+    used = np.flatnonzero(np.bincount(index.ravel()))
+    colours = palette[used]
+    own = dict(zip(label_map.ids, label_map.colors, strict=True))
+    if all(own.get(i) == tuple(colour) for i, colour in zip(used.tolist(), colours.tolist(), strict=True)):
+        return index
+    by_colour = _ids_of_colours(colours, label_map)
+    grey = (colours == colours[:, :1]).all() and len(np.unique(colours)) == len(used)
+    ids = np.arange(256)
+    if (by_colour >= 0).all():
+        ids[used] = by_colour
+    elif image.format == "GIF":
+        if not grey:
+            raise UserError(
+                f"{name_of(image)}: GIF files renumber their palettes, and these colours are not the label map's. "
+                "Save label images as PNG."
+            )
+        ids[used] = colours[:, 0]
+    else:
+        shade = np.where(np.isin(colours[:, 0], label_map.ids) & grey, colours[:, 0], -1)
+        other = np.where(by_colour >= 0, by_colour, shade)
+        if len(wrong := used[(other >= 0) & (other != used)]):
+            raise UserError(
+                f"{name_of(image)}: palette index {wrong[0]} has the colour of class "
+                f"{other[used == wrong[0]][0]}, so the ids are unclear. Save the label image with a single channel "
+                "whose values are the ids."
+            )
+    return ids[index]
+
+
 def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
     """Return the ids of a label image, int64 (H, W).
 
-    The values of a single channel, or the indices of a palette, are the ids. Colours are looked up in the map.
+    - The values of a single channel are the ids, also if they are stored three times, as RGB.
+    - Other colours must be the map's.
+    - A palette is read by its colours if those in use are the map's; otherwise its indices are the ids. GIF files
+      renumber palettes, so they need the map's colours, or shades of grey that are the ids.
 
     Raises:
-        UserError: if a colour is not in the map.
+        UserError: if a colour is not in the map, a palette's colours contradict its indices, values are not whole
+            numbers, or the file's compression is lossy.
     """
-    image = open_image(source)
-    if image.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
+    image = open_image(source, "label image")
+    _check_lossless(image, source)
+    if image.mode in ("P", "PA"):
+        return _read_palette(image, label_map)
+    if image.mode in ("1", "L", "LA", "La", "F") or image.mode[0] == "I":
         array = np.asarray(image)
-        return array[..., 0].astype(np.int64) if array.ndim == 3 else array.astype(np.int64)
+        array = array[..., 0] if array.ndim == 3 else array
+        if array.dtype.kind == "f" and not (np.isfinite(array) & (array == array.round())).all():
+            raise UserError(f"{name_of(image)}: the pixels are not whole numbers. Save label ids as 8 or 16 bits.")
+        return array.astype(np.int64)
     array = np.asarray(image.convert("RGB")).astype(np.int64)
-    if (array == array[..., :1]).all() and array.max() in label_map.ids:
+    grey = (array == array[..., :1]).all()
+    if grey and array.max() in label_map.ids:
         return array[..., 0]
-    code = array @ np.array([65536, 256, 1])
-    wanted = np.array(label_map.colors, np.int64) @ np.array([65536, 256, 1])
-    order = np.argsort(wanted)
-    place = np.searchsorted(wanted[order], code).clip(max=len(wanted) - 1)
-    if (wrong := wanted[order][place] != code).any():
+    ids = _ids_of_colours(array, label_map)
+    if (wrong := ids < 0).any():
+        if grey:
+            return array[..., 0]  # ids, of which some are ignored or outside the map
         y, x = np.argwhere(wrong)[0]
         raise UserError(
-            f"{name_of(source)}: the colour {tuple(array[y, x].tolist())} at row {y}, column {x} is not in the label "
+            f"{name_of(image)}: the colour {tuple(array[y, x].tolist())} at row {y}, column {x} is not in the label "
             "map. A label image must contain class ids in a single channel, or exactly the colours of the label map."
         )
-    return np.array(label_map.ids, np.int64)[order][place]
+    return ids
 
 
 def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> Tensor:
@@ -135,9 +149,9 @@ def one_hot(ids: np.ndarray, label_map: LabelMap, name: str = "label image") -> 
     if (wrong := channel == NO_CLASS).any():
         y, x = np.argwhere(wrong)[0]
         raise UserError(
-            f"{name}: label id {int(ids[y, x])} at row {y}, column {x} ({int(wrong.sum())} pixels) is outside the "
-            f"label map ({len(label_map)} classes, ids {min(label_map.ids)}..{max(label_map.ids)}). Use the label map "
-            "that the images were made with, or list the id under 'ignore' in the label-map file."
+            f"{name}: label id {int(ids[y, x])} at row {y}, column {x} ({plural(int(wrong.sum()), 'pixel')}) is "
+            f"outside the label map ({len(label_map)} classes, ids {min(label_map.ids)}..{max(label_map.ids)}). "
+            "Use the label map that the images were made with, or list the id under 'ignore' in the label-map file."
         )
     index = torch.from_numpy(channel.astype(np.int64))
     planes = F.one_hot(index.where(index != IGNORED, len(label_map)), len(label_map) + 1)

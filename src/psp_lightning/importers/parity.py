@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from psp_lightning.importers.imports import import_file
@@ -19,6 +18,7 @@ from psp_lightning.importers.report import Imported
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.pictures import open_image, to_8bit
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 INPUTS = ("z", "w", "w_plus", "source")
@@ -95,11 +95,11 @@ def parity(
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            grey = image.mode in ("L", "1", "I", "F")
-            pixels = np.array(image.convert("L" if grey else "RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"against={path} cannot be read as an image: {error}.") from None
+        image = open_image(path)
+        grey = image.mode in ("L", "1", "F") or image.mode[0] == "I"
+        pixels = np.array(to_8bit(image, "L" if grey else "RGB"))
+    except UserError as error:
+        raise UserError(f"against={path}: {error}") from None
     return pixels[None, :, :, None] if grey else pixels[None]
 
 

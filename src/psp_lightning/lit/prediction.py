@@ -20,7 +20,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
-from psp_lightning.data.inputs import InputFile
+from psp_lightning.data.inputs import InputDataset, InputFile
 from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
@@ -30,6 +30,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil
 from psp_lightning.utils.names import portable
+from psp_lightning.utils.pictures import open_8bit
 
 FORMATS: dict[str, dict[str, Any]] = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
 # failures of the disk, which would meet every later output too; other failures concern one output
@@ -282,25 +283,29 @@ def make_inject(
     return w[:, None].expand(-1, n_styles, -1)
 
 
-def save_sheet(path: Path, records: list[dict[str, Any]], limit: int = 64, edge: int = 128) -> None:
+def save_sheet(
+    path: Path, records: list[dict[str, Any]], inputs: InputDataset | None, limit: int = 64, edge: int = 128
+) -> None:
     """Write an overview of the first `limit` inputs and their outputs, each `edge` pixels high, in rows.
 
-    Inputs that are latents appear only as their outputs.
+    Args:
+        inputs: shown as the network sees them. None: the inputs are latents, and only their outputs appear.
     """
-    found = [record for record in records if record["output"] and record["status"] != "error"][:limit]
-    shown = [([] if "name" in record else [record["source"]]) + record["output"] for record in found]
+    shown = [record for record in records if record["output"] and record["status"] != "error"][:limit]
     if not shown:
         return
     gap = edge // 8
-    width = edge * max(map(len, shown)) + gap
+    width = edge * ((inputs is not None) + len(shown[0]["output"])) + gap
     columns = max(1, 8 * edge // width)
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, rows * (edge + gap) - gap), "white")
-    for i, names in enumerate(shown):
-        for k, name in enumerate(names):
-            with Image.open(name) as image:
-                picture = image.convert("RGB").resize((edge, edge))
-            sheet.paste(picture, (i % columns * width + k * edge, i // columns * (edge + gap)))
+    for i, record in enumerate(shown):
+        pictures = [open_8bit(name, "RGB") for name in record["output"]]
+        if inputs is not None:
+            pictures.insert(0, inputs.picture(record["index"]))
+        for k, picture in enumerate(pictures):
+            place = (i % columns * width + k * edge, i // columns * (edge + gap))
+            sheet.paste(picture.resize((edge, edge)), place)
     save_atomic(sheet, path)
 
 

@@ -21,6 +21,11 @@ def suggest(name: str, options: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def plural(n: int, noun: str) -> str:
+    """Return "1 file" or "2 files" for the noun `file`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def clean(text: str, limit: int = 120) -> str:
     """Return text from a file on one line, cut to `limit` characters, without terminal control characters."""
     shown = "".join(c if c.isprintable() else "?" for c in text[:limit])

@@ -1,0 +1,120 @@
+"""Decode pictures: everything here opens them the same way, upright, and converts them to 8-bit RGB or grey.
+
+The EXIF orientation is applied, 16-bit values are divided by 257, palettes are resolved, transparency is composited
+over white, and Pillow converts CMYK and other modes. Of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from psp_lightning.utils.errors import UserError
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+
+def open_image(source: ImageLike, what: str = "image") -> Image.Image:
+    """Decode a picture and apply its EXIF orientation. The result knows its `format` and `filename`.
+
+    Args:
+        source: path or PIL image.
+        what: noun for messages.
+
+    Raises:
+        UserError: if the file is missing, truncated or not an image. The message names it.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            picture = ImageOps.exif_transpose(source)
+            picture.format = source.format
+        else:
+            with Image.open(source) as image:
+                image.load()
+                picture = ImageOps.exif_transpose(image)
+                picture.format = image.format
+    except FileNotFoundError:
+        raise UserError(f"{what.capitalize()} {source} does not exist.") from None
+    except Exception as error:  # Pillow's readers fail in many ways on damaged files
+        raise UserError(f"Cannot read {what} {name_of(source)}: {error}. Replace or remove the file.") from None
+    picture.filename = name_of(source)  # type: ignore[attr-defined]
+    return picture
+
+
+def name_of(source: ImageLike) -> str:
+    """Return the picture's name for messages."""
+    return (getattr(source, "filename", "") or "image") if isinstance(source, Image.Image) else os.fspath(source)
+
+
+def to_rgba(image: Image.Image) -> Image.Image | None:
+    """Return a picture with an alpha channel, a transparent colour or a palette with transparency as RGBA, or None."""
+    key = image.info.get("transparency")
+    if image.mode[0] == "I" and isinstance(key, int):  # Pillow ignores the transparent value of 16-bit grey
+        rgba = _to_8bit_grey(image).convert("RGBA")
+        rgba.putalpha(Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)))
+        return rgba
+    if image.mode == "La":
+        return image.convert("LA").convert("RGBA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa"):
+        return image if image.mode == "RGBA" else image.convert("RGBA")
+    if key is None or image.mode not in ("1", "L", "P", "RGB"):
+        return None
+    if image.mode == "RGB" and max(key) > 255:  # the file has 16 bits per channel, of which Pillow keeps the upper 8
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image.convert("RGBA")
+
+
+def opacity(image: Image.Image) -> np.ndarray | None:
+    """Return the opacity of each pixel, uint8 (H, W), or None if every pixel is opaque.
+
+    Alpha channels, transparent palette entries and a single transparent colour (PNG, GIF) count alike.
+    """
+    rgba = to_rgba(image)
+    alpha = None if rgba is None else np.asarray(rgba.getchannel("A"))
+    return None if alpha is None or alpha.min() == 255 else alpha
+
+
+def _to_8bit_grey(image: Image.Image) -> Image.Image:
+    """Return 16-bit grey, which Pillow's conversion would clip at 255, divided by 257."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(
+            f"{name_of(image)}: the pixels range from {values.min()} to {values.max()}, beyond 16 bits. "
+            "Save the image with 8 or 16 bits per channel."
+        )
+    return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def to_8bit(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to `RGB` or `L` by the rules in the module's docstring.
+
+    Raises:
+        UserError: if the pixels have no defined range.
+    """
+    if image.mode == "F":
+        raise UserError(
+            f"{name_of(image)}: floating-point pixels have no defined range. "
+            "Save the image with 8 or 16 bits per channel."
+        )
+    rgba = to_rgba(image)
+    if rgba is not None:
+        image = rgba
+        if image.getextrema()[3][0] < 255:  # type: ignore[index,misc]
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode[0] == "I":
+        image = _to_8bit_grey(image)
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def open_8bit(source: ImageLike, mode: str) -> Image.Image:
+    """Decode a picture, apply its EXIF orientation and convert it to `RGB` or `L`.
+
+    Raises:
+        UserError: if the picture cannot be read or converted. The message names the file.
+    """
+    return to_8bit(open_image(source), mode)
