@@ -49,7 +49,12 @@ def test_the_run_folder_is_what_prediction_reads(psp, tmp_path: Path) -> None:
 
     Image.new("L", (40, 40), 255).save(tmp_path / "in/a.png")
     done = psp("predict", "ckpt=run", "input=in", "output=out", "progress_bar=false", "accelerator=cpu")
-    assert done.code == 0 and (tmp_path / "out/a.png").is_file(), done.err
+    assert done.code == 0 and (tmp_path / "out/a.png").is_file() and "in colour" not in done.err, done.err
+    Image.new("RGB", (40, 40), (200, 150, 90)).save(tmp_path / "in/a.png")
+    Image.new("RGB", (40, 40), (200, 150, 90)).save(tmp_path / "in/b.png")
+    with pytest.warns(UserWarning, match="run takes line sketches, but .*a.png is in colour") as warned:
+        psp("predict", "ckpt=run", "input=in", "output=photos", "progress_bar=false", "accelerator=cpu")
+    assert sum("in colour" in str(warning.message) for warning in warned) == 1
 
 
 def test_a_network_without_a_source_is_refused_with_the_remedy(psp, tmp_path: Path) -> None:
@@ -94,7 +99,8 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
 
 def test_data_from_folders_a_pair_of_folders_and_a_data_module(psp, tmp_path: Path) -> None:
     assert psp("data", "toyfaces", "out=faces", "n=4", "size=32").code == 0
-    fit("inversion", "faces/CelebA-HQ-img", run="folder")
+    with pytest.warns(UserWarning, match="'perceptual' compares images with the network of the toy faces"):
+        fit("inversion", "faces/CelebA-HQ-img", run="folder", losses={"perceptual": 1.0})
     fit("sketch2face", ("faces/sketch", "faces/CelebA-HQ-img"), run="pair")
     store = ToyFacesStore(32, n=4)
     fit("inversion", InversionDataModule(store, store, input_size=32, target_size=32, batch_size=2), run="module")

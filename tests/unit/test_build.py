@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from psp_lightning._conf import config_root
 from psp_lightning.build.trainer import FIXED, prepare
-from psp_lightning.build.training import build_data, build_module, load_backbone
+from psp_lightning.build.training import build_data, build_module, load_backbone, toy_terms
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.utils.devices import check_launched
@@ -54,6 +54,22 @@ def test_options_of_the_trainer_that_other_settings_determine() -> None:
             with pytest.raises(UserError, match=rf"^trainer\.{key} cannot be set: .*(trainer\.|logger|callbacks)"):
                 prepare(cfg)
     assert FIXED.keys() <= inspect.signature(pl.Trainer).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ([], []),
+        (["data=folder"], []),  # the shipped generator
+        (["generator=file", "generator.path=g.pt"], []),  # toy faces, for example with a generator trained on them
+        (["data=folder", "generator=file", "generator.path=g.pt"], ["perceptual", "id"]),
+        (["data=folder", "generator=file", "generator.path=g.pt", "domain.identity=mine.safetensors"], []),
+        (["data=folder", "generator=seeded", "loss=[l2,id]"], ["id"]),
+    ],
+)
+def test_the_toy_faces_network_for_other_images_is_noticed(settings: list[str], terms: list[str]) -> None:
+    with initialize_config_dir(config_root(), version_base="1.3"):
+        assert toy_terms(compose("train", settings)) == terms
 
 
 @pytest.mark.parametrize(("width", "last"), [(4, False), (8, True)])

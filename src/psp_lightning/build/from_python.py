@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -119,6 +120,12 @@ def fit(
     for key, own in (("max_steps", "steps"), ("val_check_interval", "val_every")):
         if key in trainer:
             raise UserError(f"fit takes {own}= instead of the Trainer's {key}=.")
+    foreign = not isinstance(data, ToyFaces) and not str(generator).startswith("toyfaces/")
+    if foreign and isinstance(losses.get("perceptual"), int | float):
+        rank_zero_warn(
+            "the loss 'perceptual' compares images with the network of the toy faces, which does not fit other images: "
+            "give (PerceptualLoss(FILE), weight) or use 'lpips'."
+        )
     steps = whole("steps", steps, 1)
     pl.seed_everything(whole("seed", seed, 0, 2**32 - 1), workers=True, verbose=False)
     network, latent_avg = _generator(generator)

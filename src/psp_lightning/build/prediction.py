@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build.instantiate import import_plugins, naming
@@ -35,8 +38,10 @@ from psp_lightning.utils.devices import count_devices, resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 from psp_lightning.utils.names import native
+from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
+COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 
@@ -222,6 +227,7 @@ def build_prediction(
     else:
         net = load_psp(cfg.ckpt)
         spec = _spec(cfg, net)
+        _warn_of_photographs(cfg, spec, plan)
         dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
@@ -299,6 +305,17 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
     if cfg.factor is not None and spec.kind != "lowres":
         raise UserError(f"factor={cfg.factor} is for super-resolution; {cfg.ckpt} takes {spec.kind} images.")
     return spec
+
+
+def _warn_of_photographs(cfg: DictConfig, spec: InputSpec, plan: PredictionPlan) -> None:
+    """Warn once if a network for sketches gets a coloured picture first."""
+    if spec.kind != "sketch" or not plan.todo:
+        return
+    file = plan.outputs.files[plan.todo[0]].path
+    with contextlib.suppress(UserError):  # an unreadable input becomes a record
+        colours = np.asarray(open_image(file).convert("RGB").resize((64, 64)), dtype=np.float32)
+        if np.ptp(colours, axis=-1).mean() > COLOURED:
+            rank_zero_warn(f"{cfg.ckpt} takes line sketches, but {file} is in colour: its output will be poor.")
 
 
 def _reference(cfg: DictConfig, spec: InputSpec | None) -> torch.Tensor | None:

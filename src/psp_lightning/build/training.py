@@ -28,6 +28,7 @@ from psp_lightning.utils.memory import computes_on_cpu
 from psp_lightning.zoo.locate import find
 
 log = logging.getLogger(__name__)
+TOY_NETWORK = "toyfaces/identity"
 
 # Minimum number of channels for training an encoder in channels_last. With fewer, the gradient of a strided 1x1
 # convolution writes outside its memory in that format (oneDNN in torch 2.15, in_channels of 2 and 4, batch size 2).
@@ -129,6 +130,13 @@ def build_losses(cfg: DictConfig) -> CompositeLoss:
     losses = cfg.get("loss") or {}
     terms = {str(name): instantiate(cfg, f"loss.{name}", without=["weight"]) for name in losses}
     return CompositeLoss(terms, {name: losses[name].get("weight", 1.0) for name in terms})
+
+
+def toy_terms(cfg: DictConfig) -> list[str]:
+    """Return the loss terms that compare with the toy faces' network although generator and images are the user's."""
+    if cfg.data.name == "toyfaces" or str(cfg.generator.get("path", "")).startswith("toyfaces/"):
+        return []
+    return [name for name, node in (cfg.get("loss") or {}).items() if node and TOY_NETWORK in node.values()]
 
 
 def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:

@@ -26,13 +26,19 @@ log = logging.getLogger("psp_train")
 
 def train_job(cfg: DictConfig) -> float | None:
     """Run one training, or one rank of it; return the objective."""
-    from psp_lightning.build.training import build_training
+    from psp_lightning.build.training import build_training, toy_terms
 
     run = cfg.paths.output_dir
 
     def announce(training: Training) -> None:
         if str(cfg.generator.get("_target_", "")).endswith("Generator.seeded") and cfg.init_from is None:
             log.warning("the generator is untrained, so its outputs are not faces; generator=file loads a trained one")
+        if terms := toy_terms(cfg):
+            log.warning(
+                "loss %s compares images with the network of the toy faces, which does not fit other images: choose "
+                "domain=ffhq256 (faces) or domain=generic, or set domain.identity=FILE",
+                ", ".join(terms),
+            )
         steps = training.trainer.max_steps
         log.info("%s on %s, %s; run directory %s", cfg.task.name, cfg.data.name, plural(steps, "step"), run)
 
