@@ -68,7 +68,7 @@ def test_sweep_with_two_ranks_leaves_one_directory_per_job(shell, tiny: list[str
         assert torch.load(job / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
         log = (job / "train.log").read_text()
         assert log.count("done: step 2") == 1, log
-        assert len((job / "csv" / "metrics.csv").read_text().splitlines()) == 2
+        assert len((job / "csv" / "metrics.csv").read_text().splitlines()) == 3  # names, training, validation
 
 
 def test_objective_reaches_the_sweeper(shell, tiny: list[str], tmp_path: Path) -> None:
