@@ -1,5 +1,5 @@
-"""Products that repeat bit for bit, and fixtures shared by all tests: the drawing rules and reference values of
-tests/golden, the photos."""
+"""Make products repeat bit for bit, and provide fixtures for all tests: the drawing rules and reference values of
+tests/golden, and the photos."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from psp_lightning.ops.dispatch import registered
 
 HERE = Path(__file__).parent
 
-make_reproducible()  # before the first product of any test, whichever tests run
+make_reproducible()  # before any test computes a product
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let each of several test workers compute with one thread; torch is not imported yet."""
+    """Make each of several test workers compute with one thread. This runs before torch is imported."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -59,7 +59,7 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
 
 @pytest.fixture(scope="session")
 def golden() -> ModuleType:
-    """golden.py: draws weights and inputs from their names."""
+    """Import golden.py, which draws weights and inputs from their names."""
     spec = importlib.util.spec_from_file_location("golden", HERE / "golden" / "golden.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -69,7 +69,7 @@ def golden() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, np.ndarray]:
-    """The values that the reference implementation (commit 5cfff38) gave for them."""
+    """Load the values that the reference implementation (commit 5cfff38) computed for them."""
     with np.load(HERE / "golden" / "reference_values.npz") as file:
         return {name: file[name] for name in file.files}
 
@@ -81,7 +81,7 @@ def photos() -> Path:
 
 @pytest.fixture(scope="session")
 def is_frozen() -> Callable[[nn.Module], bool]:
-    """Whether a module stays in eval mode after `.train()` and none of its parameters requires a gradient."""
+    """Return a check: a module stays in eval mode after `.train()`, and none of its parameters requires a gradient."""
 
     def check(module: nn.Module) -> bool:
         module.train()

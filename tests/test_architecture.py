@@ -11,7 +11,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Unit (a package or a top-level module) -> units it may import. Every unit may import utils and itself.
 ALLOWED = {
-    "__init__": {"models"},  # the public names
+    "__init__": {"models"},  # exports the public names
     "_conf": set(),
     "cli": {"build", "_conf", "lit", "inference", "importers", "loading", "latents", "models", "losses", "metrics",
             "data", "optim", "checkpoints", "zoo", "ops"},
@@ -32,7 +32,7 @@ ALLOWED = {
     "optim": set(),
     "utils": set(),
 }  # fmt: skip
-# inside a function only
+# imports that are allowed only inside a function
 LAZY_EXCEPTIONS = {("models/psp.py", name) for name in ("loading", "inference.fused", "inference.frozen")}
 
 FRAMEWORKS = {
@@ -56,7 +56,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def type_checking_only(module: ast.Module) -> set[ast.AST]:
-    """Nodes below `if TYPE_CHECKING:`, which never run."""
+    """Return the nodes below `if TYPE_CHECKING:`, which never run."""
     guards = [
         node for node in ast.walk(module) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     ]
@@ -64,7 +64,7 @@ def type_checking_only(module: ast.Module) -> set[ast.AST]:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """(absolute module, line, inside a function) of every import that can run."""
+    """Return (absolute module, line, inside a function) of every import that can run."""
     module = tree(path)
     skipped = type_checking_only(module)
     lazy = {
@@ -94,7 +94,7 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
 def test_every_unit_has_a_rule():
     assert FILES, f"no source under {SOURCE}"
     unknown = {unit(path) for path in FILES} - set(ALLOWED)
-    assert not unknown, f"say in ALLOWED what {sorted(unknown)} may import"
+    assert not unknown, f"add to ALLOWED what {sorted(unknown)} may import"
 
 
 def refuse(offenders: list[str]) -> None:
@@ -102,7 +102,7 @@ def refuse(offenders: list[str]) -> None:
 
 
 def ours(path: Path) -> list[tuple[str, int, bool]]:
-    """Return the imports of modules of this package, relative to it."""
+    """Return the imports of this package's modules, relative to it."""
     return [
         (name.removeprefix("psp_lightning."), line, lazy)
         for name, line, lazy in imports(path)
@@ -132,7 +132,7 @@ def module_of(path: Path) -> str:
 
 
 def test_no_import_cycle():
-    """None among modules, also none that is hidden in a function; `__init__.py` of the package is lazy."""
+    """Imports inside functions count too. The package's `__init__.py` is lazy."""
     modules = {module_of(path): path for path in FILES if module_of(path)}
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for name, path in modules.items():
@@ -154,7 +154,7 @@ def test_files_are_short():
     assert long["models/stylegan2.py"] <= 280
 
 
-def test_frameworks_stay_in_their_places():
+def test_frameworks_are_imported_only_where_allowed():
     offenders = []
     for path in FILES:
         for name, line, _ in imports(path):
@@ -174,7 +174,7 @@ def test_no_device_choice_and_no_unsafe_reading():
 
 
 def unsafe(call: ast.Call) -> list[str]:
-    """Return what is wrong with a call: a chosen device, or a reader that may run code."""
+    """Return the problems of a call: a fixed device, or a reader that may run code."""
     found = []
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     if isinstance(call.func, ast.Attribute) and call.func.attr == "cuda":
@@ -189,21 +189,21 @@ def unsafe(call: ast.Call) -> list[str]:
     return found
 
 
-# What a module may call while it is imported: declarations that cost nothing and change nothing outside.
+# Calls that a module may make during its import: declarations that are cheap and have no side effects.
 DECLARATIONS = {
     "TypeVar", "ParamSpec", "frozenset", "set", "dict", "tuple", "list", "range", "len", "sorted", "zip", "enumerate",
     "Path", "re.compile", "logging.getLogger", "dataclass", "dataclasses.dataclass", "field", "dataclasses.field",
     "namedtuple", "NewType", "float", "int", "str", "MappingProxyType", "math.log2", "math.sqrt", "math.log", "cast",
     "getattr", "np.array", "np.linspace", "torch.no_grad", "torch.inference_mode", "super", "object",
 }  # fmt: skip
-# Names of decorators and of our own declarations (records, registries).
+# Names of decorators and of this library's declarations (records, registries).
 DECLARING = ("register_", "property", "staticmethod", "classmethod", "lru_cache", "functools.")
 # Methods of literals: "a b".split(), d.items(), ...
 LITERAL_METHODS = {"split", "items", "keys", "values", "format", "join", "strip", "with_suffix", "with_name", "union"}
 
 
 def work_at_import(module: ast.Module) -> list[ast.Call]:
-    """Calls that run on import and are no declarations; function bodies do not run, decorators and defaults do."""
+    """Return calls that run on import and are not declarations. Decorators and defaults run, function bodies do not."""
     calls: list[ast.Call] = []
 
     def visit(node: ast.AST) -> None:
@@ -229,7 +229,7 @@ def work_at_import(module: ast.Module) -> list[ast.Call]:
 
 
 def dataclasses_of_ours() -> set[str]:
-    """Names of all dataclasses in the source: building one as a constant is no work."""
+    """Return the names of all dataclasses in the source, because constructing one as a constant is cheap."""
     return {
         node.name
         for path in FILES
@@ -245,7 +245,7 @@ def test_import_does_no_work():
     offenders = []
     for path in FILES:
         for call in work_at_import(tree(path)):
-            # a console script's decorator: it wraps the function, and needs the folder of the configuration to do so
+            # the decorator of a console script wraps the function and needs the configuration folder for it
             if not (relative(path).startswith("cli/") and ast.unparse(call.func) in {"hydra.main", "config_root"}):
                 offenders.append(
                     f"{relative(path)}:{call.lineno} calls {ast.unparse(call.func)}() while being imported"
@@ -254,7 +254,7 @@ def test_import_does_no_work():
 
 
 def test_the_rules_find_offenders(tmp_path):
-    """The checks above are not vacuous."""
+    """The checks above detect offending code."""
     bad = ast.parse("import torch\ntorch.manual_seed(0)\nX = torch.zeros(3)\ndef f(a=print()):\n    torch.rand(2)\n")
     assert [ast.unparse(call.func) for call in work_at_import(bad)] == ["torch.manual_seed", "torch.zeros", "print"]
     assert ("psp_lightning.models.irse", 13, False) not in imports(SOURCE / "utils" / "errors.py")

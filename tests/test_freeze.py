@@ -1,4 +1,4 @@
-"""Frozen means: eval for ever, no gradient, buffers unchanged."""
+"""Frozen modules stay in eval mode, get no gradients and keep their buffers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_copies_stay_frozen(embedder, remake, is_frozen):
     assert is_frozen(other) and other.train() is other and not any(m.training for m in other.modules())
 
 
-def test_is_frozen_notices(is_frozen):
+def test_is_frozen_detects_unfrozen_modules(is_frozen):
     net = nn.Linear(2, 2)
     assert not is_frozen(net) and not is_frozen(net.eval().requires_grad_(False))
     freeze(net).weight.requires_grad_(True)
     assert not is_frozen(net)
 
 
-def test_gradients_pass_through_but_stay_nowhere(embedder):
+def test_gradients_pass_through_but_are_not_stored(embedder):
     x = torch.randn(2, 3, 32, 32, requires_grad=True)
     buffers = {k: v.clone() for k, v in embedder.named_buffers()}
     embedder.train()(x)[:, 0].sum().backward()

@@ -1,4 +1,4 @@
-"""The built wheel in an environment of its own, away from the checkout: configuration, training, prediction."""
+"""The built wheel in its own environment, away from the checkout: configuration, training, prediction."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    # the dependencies are gigabytes: they are borrowed. A plain path in a .pth file does not bring their own .pth files
-    # along, and so not the editable installation of the checkout
+    # The dependencies take gigabytes, so the current environment's are used. A path in a .pth file does not load the
+    # .pth files in that path, so the editable installation of the checkout is not used.
     (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert list((site / "psp_lightning" / "ops" / "cuda" / "csrc").glob("*.cu")), (
-        "the sources of the kernels are missing"
+        "the wheel does not contain the sources of the kernels"
     )
     where = run(python, "-c", "import psp_lightning; print(psp_lightning.__file__)", cwd=tmp_path)
     assert where.startswith(str(tmp_path)), f"the checkout was imported: {where}"

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of a small network (32 px generator, 64 px encoder) and of the losses' networks, random."""
+    """Write random weights of a small network (32 px generator, 64 px encoder) and of the losses' networks."""
     import torch
 
     from benchmarks.compare.ours import write_weights
@@ -32,5 +32,5 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def overrides() -> list[str]:
-    """Settings of psp-train for the small network."""
+    """Return settings of psp-train for the small network."""
     return ["encoder=gradual_small", "domain.input_size=64", "domain.target_size=64", "trainer=cpu"]

@@ -1,4 +1,4 @@
-"""The comparison script at tiny sizes, without the reference and with a stand-in for it."""
+"""The comparison script at tiny sizes, without the reference implementation and with a stand-in for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from benchmarks.compare.rows import (
 from benchmarks.compare.worker import WorkerError, work
 from psp_lightning import PSP
 
-# A clone with the reference's interface around this library's network, for the plumbing: paths, turns, agreement.
+# A clone with the reference's interface around this library's network. It tests the script: paths, turns, agreement.
 STAND_IN = {
     "options/train_options.py": """
 from argparse import ArgumentParser
@@ -80,7 +80,7 @@ def stand_in(folder: Path, error: float = 0) -> Path:
 
 
 def serve(job: Job, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a worker, in this process."""
+    """Run a worker in this process and return its answers."""
     answers: list[dict[str, Any]] = []
     work(job, answers.append, io.StringIO("".join(json.dumps(request) + "\n" for request in requests)))
     return answers
@@ -94,7 +94,7 @@ def test_rows_have_distinct_names_and_the_aims_of_the_full_size():
         for scale in (scale_for(device, quick=False, files=None), QUICK):
             found = rows(scale, device)
             assert len({row.name for row in found}) == len(found)
-            assert any(row.aims for row in found) == scale.full, "aims are about the full sizes alone"
+            assert any(row.aims for row in found) == scale.full, "aims apply to the full sizes only"
     by_name = {row.name: row for row in rows(Scale(), "cpu")}
     assert by_name["train-1024"].aims == {
         FLOAT32: Aim(faster=5, memory=0.6),
@@ -103,7 +103,7 @@ def test_rows_have_distinct_names_and_the_aims_of_the_full_size():
     assert by_name["generator-1024"].aims[BFLOAT16] == Aim(faster=9)
 
 
-def test_only_takes_beginnings_of_names_and_names_the_rows():
+def test_only_takes_name_prefixes_and_lists_the_rows():
     found = command.chosen(rows(Scale(), "cpu"), ["train", "encoder"])
     assert [row.name for row in found] == ["encoder", "train-256", "train-1024"]
     with pytest.raises(SystemExit, match="--only training: no such row.*generator-1024"):
@@ -128,7 +128,7 @@ def test_spread_and_ratios():
     assert "faster" not in sides[BFLOAT16] and "faster" not in sides[REFERENCE]
 
 
-def test_table_has_aims_beside_ratios_and_marks_what_was_not_measured():
+def test_table_has_aims_beside_ratios_and_marks_unmeasured_rows():
     row = Row("r", "a row", "image", 32, aims={FLOAT32: Aim(faster=2, memory=0.5), BFLOAT16: Aim(faster=4, floor=2)})
     sides: dict[str, Any] = {
         REFERENCE: {"seconds": [4.0], **report.spread([4.0]), "peak": 100 << 20},
@@ -145,7 +145,7 @@ def test_table_has_aims_beside_ratios_and_marks_what_was_not_measured():
     assert {line.count("|") for line in lines} == {9}
 
 
-def test_kept_rows_have_the_title_under_which_they_were_measured():
+def test_kept_rows_keep_the_title_they_were_measured_under():
     row = next(row for row in rows(Scale(), "cpu") if row.name == "predict")
     assert "16 files" in row.title
     lines = report.table(
@@ -162,7 +162,7 @@ def test_kernel_table():
     assert "90%" in lines[2] and lines[2].endswith("| met |") and lines[3].endswith("| missed |")
 
 
-def test_details_know_rows_without_sides():
+def test_details_accept_rows_without_sides():
     assert report.details({"kernels": {"title": "kernels", "kernels": []}}) == ""
 
 
@@ -210,9 +210,9 @@ def test_parts_of_a_prediction(weights: dict[str, str], photos: Path):
 
 
 @pytest.mark.slow
-def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
+def test_script_without_the_reference(weights: dict[str, str], tmp_path: Path):
     comparison = command.Comparison("cpu", None, Path(weights["psp"]).parent, rounds=1)
-    (Path(weights["psp"]).parent / "psp_32.safetensors").symlink_to(weights["psp"])  # of the small network
+    (Path(weights["psp"]).parent / "psp_32.safetensors").symlink_to(weights["psp"])  # the small network's file
     comparison.bfloat16 = False
     found = command.measure(comparison, Row("image", "image to image", "image", 32, 2))
     assert found["sides"][FLOAT32]["runs"] == 1 and found["sides"][FLOAT32]["floor"] > 0
@@ -221,7 +221,7 @@ def test_ours_alone_through_the_script(weights: dict[str, str], tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_change_is_measured_against_an_earlier_checkout(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """This checkout against itself: nothing differs, and the ratio is a number."""
+    """Compare this checkout with itself: nothing differs, and the ratio is a number."""
     assert command.main(["--before", str(command.ROOT), "--quick", "--only", "generator-32", "--rounds", "1"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| generator-32 | float32"))
     cells = [cell.strip() for cell in row.split("|")]
@@ -235,7 +235,7 @@ def test_a_change_is_measured_against_an_earlier_checkout(capsys: pytest.Capture
 # --- the reference's side
 
 
-def test_update_replaces_rows_and_says_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_update_replaces_rows_and_records_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "compare_cpu.json"
     machine = {"cores": 2}
     old = {
@@ -259,9 +259,9 @@ def test_update_replaces_rows_and_says_when(tmp_path: Path, monkeypatch: pytest.
     assert found["date"] == "then" and list(found["rows"]) == ["x", "y"] and found["rows"]["x"] == {"title": "X"}
     assert "- Y: measured now at commit b" in report.details(found["rows"])
     failed = {**new, "rows": {"x": {"title": "X", "sides": {}, "failed": "killed"}}}
-    assert report.updated(old, failed)["rows"] == old["rows"], "a row that failed replaces none"
-    for key, said in (("machine", "another machine"), ("reference_commit", "another reference")):
-        with pytest.raises(SystemExit, match=said):
+    assert report.updated(old, failed)["rows"] == old["rows"], "a failed row must not replace the old one"
+    for key, message in (("machine", "another machine"), ("reference_commit", "another reference")):
+        with pytest.raises(SystemExit, match=message):
             report.to_update(path, {**new, key: "x"})
     both, out = ["--only", "encoder", "--reference", str(tmp_path)], ["--out", str(tmp_path)]
     (tmp_path / "models").mkdir()
@@ -272,7 +272,7 @@ def test_update_replaces_rows_and_says_when(tmp_path: Path, monkeypatch: pytest.
             command.main(wrong)
 
 
-def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path):
+def test_a_folder_that_is_not_a_clone_is_rejected(tmp_path: Path):
     assert reference.missing(tmp_path)[0] == "models/psp.py"
     assert reference.missing(stand_in(tmp_path)) == []
     with pytest.raises(SystemExit, match="is not a clone of eladrich/pixel2style2pixel: models/psp.py is missing"):
@@ -302,7 +302,7 @@ def test_stand_in_takes_turns_and_must_agree(
 
 
 @pytest.mark.slow
-def test_in_training_the_second_step_of_a_turn_counts(tmp_path: Path):
+def test_training_measures_the_second_step_of_each_turn(tmp_path: Path):
     asked: list[str] = []
 
     class Side:
@@ -323,7 +323,7 @@ def test_in_training_the_second_step_of_a_turn_counts(tmp_path: Path):
     assert sides[REFERENCE]["seconds"] == [2, 8] and sides[FLOAT32]["seconds"] == [4, 6]
 
 
-def test_a_reference_without_memory_leaves_ours_alone(weights: dict[str, str], tmp_path: Path):
+def test_ours_is_measured_if_the_reference_runs_out_of_memory(weights: dict[str, str], tmp_path: Path):
     clone = stand_in(tmp_path, 0.0)
     network = clone / "models" / "psp.py"
     network.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n" + network.read_text())
@@ -363,7 +363,7 @@ def test_fused_bias_act_is_leaky_relu_and_its_derivative():
 # --- the floor and the kernels
 
 
-def test_layers_are_counted_and_filters_of_single_channels_are_not():
+def test_layers_are_counted_but_not_single_channel_filters():
     x, w = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3)
     with Layers() as layers:
         y = F.conv2d(x, w, padding=1)
@@ -376,7 +376,7 @@ def test_layers_are_counted_and_filters_of_single_channels_are_not():
     assert third == (2 * 5 * 7 * 3, 35 + 21 + 15)
 
 
-def test_floor_is_in_proportion_to_the_batch(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_floor_is_proportional_to_the_batch(weights: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     import benchmarks.compare.floor as module
 
     monkeypatch.setattr(module, "matrix_rate", lambda *args: 1e9)
@@ -452,7 +452,7 @@ def test_the_row_of_the_fused_filter_measures_the_fused_filter(fake_kernels: Any
 # --- the page
 
 
-def test_page_shows_the_results_that_are_kept():
+def test_page_shows_the_stored_results():
     page = (command.PAGE).read_text(encoding="utf-8")
     shown = page.split(report.BEGIN)[1].split(report.END)[0].strip()
     kept = "\n".join(path.read_text(encoding="utf-8") for path in sorted(command.RESULTS.glob("compare_*.md")))
@@ -465,7 +465,7 @@ def test_page_names_the_rows():
         assert f"`{row.name}`" in page or f"`-{row.name.rsplit('-', 1)[-1]}`" in page, row.name
 
 
-def test_results_are_put_between_the_marks(tmp_path: Path):
+def test_results_are_inserted_between_the_marks(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.refresh(page, "new\n")

@@ -1,4 +1,4 @@
-"""What the gains in speed come from stays: it is counted here, not timed."""
+"""The structure that makes training fast is kept. It is checked by counting operations, not by timing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Convolutions(TorchDispatchMode):
-    """Groups of every convolution, and how often a weight's gradient was computed in the backward pass."""
+    """Record the groups of every convolution and count the weight gradients computed in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def module(weights: dict[str, str], overrides: list[str]) -> Any:
-    """What psp-train would train: all terms of the paper's recipe and w_norm."""
+    """Build the module that psp-train would train, with all terms of the paper's recipe and w_norm."""
     from benchmarks.compare.ours import module_for
     from benchmarks.compare.rows import FLOAT32, Job
 
@@ -50,8 +50,8 @@ def step(module: Any, n: int) -> Convolutions:
 
 def test_no_convolution_is_grouped_by_the_batch(module: Any):
     two, three = step(module, 2), step(module, 3)
-    assert two.groups, "no convolution was seen"
-    assert two.groups == three.groups, "groups or channels of a convolution depend on the batch's size"
+    assert two.groups, "no convolution was recorded"
+    assert two.groups == three.groups, "groups or channels of a convolution depend on the batch size"
 
 
 def test_nothing_frozen_gets_a_gradient(module: Any):
@@ -62,7 +62,7 @@ def test_nothing_frozen_gets_a_gradient(module: Any):
     convolutions = [m for m in module.net.encoder.modules() if isinstance(m, torch.nn.Conv2d)]
     computed = sum(found.weight_gradients.values())
     assert 0 < computed <= len(convolutions), (
-        f"{computed} gradients of convolution weights for {len(convolutions)} convolutions that are trained"
+        f"{computed} weight gradients were computed for {len(convolutions)} trained convolutions"
     )
 
 
@@ -74,5 +74,5 @@ def test_a_loss_network_sees_each_image_once(module: Any, term: str):
     handle = part.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[0]))
     step(module, 3)
     handle.remove()
-    # source and target are one image: 3 targets, 3 outputs
+    # source and target are the same image: 3 targets, 3 outputs
     assert sum(seen) == 6, f"the network of {term} saw {sum(seen)} images in {len(seen)} calls"

@@ -1,4 +1,4 @@
-"""The measured numbers of the toy domain: shown as they were measured, of the files that the package has."""
+"""The pages show the stored measurements of the toy domain, and these were made with the shipped files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.toyfaces.parser import KINDS, mean_iou
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_table_is_what_was_measured() -> None:
+def test_the_table_shows_the_measurements() -> None:
     measured = table(json.loads(RESULTS.read_text()))
     page = (ROOT / "docs" / "toyfaces.md").read_text(encoding="utf-8")
     assert measured in page, f"docs/toyfaces.md should contain this table:\n{measured}"
 
 
-def test_the_readme_has_the_figures_of_the_inversion() -> None:
+def test_the_readme_shows_the_inversion_figures() -> None:
     row = json.loads(RESULTS.read_text())["checkpoints"]["inversion"]
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     sentence = (
@@ -38,7 +38,7 @@ def test_every_network_was_measured() -> None:
     assert results["frechet"]["images"] == 10_000 and results["projection"]["images"] == 64
 
 
-def test_the_numbers_are_of_the_shipped_files() -> None:
+def test_the_numbers_come_from_the_shipped_files() -> None:
     records = json.loads((ROOT / "src/psp_lightning/weights/toyfaces/records.json").read_text())
     measured = json.loads(RESULTS.read_text())["sha256"]
     assert measured == {name: record["sha256"] for name, record in records.items()}
@@ -48,6 +48,6 @@ def test_mean_iou() -> None:
     labels = torch.arange(len(KINDS)).repeat(2)[:, None]
     assert mean_iou(labels, labels) == 1
     shifted = labels.clone()
-    shifted[0] = 1  # background: one of two is missed; skin: three found, two of them right
+    shifted[0] = 1  # background: one of two pixels is missed; skin: three are found, two of them are right
     expected = (1 / 2 + 2 / 3 + len(KINDS) - 2) / len(KINDS)
     assert mean_iou(shifted, labels) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Inputs that a formula draws, the same on every machine."""
+"""Inputs drawn by a formula, so they are the same on every machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A callback that writes down what a training starts from and which samples it sees, without the library's own names.
+"""A callback that records the state a training run starts from and the samples it sees, without the library's names.
 
-Tensors are compared by digests of their values, and optimizer states together with the parameter that they belong to,
-so that a renamed module changes nothing here, and one swapped or rounded value does.
+Tensors are compared by digests of their values, and each optimizer state is recorded with the parameter it belongs to.
+A renamed module therefore changes nothing here, but a single swapped or rounded value does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def digest_text(value: Any) -> str:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the digest of each parameter with the one of its state, in sorted order, and the numbers of the groups."""
+    """Return the sorted digests of each parameter with its state, and the numbers of the groups."""
     parameters, groups = [], []
     for group in optimizer.param_groups:
         groups.append({key: value for key, value in group.items() if isinstance(value, int | float | tuple)})
@@ -47,7 +47,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def random_states() -> dict[str, str]:
-    """Return the digests of the states of the three random number generators."""
+    """Return digests of the states of the three random number generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": digest_text(random.getstate()),
@@ -60,7 +60,7 @@ class Recorder(pl.Callback):
     """Write a JSON file with the state before the first step and the paths of every step's batch.
 
     Args:
-        path: of the JSON file, rewritten at every step.
+        path: path of the JSON file, which is rewritten at every step.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,6 +1,6 @@
-"""What version 0.1.0 wrote is still read, resumed and predicted with: see tests/data/v0_1_0/README.md.
+"""Files written by version 0.1.0 can still be read, resumed and used for prediction (tests/data/v0_1_0/README.md).
 
-The tests use commands, settings and Python names that README.md and docs/ show, and none of the library's modules.
+The tests use only commands, settings and Python names that README.md and docs/ show, no internal modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data" / "v0_1_0"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
-MADE_IN = "/tmp/v0_1_0"  # the folder in which 0.1.0 wrote it all; checkpoints and config.yaml hold it
+MADE_IN = "/tmp/v0_1_0"  # the folder that 0.1.0 wrote to; its path is in the checkpoints and config.yaml
 RECORDER = ["+callbacks.recorder._target_=state_recorder.Recorder", "+callbacks.recorder.path=start.json"]
 Commands = Callable[..., str]
 
@@ -38,7 +38,7 @@ def values() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def helpers() -> Any:
-    """The modules state_recorder and drawn beside this file, importable by name as plugins are."""
+    """Import state_recorder and drawn from this folder, by name as plugins are imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE))
         yield importlib.import_module("state_recorder"), importlib.import_module("drawn")
@@ -46,7 +46,7 @@ def helpers() -> Any:
 
 @pytest.fixture
 def place(tmp_path: Path, helpers: Any) -> Path:
-    """A copy of the data, as if 0.1.0 had written it in this folder."""
+    """Copy the data into a folder, as if 0.1.0 had written it there."""
     for task in ("generator", "inversion"):
         run = tmp_path / "runs" / task / "old"
         shutil.copytree(DATA / f"{task}_run", run)
@@ -62,7 +62,7 @@ def place(tmp_path: Path, helpers: Any) -> Path:
 
 
 def moved(tree: Any, folder: str) -> Any:
-    """Return a checkpoint's content with its absolute paths in `folder`."""
+    """Return a checkpoint's content with its absolute paths changed to `folder`."""
     if isinstance(tree, str):
         return tree.replace(MADE_IN, folder)
     if isinstance(tree, dict):
@@ -74,7 +74,7 @@ def moved(tree: Any, folder: str) -> Any:
 
 @pytest.fixture
 def psp(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Commands:
-    """Run `psp("train", ...)` as the console script psp-train, in `place`; an exit status above 0 fails the test."""
+    """Return a function: `psp("train", ...)` runs psp-train in `place` and fails the test unless it exits with 0."""
     scripts = dict(re.findall(r'^psp-([\w-]+) = "([\w.:]+)"', (HERE.parents[1] / "pyproject.toml").read_text(), re.M))
 
     def call(command: str, *arguments: object) -> str:
@@ -102,7 +102,7 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(found: Any, expected: Any, what: str) -> None:
-    """Agreement within 1e-6 of the largest value: weights are compared exactly, sums may be taken in another order."""
+    """Allow 1e-6 of the largest value: the weights are equal, but sums may be taken in another order."""
     found, expected = np.asarray(found), np.asarray(expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=what)
 
@@ -112,10 +112,10 @@ def assert_close(found: Any, expected: Any, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "task"), [("train-generator", "generator"), ("train", "inversion")])
-def test_a_run_goes_on(command: str, task: str, psp: Commands, place: Path, helpers: Any) -> None:
+def test_a_run_is_resumed(command: str, task: str, psp: Commands, place: Path, helpers: Any) -> None:
     run, expected = place / "runs" / task / "old", EXPECTED[task]
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    said = psp(command, f"resume=runs/{task}/old", *RECORDER)
+    output = psp(command, f"resume=runs/{task}/old", *RECORDER)
     found = json.loads((place / "start.json").read_text())
 
     assert [found["step"], found["place"]] == [3, expected["place"]]
@@ -124,24 +124,24 @@ def test_a_run_goes_on(command: str, task: str, psp: Commands, place: Path, help
         assert mine["parameters"] == theirs["parameters"], "the optimizer's state differs, or belongs to other weights"
         for group, former in zip(mine["groups"], theirs["groups"], strict=True):
             assert {key: group[key] for key in former} == former
-    assert found["rates"] == expected["rates"], "the schedule goes on elsewhere"
-    assert found["order"] == expected["order"], "other samples, or another order"
+    assert found["rates"] == expected["rates"], "the learning-rate schedule continues at another step"
+    assert found["order"] == expected["order"], "the samples or their order differ"
     assert found["best"] == expected["best"], "the best value so far is lost"
-    if "random" in expected:  # a generator's numbers depend on seed and step, so that its checkpoint has no state
+    if "random" in expected:  # generator training draws from seed and step, so its checkpoint has no random state
         assert found["random"] == expected["random"]
 
-    assert "done: step 6" in said
+    assert "done: step 6" in output
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
     rows = log_of(run)
     assert [int(row["step"]) for row in rows if "val/loss" not in row] == [1, 2, 3, 4, 5, 6]
     after = [row for row in rows if row["step"] > 3]
     for row, former in zip(after, expected["log"], strict=True):
-        assert set(former) <= set(row), f"step {former['step']}: {set(former) - set(row)} is not logged any more"
-        # 0.1.0 trained an encoder this narrow in channels_last, see build/training.py. Sums in another order move the
-        # gradients of BatchNorm over two numbers, which show in the third step.
+        assert set(former) <= set(row), f"step {former['step']}: {set(former) - set(row)} is no longer logged"
+        # 0.1.0 trained an encoder this narrow in channels_last (see build/training.py). Sums in another order alter the
+        # gradients of BatchNorm over two numbers, which becomes visible in the third step.
         bound = 1e-4 if command == "train" and former["step"] == 6 else 1e-6
         for key, value in former.items():
-            # also of numbers of order one: some terms are their differences
+            # also absolute, because some terms are differences of numbers of order one
             assert row[key] == pytest.approx(value, rel=bound, abs=bound), f"{key} at step {former['step']:.0f}"
 
 
@@ -164,14 +164,14 @@ def test_a_new_encoder_starts_from_it(start: str, psp: Commands, place: Path, he
     source = DATA / "export.safetensors" if start == "export" else start
     psp("train", *SHORT, *SMALL_INVERSION, f"init_from={source}", *RECORDER)
     best = torch.load(place / "runs" / "inversion" / "old" / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["global_step"] == 2, "the best checkpoint is an earlier one than the last"
+    assert best["global_step"] == 2, "the best checkpoint must be earlier than the last"
     found = json.loads((place / "start.json").read_text())
     assert found["step"] == 0 and found["weights"] == helpers[0].digests(best["state_dict"])
 
 
 @pytest.mark.parametrize("start", ["", "checkpoints/last.ckpt", "generator.safetensors"])
 def test_a_new_generator_starts_from_it(start: str, psp: Commands, place: Path, helpers: Any) -> None:
-    """From a run or its checkpoint: all three networks. From a generator's file: generator and average."""
+    """A run or its checkpoint gives all three networks; a generator file gives the generator and its average."""
     run = place / "runs" / "generator" / "old"
     psp("train-generator", *SHORT, *SMALL_GENERATOR, f"init_from={run / start}", *RECORDER)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -182,7 +182,7 @@ def test_a_new_generator_starts_from_it(start: str, psp: Commands, place: Path, 
     given = networks["average"] * 2 if start == "generator.safetensors" else sum(networks.values(), [])
     found = json.loads((place / "start.json").read_text())
     assert found["step"] == 0
-    for one in found["weights"]:  # the rest are counters, which start anew
+    for one in found["weights"]:  # the rest are counters, which start again at 0
         if one in given:
             given.remove(one)
     assert not given, f"{len(given)} tensors of {start or 'the run'} are not in the new run"
@@ -242,14 +242,14 @@ def test_prediction(name: str, psp: Commands, place: Path, values: dict[str, np.
     psp("predict", f"ckpt={network_path(name, place)}", "input=pictures", "output=out", "latents=true", *plain)
     assert_pictures(place / "out", values)
     psp("latents", "in=out/latents.safetensors", "out=codes.npy")
-    # the encoder is fused: another order of sums
+    # the encoder is fused, which changes the order of sums
     np.testing.assert_allclose(np.load(place / "codes.npy"), values["predicted codes"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("ckpt", ["runs/inversion/old", "runs/generator/old/generator.safetensors"])
 @pytest.mark.parametrize("file", ["latents.safetensors", "latents.npz"])
 def test_latents_are_decoded(file: str, ckpt: str, psp: Commands, place: Path, values: dict[str, np.ndarray]) -> None:
-    """The codes are those of the generator in both, whose hash they carry: another one would be refused."""
+    """Both files contain the generator's hash; codes of another generator would be rejected."""
     psp("predict", f"ckpt={ckpt}", f"input={DATA / file}", "output=again", "accelerator=cpu", "progress_bar=false")
     assert_pictures(place / "again", values)
 
@@ -267,4 +267,4 @@ def test_the_generator_is_exported(psp: Commands, place: Path) -> None:
     first, again = load_file(DATA / "generator_run" / "generator.safetensors"), load_file(place / "again.safetensors")
     assert first.keys() == again.keys()
     for key, tensor in first.items():
-        assert torch.equal(tensor.expand_as(again[key]), again[key]), key  # latent_avg: of one style, and of all
+        assert torch.equal(tensor.expand_as(again[key]), again[key]), key  # latent_avg has one style or all of them

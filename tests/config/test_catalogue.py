@@ -1,4 +1,4 @@
-"""Every option of every group composes; files and registries agree; every experiment is complete."""
+"""Every option of every group composes, files and registries agree, and every experiment is complete."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_option_composes(group: str, option: str) -> None:
     assert cfg.task.name and cfg.domain.name
 
 
-# --- psp-train-generator: its own groups, and those of psp-train that it shares
+# --- psp-train-generator: its own groups, and those shared with psp-train
 
 MAKER = CONF / "generator_training"
 MAKER_OPTIONS = [(path.parent.name, path.stem) for path in sorted(MAKER.glob("*/*.yaml"))]
@@ -68,7 +68,7 @@ def test_generator_option_composes(group: str, option: str) -> None:
     assert hydra.utils.get_class(cfg.data.images["_target_"])
 
 
-def test_generator_trainers_are_those_of_psp_train_with_own_defaults() -> None:
+def test_generator_trainers_match_psp_train_except_for_defaults() -> None:
     cfg = composed_generator("trainer=ddp_cpu")
     assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy) == ("cpu", 2, "ddp")
     assert "precision" not in cfg.trainer and "val_every" not in cfg.trainer
@@ -86,10 +86,10 @@ def test_generator_settings_and_code_agree() -> None:
     for key, value in cfg.model.items():
         if key not in ("half", "half_blocks"):
             assert names[key].default == value, f"model.{key}"
-    assert names.keys() - cfg.model.keys() == {"ada_every", "path_decay"}, "numbers that no setting has"
+    assert names.keys() - cfg.model.keys() == {"ada_every", "path_decay"}, "arguments without a setting"
 
 
-def test_generator_runs_of_every_domain_compose_together() -> None:
+def test_all_generator_run_variants_compose_with_every_domain() -> None:
     for path in sorted((MAKER / "domain").glob("*.yaml")):
         cfg = composed_generator(f"domain={path.stem}")
         assert cfg.domain.name == cfg.data.name == path.stem
@@ -98,7 +98,7 @@ def test_generator_runs_of_every_domain_compose_together() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "domain").glob("ffhq*.yaml")))
 def test_domains_keep_their_backbone(name: str) -> None:
-    """A default that comes later must not set it back."""
+    """A later entry of the defaults list must not override it."""
     assert composed(f"domain={name}").model.backbone == "ir_se50"
     assert composed("domain=toyfaces").model.backbone is None
 
@@ -163,8 +163,8 @@ def test_tasks_and_files_agree() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_experiment_says_how_it_is_run(path: Path) -> None:
-    assert f"experiment={path.stem}" in path.read_text(), "the header must hold the command"
+def test_experiment_file_shows_its_command(path: Path) -> None:
+    assert f"experiment={path.stem}" in path.read_text(), "the header must contain the command"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
@@ -174,7 +174,7 @@ def test_experiment_needs_nothing_but_the_generator(name: str) -> None:
 
 
 def test_paper_weights() -> None:
-    """The weights of the published training commands."""
+    """The loss weights are those of the published training commands."""
     published = {
         "ffhq_inversion": {"l2": 1, "lpips": 0.8, "id": 0.1},
         "ffhq_frontalization": {

@@ -1,4 +1,4 @@
-"""Runs the commands, in this process (fast) or as subprocesses (as a user does)."""
+"""Fixtures that run the commands in this process (fast) or as subprocesses (as a user does)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def psp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`psp("train", "task=inversion")` in tmp_path, within this process."""
+    """Return a function: `psp("train", "task=inversion")` runs psp-train in tmp_path, within this process."""
 
     def call(command: str, *arguments: str) -> Result:
         from hydra.core.global_hydra import GlobalHydra
@@ -61,7 +61,7 @@ def psp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Command:
-    """The same as a subprocess, with the interpreter of the tests."""
+    """Return the same function for subprocesses, which use the tests' interpreter."""
 
     def call(command: str, *arguments: str, timeout: int = 300, cwd: Path = tmp_path, **env: str) -> Result:
         done = subprocess.run(
@@ -75,5 +75,5 @@ def shell(tmp_path: Path) -> Command:
 
 @pytest.fixture
 def tiny() -> list[str]:
-    """Settings of a run of two steps on two samples a batch."""
+    """Return the settings of a run of two steps with two samples per batch."""
     return list(TINY)

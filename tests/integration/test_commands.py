@@ -1,4 +1,4 @@
-"""The commands: help, errors, exit codes; what is asked for is written, what fails leaves nothing behind."""
+"""The commands: help, errors, exit codes, outputs; a command that fails leaves no partial files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 @pytest.fixture(scope="session")
 def released(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in the layout of the released pSp checkpoints, with drawn weights."""
+    """Write a file in the layout of the released pSp checkpoints, with drawn weights."""
     path = tmp_path_factory.mktemp("released") / "p.pt"
     torch.save(golden.psp_checkpoint(), path)
     return path
@@ -28,7 +28,7 @@ def released(golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network of ours, saved as a training run saves it."""
+    """Save a small network as a training run saves it."""
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.psp import PSP
     from psp_lightning.models.stylegan2 import Generator
@@ -73,7 +73,7 @@ def test_cfg_job_answers_quickly_and_without_torch(shell) -> None:
     assert "task:" in done.stdout and "resume: null" in done.stdout
 
 
-def test_import_does_nothing_but_import() -> None:
+def test_import_has_no_side_effects() -> None:
     code = (
         "import sys, psp_lightning; assert 'torch' not in sys.modules; "
         "import torch; state = torch.get_rng_state(); import psp_lightning.build.training; "
@@ -84,7 +84,7 @@ def test_import_does_nothing_but_import() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["task=inversoin"], "Did you mean 'inversion'?"),
         (["domain=toyface"], "Did you mean 'toyfaces'?"),
@@ -103,12 +103,12 @@ def test_import_does_nothing_but_import() -> None:
         (["loss=[l2,id]", "domain.identity=ir_se50"], "ir_se50"),
     ],
 )
-def test_bad_settings_are_named(arguments: list[str], said: str, psp, tiny: list[str], tmp_path: Path) -> None:
+def test_bad_settings_are_named(arguments: list[str], message: str, psp, tiny: list[str], tmp_path: Path) -> None:
     if any("data.root" in item or item == "data=folder" for item in arguments):
         tiny = [item for item in tiny if not item.startswith(("data.val.n", "data.train.n"))]
     done = psp("train", *tiny, *arguments)
     assert done.code == 1
-    assert said in done.err and done.err.startswith("error: "), done.err
+    assert message in done.err and done.err.startswith("error: "), done.err
     assert "Traceback" not in done.err
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -159,7 +159,7 @@ def test_two_ranks_write_every_output_once(n: int, shell, psp, small: Path, tmp_
         assert np.array_equal(*(np.asarray(Image.open(tmp_path / f / f"{i}.png")) for f in ("out", "one")))
 
 
-def test_tree_is_mirrored_and_equal_stems_are_kept_apart(psp, small: Path, tmp_path: Path) -> None:
+def test_tree_is_mirrored_and_equal_stems_get_different_outputs(psp, small: Path, tmp_path: Path) -> None:
     images(tmp_path / "in" / "a" / "b", 1)
     images(tmp_path / "in", 1)
     Image.new("RGB", (9, 9)).save(tmp_path / "in" / "0.jpg")
@@ -233,15 +233,15 @@ def test_style_mixing(psp, small: Path, tmp_path: Path) -> None:
     assert np.array_equal(read("a/0_0.png"), read("b/0_0.png")), "the batch size must not change the drawn styles"
     assert not np.array_equal(read("a/0_0.png"), read("a/0_1.png"))
     assert np.array_equal(read("zero/0.png"), read("plain/0.png"))
-    assert np.array_equal(read("ref/1.png"), read("plain/1.png")), "an image mixed with itself is itself"
+    assert np.array_equal(read("ref/1.png"), read("plain/1.png")), "mixing an image with itself must change nothing"
     assert not np.array_equal(read("ref/0.png"), read("plain/0.png"))
-    for bad, said in (("mix.n_outputs=2", "latent_mask"), ("mix.latent_mask=[8]", "no style 8")):
+    for bad, message in (("mix.n_outputs=2", "latent_mask"), ("mix.latent_mask=[8]", "no style 8")):
         done = predict(psp, *common, "output=bad", bad)
-        assert done.code == 1 and said in done.err
+        assert done.code == 1 and message in done.err
 
 
 class Attack:
-    """Unpickling it would create the file."""
+    """An object that creates the file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -251,7 +251,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "html", "attack", "missing", "empty folder"])
-def test_bad_checkpoints_are_refused(kind: str, psp, small: Path, tmp_path: Path) -> None:
+def test_bad_checkpoints_are_rejected(kind: str, psp, small: Path, tmp_path: Path) -> None:
     images(tmp_path / "in", 1)
     path = tmp_path / "bad.pt"
     if kind == "truncated":
@@ -271,7 +271,7 @@ def test_bad_checkpoints_are_refused(kind: str, psp, small: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["input=nowhere"], "nowhere"),
         (["input=empty"], "empty"),
@@ -280,11 +280,11 @@ def test_bad_checkpoints_are_refused(kind: str, psp, small: Path, tmp_path: Path
         (["input=in", "output=in/0.png"], "in/0.png"),
     ],
 )
-def test_bad_prediction_settings(arguments: list[str], said: str, psp, small: Path, tmp_path: Path) -> None:
+def test_bad_prediction_settings(arguments: list[str], message: str, psp, small: Path, tmp_path: Path) -> None:
     images(tmp_path / "in", 1)
     (tmp_path / "empty").mkdir()
     done = predict(psp, f"ckpt={small}", "output=out", *arguments)
-    assert done.code == 1 and said in done.err and "Traceback" not in done.err, done.err
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
 
 
 def test_missing_arguments_are_named(psp) -> None:
@@ -292,7 +292,7 @@ def test_missing_arguments_are_named(psp) -> None:
     assert done.code == 1 and "ckpt" in done.err and "input" in done.err
 
 
-def test_full_disk_leaves_nothing_half_written(psp, small: Path, tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_leaves_no_partial_files(psp, small: Path, tmp_path: Path, monkeypatch) -> None:
     images(tmp_path / "in", 2)
     original = Image.Image.save
 

@@ -1,4 +1,4 @@
-"""psp-demo: one command, one page; what it writes, what it replaces, what it refuses."""
+"""psp-demo: the page it writes, how it treats existing folders, and the settings it rejects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "img", "br", "hr", "link"}
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The settings of psp-demo that name an untrained network for each task."""
+    """Return settings of psp-demo that name an untrained network for each task."""
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.psp import PSP
     from psp_lightning.models.stylegan2 import Generator
@@ -48,7 +48,7 @@ SMALL = (
 
 
 class Page(HTMLParser):
-    """Checks that tags are balanced; collects pictures, links and text."""
+    """A parser that checks that tags are balanced, and collects pictures, links and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class Page(HTMLParser):
 
 
 def check(out: Path, printed: str) -> Page:
-    """The page that the last printed line names is whole, and so is everything that it shows."""
+    """Check that the page named by the last printed line is complete, with everything it shows."""
     last = Path(printed.strip().splitlines()[-1])
-    assert last == (out / "index.html").resolve() and last.is_file(), f"the last line is no path of the page: {last}"
+    assert last == (out / "index.html").resolve() and last.is_file(), f"the last line is not the page's path: {last}"
     page = Page(last.read_text(encoding="utf-8"))
     assert len(page.pictures) > 100
     for name in {*page.pictures, "demo.png"}:
@@ -97,7 +97,7 @@ def check(out: Path, printed: str) -> Page:
 
 @pytest.mark.slow
 def test_demo_twice(psp, networks: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "my demo"  # a name that a shell and Hydra would take apart
+    out = tmp_path / "my demo"  # a name that a shell and Hydra would split
     done = psp("demo", f"out={out}", "steps=4", *networks, SMALL)
     assert done.code == 0, done.err
     page = check(out, done.out)
@@ -110,19 +110,19 @@ def test_demo_twice(psp, networks: list[str], tmp_path: Path) -> None:
     with Image.open(out / "demo.png") as sheet:
         assert 600 < sheet.width < 1000 and (out / "demo.png").stat().st_size < 700_000
 
-    # again: the next free folder is taken, what exists is not touched
+    # the second demo takes the next free folder and does not touch the first
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     done = psp("demo", f"out={out}", "steps=2", "seed=101", *networks, SMALL)
     assert done.code == 0, done.err
     page = check(tmp_path / "my demo_2", done.out)
     assert "2 steps" in page.text and "4 steps" not in page.text
     faces = [tmp_path / name / "faces" / "CelebA-HQ-img" / "0.jpg" for name in ("my demo", "my demo_2")]
-    assert faces[0].read_bytes() != faces[1].read_bytes(), "another seed, other faces"
+    assert faces[0].read_bytes() != faces[1].read_bytes(), "another seed must give other faces"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_failed_part_can_be_repeated(psp, networks: list[str], tmp_path: Path) -> None:
-    """What was written before the failure stays, and does not stop the next demo from starting."""
+    """The files written before the failure are kept and do not stop the next demo from starting."""
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
     for name in ("demo", "demo_2"):
@@ -158,7 +158,7 @@ def test_mistakes(psp, networks: list[str], tmp_path: Path, arguments: list[str]
     done = psp("demo", *networks, *arguments)
     assert done.code == 1 and len(done.err.strip().splitlines()) == 1, done.err
     assert done.err.startswith("error: ") and all(word in done.err for word in words), done.err
-    assert not any(tmp_path.iterdir()), "a mistake leaves nothing behind"
+    assert not any(tmp_path.iterdir()), "a mistake must leave no files"
 
 
 def test_out_that_cannot_be_used(psp, networks: list[str], tmp_path: Path) -> None:

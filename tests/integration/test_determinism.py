@@ -1,7 +1,7 @@
-"""Two runs of a command agree bit for bit, with any number of threads and with batches of one.
+"""Two runs of a command agree bit for bit, with any number of threads and with batches of one image.
 
-Each command runs again and again in one fresh process, which inherits no MKL_CBWR: the command has to set it before
-the first product. Without it MKL adds in another order from run to run on processors of Intel.
+Each command runs several times in one fresh process, which does not inherit MKL_CBWR: the command must set it before
+the first product. Without it, MKL changes the order of sums from run to run on Intel processors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 THREADS = (1, 2, 4)
-# Calls the command as a script does; PyTorch is first imported by the command itself, with OMP_NUM_THREADS threads.
+# Call the command as a script does. The command is the first to import PyTorch, with OMP_NUM_THREADS threads.
 PROGRAM = """
 import importlib, json, os, sys
 main = importlib.import_module(sys.argv[1]).main
@@ -40,7 +40,7 @@ for threads, arguments in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven drawn faces of 64 px."""
+    """Write seven drawn faces of 64 px."""
     out = tmp_path_factory.mktemp("faces")
     command = [sys.executable, "-m", "psp_lightning.cli.data", "toyfaces", f"out={out}", "n=7", "size=64"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
@@ -52,7 +52,7 @@ def run_twice(command: str, folder: Path, *arguments: str) -> None:
     runs = [
         (n, [argument.replace("NAME", f"{n}{run}") for argument in arguments]) for n in THREADS for run in ("a", "b")
     ]
-    # not the value that this process has set; one of the user's stays
+    # remove the value that this process has set, but keep one that the user has set
     inherited = {key: value for key, value in os.environ.items() if (key, value) != (VARIABLE, VALUE)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, f"psp_lightning.cli.{command}", json.dumps(runs)],
@@ -63,7 +63,7 @@ def run_twice(command: str, folder: Path, *arguments: str) -> None:
 
 
 def differing(a: object, b: object, name: str = "") -> list[str]:
-    """Where two checkpoints differ."""
+    """Return the names of the entries in which two checkpoints differ."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [name]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
@@ -80,11 +80,11 @@ def assert_equal_checkpoints(runs: Path) -> None:
             found = differing(a[key], b[key])
             assert not found, f"{n} threads: {len(found)} parts of {key} differ, the first is {found[0]}"
         moved = [value for value in a["optimizer_states"][0]["state"].values() if value["exp_avg"].abs().max() > 0]
-        assert len(moved) > 5, "hardly a weight was trained"
+        assert len(moved) > 5, "too few weights were trained"
 
 
 def test_training(tmp_path: Path) -> None:
-    """Seven samples in batches of two: the fourth and eighth step have one image."""
+    """With seven samples in batches of two, the fourth and eighth step have one image."""
     run_twice(
         "train", tmp_path, "trainer=cpu", "trainer.max_steps=6", "trainer.val_every=6", "data.train.n=7",
         "trainer.enable_progress_bar=false", "callbacks.images=null", "data.batch_size=2", "data.val_batch_size=2",
@@ -94,7 +94,7 @@ def test_training(tmp_path: Path) -> None:
 
 
 def test_training_of_a_generator(faces: Path, tmp_path: Path) -> None:
-    """Both penalties in each step; path lengths are those of one image."""
+    """Both penalties are computed in each step, and path lengths are those of one image."""
     run_twice(
         "train_generator", tmp_path, f"data.root={faces}", "trainer=cpu", "network=toyfaces", "trainer.max_steps=4",
         "trainer.enable_progress_bar=false", "callbacks.images=null", "data.batch_size=2", "data.num_workers=0",
@@ -115,6 +115,6 @@ def test_prediction(faces: Path, tmp_path: Path) -> None:
             for folder in (tmp_path / f"{n}a", tmp_path / f"{n}b")
         )
         for written in (a, b):
-            del written[Path("manifest.jsonl")]  # names the folder
+            del written[Path("manifest.jsonl")]  # contains the folder's name
         assert len(a) >= 14 and a.keys() == b.keys()
         assert [str(name) for name in a if a[name] != b[name]] == [], f"{n} threads"

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: gradients, sweeps, no rank left behind."""
+"""Several ranks on one machine: gradients, sweeps, and no orphaned ranks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def encoder_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: Path) -> None:
-    """One step of plain SGD with lr 1 moves the weights by the gradient."""
+    """A step of plain SGD with lr 1 changes the weights by exactly the gradient."""
     (tmp_path / "own" / "optimizer").mkdir(parents=True)
     (tmp_path / "own" / "optimizer" / "sgd.yaml").write_text(SGD)
     base = ["--config-dir", "own", "optimizer=sgd", "model.batch_norm=frozen", "model.noise=const", *tiny]
-    # not seed 0: there float64 agrees to 1e-13, but float32's rounding moves the gradient of the batch of four by 2e-3
+    # not seed 0: there float64 agrees to 1e-13, but float32 rounding changes the gradient of the batch of four by 2e-3
     base += ["trainer.max_steps=1", "trainer.val_every=1", "seed=1"]
     runs = {"one": ["data.batch_size=4"], "two": ["trainer=ddp_cpu", "data.batch_size=2"], "start": ["optimizer.lr=0"]}
     for name, settings in runs.items():
@@ -45,10 +45,10 @@ def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: P
         a, b = one[key] - start[key], two[key] - start[key]
         scale = a.abs().max().item()
         moved += scale > 0
-        # the subtraction of weights leaves their own float32 rounding in the difference
+        # the difference of two weights also contains their float32 rounding error
         bound = 1e-4 * scale + 4e-7 * start[key].abs().max().item()
         assert (a - b).abs().max().item() <= bound, f"{key}: {(a - b).abs().max().item():.2e} of {scale:.2e}"
-    assert moved > 20, "the step moved hardly any parameter"
+    assert moved > 20, "the step changed too few parameters"
 
 
 def test_sweep_with_two_ranks_leaves_one_directory_per_job(shell, tiny: list[str], tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_killing_the_parent_leaves_no_rank_behind(tiny: list[str], tmp_path: Path) -> None:
+def test_killing_the_parent_ends_all_ranks(tiny: list[str], tmp_path: Path) -> None:
     settings = [item for item in tiny if item != "trainer=cpu" and "steps" not in item and "val_every" not in item]
     command = [
         sys.executable, "-m", "psp_lightning.cli.train", "trainer=ddp_cpu", *settings, "trainer.max_steps=100000",
@@ -139,7 +139,7 @@ def _zombie(pid: int) -> bool:
         return True
 
 
-def test_error_in_a_rank_is_said_once_and_the_sweep_goes_on(shell, tiny: list[str], tmp_path: Path) -> None:
+def test_error_in_a_rank_is_reported_once_and_the_sweep_continues(shell, tiny: list[str], tmp_path: Path) -> None:
     settings = [item for item in tiny if item != "trainer=cpu"]
     done = shell(
         "train", "-m", "optimizer.lr=1e30,1e-4", "trainer=ddp_cpu", *settings, "trainer.max_steps=8", timeout=400

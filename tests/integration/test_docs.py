@@ -1,4 +1,4 @@
-"""The documents hold: their code blocks run, the notebook runs, what they name exists."""
+"""The documents are correct: their code blocks and notebooks run, and the files and settings they name exist."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Block:
     """A fenced block."""
 
     language: str
-    file: str  # what follows the language: the file that the block is
+    file: str  # the file name after the language: the block is this file's content
     text: str
     line: int
-    skipped: bool  # a comment before it says why it is not run
+    skipped: bool  # a comment before the block gives the reason
 
 
 def blocks(path: Path) -> list[Block]:
@@ -40,14 +40,14 @@ def blocks(path: Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The command lines of a shell block, without comments and leading variables."""
+    """Return the command lines of a shell block, without comments and leading variables."""
     lines = block.text.replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [[word for word in line if not re.match(r"PYTHONPATH=", word)] for line in words if line]
 
 
 def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
-    """A training command with the tests' small settings; what it says of the data and the trainer stays."""
+    """Add the tests' small settings to a training command, but keep its own data and trainer."""
     tiny = [*tiny, "trainer.log_every_n_steps=1"]
     folder = "data=folder" in arguments
     kept = [item for item in tiny if not (folder and item.startswith(("data.val.n", "data.train.n")))]
@@ -55,7 +55,7 @@ def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
         kept.remove("trainer=cpu")
     if folder:
         kept.append("data.num_workers=0")
-    if any(item.startswith("resume=") for item in arguments):  # two steps more than the run has done
+    if any(item.startswith("resume=") for item in arguments):  # two more steps than the run has done
         kept += ["trainer.max_steps=4", "trainer.val_every=4"]
     return [*arguments, *kept]
 
@@ -78,7 +78,7 @@ def run_block(block: Block, psp, tiny: list[str]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with photographs, importable as with PYTHONPATH=."""
+    """Make a working folder with photographs, from which modules can be imported as with PYTHONPATH=."""
     (tmp_path / "photos").mkdir()
     for i in range(2):
         (tmp_path / "photos" / f"face_{i}.jpg").write_bytes((photos / f"face_{i}.jpg").read_bytes())
@@ -89,7 +89,7 @@ def place(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def plugin_modules():
-    """Forgets the modules and registrations that a test's plug-ins leave behind."""
+    """Remove the modules and registrations of a test's plug-ins after the test."""
     from psp_lightning.losses import LOSSES
     from psp_lightning.models.registry import ENCODERS
 
@@ -113,7 +113,7 @@ def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules
     section = [block for block in blocks(DOCS / "extending.md") if start < block.line < end]
     for block in blocks(DOCS / "extending.md"):
         if block.language == "bash" and block.line < text.count("\n", 0, text.index("\n## ")):
-            run_block(block, psp, tiny)  # what all sections use
+            run_block(block, psp, tiny)  # used by all sections
     for block in section:
         if block.file:
             (place / block.file).parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules
         columns = (place / "runs/inversion/edges/csv/metrics.csv").read_text().splitlines()[0].split(",")
         promised = re.findall(r"`((?:train|val)/\w+)`", "\n".join(text.splitlines()[start:end]))
         lacking = set(promised) - set(columns)
-        assert promised and not lacking, f"the page names the columns {sorted(lacking)}, the log has {columns}"
+        assert promised and not lacking, f"the page names {sorted(lacking)}, but the log only has {columns}"
     if title == "An encoder":
         assert {path.name for path in (place / "out").glob("*.png")} == {"0.png", "1.png"}
         from psp_lightning.models.registry import ENCODERS
@@ -175,18 +175,18 @@ def test_generator_training_page(psp, tiny: list[str], place: Path) -> None:
     assert (place / "runs/generator/faces/generator.safetensors").is_file()
 
 
-def test_generator_training_page_has_the_channels_that_are_built() -> None:
+def test_generator_training_page_lists_the_channels_that_are_built() -> None:
     from psp_lightning.models.stylegan2 import Generator
 
     text = (DOCS / "generator_training.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| (\d+) \| ([\d, ]+) \| (\d+) \|$", text, re.MULTILINE)
     assert [int(size) for size, _, _ in table] == [32, 64, 128, 256, 512, 1024]
-    for size, told, batch in table:
+    for size, listed, batch in table:
         base = 16384 if int(size) < 512 else 32768
         with torch.device("meta"):
             network = Generator(int(size), channel_multiplier=1, channel_base=base)
         widths = [network.input.input.shape[1], *(conv.conv.weight.shape[0] for conv in network.convs[1::2])]
-        assert told == ", ".join(map(str, widths)), size
+        assert listed == ", ".join(map(str, widths)), size
         assert int(batch) == max(4, min(32, 4096 // int(size)))
 
 
@@ -210,7 +210,7 @@ def test_latents_and_export_page(psp, tiny: list[str], place: Path) -> None:
 
 
 def checkpoint(path: Path) -> Path:
-    """A small network in the file layout of the released pSp checkpoints."""
+    """Save a small network in the layout of the released pSp checkpoints."""
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.stylegan2 import Generator
 
@@ -232,7 +232,7 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
         if block.file:
             (place / block.file).write_text(block.text)
             continue
-        if block.skipped and "psp_ffhq_encode.pt" not in block.text:  # for which a stand-in is there
+        if block.skipped and "psp_ffhq_encode.pt" not in block.text:  # a stand-in exists for this file
             for name, *arguments in commands(block):
                 done = psp(name.removeprefix("psp-"), *arguments, "--cfg", "job")
                 assert done.code == 0, f"line {block.line}: {name} {' '.join(arguments)} --cfg job\n{done.err}"
@@ -247,7 +247,7 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
                 assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"no make target {arguments[0]}"
             elif name.startswith("psp-"):
                 text = " ".join(shlex.quote(part) for part in (name, *arguments))
-                if any("devices=2" in item for item in arguments):  # ranks are spawned: not from inside pytest
+                if any("devices=2" in item for item in arguments):  # spawning ranks does not work in pytest
                     done = shell("train", *shortened(arguments, tiny))
                     assert done.code == 0, f"line {block.line}: {text}\n{done.err}"
                     continue
@@ -255,7 +255,7 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
     assert len(list((place / "out").glob("*.png"))) == 2
     assert Image.open(place / "output.png").size == (256, 256)
     jobs = [path.parent.parent for path in (place / "runs" / "multirun").glob("*/*/checkpoints/last.ckpt")]
-    assert sorted(path.name for path in jobs) == ["0", "0", "1", "1", "2", "3"], "four jobs of a grid, two of Optuna"
+    assert sorted(path.name for path in jobs) == ["0", "0", "1", "1", "2", "3"], "a grid has four jobs, Optuna two"
     from psp_lightning.data.labels import load_label_map
 
     assert len(load_label_map(place / "my_labels.yaml")) == 3
@@ -269,12 +269,12 @@ def test_readme_is_short_and_names_what_exists() -> None:
             continue
         assert (ROOT / "conf" / group / f"{name}.yaml").is_file(), f"README names {group}={name}"
     tasks = {path.stem for path in (ROOT / "conf" / "task").glob("*.yaml")}
-    assert tasks <= set(re.findall(r"`(\w+)`", text)), "the table lacks a task"
+    assert tasks <= set(re.findall(r"`(\w+)`", text)), "a task is missing from the table"
     from psp_lightning.zoo.locate import RECORDS
 
     text += (DOCS / "weights.md").read_text(encoding="utf-8")
     for record in RECORDS.values():
-        assert record.filename in text, f"neither README nor docs/weights.md says where {record.filename} goes"
+        assert record.filename in text, f"neither README nor docs/weights.md tells where to put {record.filename}"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
@@ -306,7 +306,7 @@ def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
 
 
 def quick(text: str) -> str:
-    """Shorten the trainings of a Python block to two steps."""
+    """Shorten the training runs of a Python block to two steps."""
     text = re.sub(r"(val_check_interval|steps)=\d+", r"\1=2", text)
     return text.replace("n=20_000", "n=8").replace("ToyFaces(seed=1)", "ToyFaces(seed=1, n=8)")
 
@@ -333,7 +333,7 @@ def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
-    assert shown >= 2, f"{name} is stored without the pictures that it shows"
+    assert shown >= 2, f"{name} is stored without its pictures"
     errors = [output for cell in code for output in cell.outputs if output.output_type in ("error", "stream")]
     assert not [e for e in errors if e.output_type == "error" or e.name == "stderr"], f"{name} is stored with errors"
     for cell in code:
@@ -342,7 +342,7 @@ def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
     printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not any(str(place) in part for part in printed), "an output contains an absolute path"
     text = nbformat.writes(notebook)
-    assert text.count("image/png") >= 2, "the pictures are not shown"
+    assert text.count("image/png") >= 2, "the executed notebook shows too few pictures"
     return text
 
 
@@ -368,7 +368,7 @@ def test_notebook_train(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_network() -> dict[str, object]:
-    """The content of a checkpoint of ours."""
+    """Return the content of a checkpoint of psp-train."""
     from psp_lightning import PSP
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.stylegan2 import Generator

@@ -1,4 +1,4 @@
-"""psp-export, psp-latents, and latents in and out of psp-predict, as a user calls them."""
+"""psp-export, psp-latents, and psp-predict with latents as input and output, as a user calls them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """mine and theirs: networks of different generators; g: the generator of mine; in: three images in a tree."""
+    """Write networks with different generators (mine, theirs), mine's generator (g) and a tree of three images (in)."""
     for seed, name in enumerate(("mine", "theirs")):
         torch.manual_seed(seed)
         generator = Generator.seeded(seed, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
@@ -52,14 +52,14 @@ def same(a: Path, b: Path) -> bool:
     first, second = pixels(a), pixels(b)
     if first.keys() != second.keys():
         return False
-    # another batch size may round a level differently
+    # another batch size may change the rounding by one level
     return all(np.abs(first[name].astype(int) - second[name]).max() <= 1 for name in first)
 
 
 # --- latents of psp-predict
 
 
-def test_latents_go_out_and_come_back(psp, place: Path) -> None:
+def test_latents_are_written_and_decoded(psp, place: Path) -> None:
     done = predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true")
     assert done.code == 0, done.err
     file = place / "out" / "latents.safetensors"
@@ -73,7 +73,7 @@ def test_latents_go_out_and_come_back(psp, place: Path) -> None:
     done = predict(psp, ckpt="mine.safetensors", input=file, output="again", latents="true", sheet="true")
     assert done.code == 0, done.err
     (place / "again" / "sheet.png").unlink()
-    assert same(place / "out", place / "again"), "decoding its codes gives the image of the input"
+    assert same(place / "out", place / "again"), "decoding the codes must give the image of the input"
     assert torch.equal(read_latents(place / "again" / file.name).codes, found.codes)
     assert expected.shape == (3, 3, 32, 32)
     lines = [json.loads(line) for line in (place / "again" / "manifest.jsonl").read_text().splitlines()]
@@ -82,10 +82,10 @@ def test_latents_go_out_and_come_back(psp, place: Path) -> None:
     assert done.code == 0, done.err
     first, second = pixels(place / "out"), pixels(place / "alone")
     worst = max(np.abs(first[name].astype(int) - second[name]).max() for name in first)
-    assert worst <= 3, "a generator alone decodes them, here from weights of half precision"
+    assert worst <= 3, "a generator without an encoder must decode them, here with half-precision weights"
 
 
-def test_latents_are_mixed_and_resized_as_images_are(psp, place: Path) -> None:
+def test_latents_are_mixed_and_resized_like_images(psp, place: Path) -> None:
     predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true")
     mix = {"mix__latent_mask": "[4,5,6,7]", "mix__n_outputs": 2, "resize": 16, "format": "png"}
     assert predict(psp, ckpt="mine.safetensors", input="in", output="a", **mix).code == 0
@@ -130,7 +130,7 @@ def test_latents_of_another_generator(psp, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"side_by_side": "true"}, "side_by_side is for images"),
         ({"factor": 2}, "factor is for images"),
@@ -143,12 +143,12 @@ def test_latents_of_another_generator(psp, place: Path) -> None:
         ({"output": "out", "latents": "true"}, "another output folder"),
     ],
 )
-def test_mistakes_with_latents(settings: dict, said: str, psp, place: Path) -> None:
+def test_mistakes_with_latents(settings: dict, message: str, psp, place: Path) -> None:
     predict(psp, ckpt="mine.safetensors", input="in/0.png", output="out", latents="true")
     np.save(place / "w.npy", np.zeros((2, 16), np.float32))
     settings = {"ckpt": "mine.safetensors", "input": "out/latents.safetensors", "output": "x"} | settings
     done = predict(psp, **settings)
-    assert done.code == 1 and said in done.err and "Traceback" not in done.err, done.err
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
 
 
 # --- psp-latents
@@ -171,7 +171,7 @@ def test_codes_for_other_tools_and_back(psp, place: Path) -> None:
     assert done.code == 0 and pixels(place / "edited").keys() == pixels(place / "out").keys(), done.err
 
 
-def test_z_and_w_go_through_the_mapping_network(psp, place: Path) -> None:
+def test_z_and_w_codes_give_the_same_images(psp, place: Path) -> None:
     torch.manual_seed(0)
     z = torch.randn(2, 16)
     np.save(place / "z.npy", z.numpy())
@@ -204,7 +204,7 @@ def test_codes_without_the_average(psp, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["in=wp.npy", "out=x.safetensors"], "Give ckpt=..."),
         (["in=gone.npy", "out=x.pt"], "gone.npy do not exist"),
@@ -219,11 +219,11 @@ def test_codes_without_the_average(psp, place: Path) -> None:
         (["in=wp.npy", "out=x.safetensors", "ckpt=mine.safetensors", "any_generator=maybe"], "any_generator=maybe"),
     ],
 )
-def test_mistakes_of_psp_latents(arguments: list[str], said: str, psp, place: Path) -> None:
+def test_mistakes_of_psp_latents(arguments: list[str], message: str, psp, place: Path) -> None:
     np.save(place / "wp.npy", np.zeros((2, 8, 16), np.float32))
     np.save(place / "bad.npy", np.zeros((2, 18, 512), np.float32))
     done = psp("latents", *arguments)
-    assert done.code == 1 and said in done.err and "Traceback" not in done.err, done.err
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
     assert not list(place.glob("x.*"))
 
 
@@ -251,7 +251,7 @@ def test_export_for_onnxruntime(psp, place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["ckpt=mine.safetensors"], "out=... must be given"),
         (["out=x.onnx"], "ckpt=... must be given"),
@@ -268,9 +268,9 @@ def test_export_for_onnxruntime(psp, place: Path) -> None:
         (["ckpt=mine.safetensors", "out=x.onnx", "plugins=no_such_module"], "no_such_module"),
     ],
 )
-def test_mistakes_of_psp_export(arguments: list[str], said: str, psp, place: Path) -> None:
+def test_mistakes_of_psp_export(arguments: list[str], message: str, psp, place: Path) -> None:
     done = psp("export", *arguments)
-    assert done.code == 1 and said in done.err and "Traceback" not in done.err, done.err
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
     assert not list(place.glob("x.*")) and not list(place.glob(".*"))
 
 
@@ -291,5 +291,5 @@ def test_help(command: str, psp, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.code == 0 and f"psp-{command}" in shown.out
     module = importlib.import_module(f"psp_lightning.cli.{command}")
     for name in module.DEFAULTS:
-        assert re.search(rf"\b{name}\b", shown.out), f"--help does not tell of {name}"
+        assert re.search(rf"\b{name}\b", shown.out), f"--help does not mention {name}"
     assert psp(command).code == 1

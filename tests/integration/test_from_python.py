@@ -1,4 +1,4 @@
-"""`psp_lightning.fit`: a training from Python, without a configuration."""
+"""`psp_lightning.fit`: training from Python, without a configuration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fit(task: str = "inversion", data: Any = None, **arguments: Any) -> PSP:
     return psp_lightning.fit(task, ToyFaces(n=4) if data is None else data, **{**defaults, **arguments})
 
 
-def test_the_run_folder_is_what_prediction_reads(psp, tmp_path: Path) -> None:
+def test_prediction_reads_the_run_folder(psp, tmp_path: Path) -> None:
     net = fit("sketch2face")
     with torch.no_grad():
         image = net(torch.zeros(1, 1, 32, 32))
@@ -107,7 +107,7 @@ def test_data_from_folders_a_pair_of_folders_and_a_data_module(psp, tmp_path: Pa
     assert all((tmp_path / run / "checkpoints/best.ckpt").is_file() for run in ("folder", "pair", "module"))
 
 
-def test_parts_of_ones_own_and_options_of_the_trainer(tmp_path: Path) -> None:
+def test_custom_parts_and_trainer_options(tmp_path: Path) -> None:
     class Tiny(nn.Module):
         def __init__(self, style_dim: int, in_channels: int, input_size: int) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show."""
+"""Tests that need a CUDA device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_training_on_the_device(precision: str, shell, tiny: list[str], tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_sync_batch_norm_gives_the_statistics_of_one_device(shell, tiny: list[str], tmp_path: Path) -> None:
+def test_sync_batch_norm_has_the_same_statistics_as_one_device(shell, tiny: list[str], tmp_path: Path) -> None:
     settings = [item for item in tiny if item != "trainer=cpu"] + ["trainer.max_steps=1", "trainer.val_every=1"]
     for run, more in (("one", ["trainer=gpu", "data.batch_size=4"]), ("two", ["trainer=ddp", "trainer.devices=2"])):
         done = shell("train", *settings, *more, "model.noise=const", f"run={run}")

@@ -1,4 +1,4 @@
-"""Loggers and checkpoints that are chosen by settings."""
+"""Loggers and checkpoints chosen by settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_tensorboard(psp, tiny: list[str], tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "inversion" / "r" / "tensorboard").glob("events.*"))
 
 
-def test_wandb_offline_goes_on_under_the_same_id(shell, tiny: list[str], tmp_path: Path) -> None:
+def test_wandb_offline_resumes_under_the_same_id(shell, tiny: list[str], tmp_path: Path) -> None:
     done = shell("train", *tiny, "logger=wandb", "logger.wandb.offline=true", "run=r")
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "inversion" / "r"

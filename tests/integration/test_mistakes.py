@@ -1,4 +1,4 @@
-"""What an impatient user does; each of these once lost work or ended in a traceback."""
+"""Mistakes of impatient users, each of which once lost work or ended in a traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def last(tmp_path: Path, run: str = "r", task: str = "inversion") -> dict:
 
 @pytest.mark.parametrize("n", [6, 8])
 def test_accumulation_leaves_a_checkpoint(n: int, psp, tiny: list[str], tmp_path: Path) -> None:
-    """6 samples in batches of 2 are 3 batches: Lightning steps on the last one alone."""
+    """6 samples in batches of 2 are 3 batches; Lightning makes a step with only the last one."""
     tiny = [item for item in tiny if not item.startswith("data.train.n")]
     settings = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=3", f"data.train.n={n}", "run=r"]
     done = psp("train", *tiny, *settings, "trainer.log_every_n_steps=1")
@@ -37,7 +37,7 @@ def test_accumulation_leaves_a_checkpoint(n: int, psp, tiny: list[str], tmp_path
     assert steps == ["1", "2", "3", "4", "5"]
 
 
-def test_a_refused_resume_leaves_the_run_as_it_was(psp, tiny: list[str], tmp_path: Path) -> None:
+def test_a_rejected_resume_does_not_change_the_run(psp, tiny: list[str], tmp_path: Path) -> None:
     assert psp("train", *tiny, "run=r").code == 0
     for change in ("optimizer.lr=0.5", "optimizer=adam", "encoder.width=8", "task=superres", "data.batch_size=3"):
         done = psp("train", "resume=runs/inversion/r", "trainer.max_steps=4", change)
@@ -82,7 +82,7 @@ def test_encoders_into_w(encoder: str, psp, tiny: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["experiment=toyfaces_inversio"], "Did you mean 'toyfaces_inversion'?"),
         (["debug=fastt"], "Did you mean 'fast'?"),
@@ -114,27 +114,27 @@ def test_encoders_into_w(encoder: str, psp, tiny: list[str], tmp_path: Path) -> 
         (["task=superres", "task.datamodule.factors=[x]"], "task.datamodule.factors"),
     ],
 )
-def test_settings_that_make_no_sense(arguments: list[str], said: str, psp, tiny: list[str], tmp_path: Path) -> None:
+def test_invalid_settings(arguments: list[str], message: str, psp, tiny: list[str], tmp_path: Path) -> None:
     done = psp("train", *tiny, *arguments)
-    assert done.code == 1 and said in done.err, done.err
+    assert done.code == 1 and message in done.err, done.err
     assert done.err.startswith("error: ") and "Traceback" not in done.err, done.err
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("trainer", ["gpu", "ddp", "mps"])
-def test_a_device_that_is_not_there(trainer: str, psp, tiny: list[str]) -> None:
+def test_a_missing_device(trainer: str, psp, tiny: list[str]) -> None:
     done = psp("train", *[item for item in tiny if item != "trainer=cpu"], f"trainer={trainer}")
     assert done.code == 1 and "trainer=cpu" in done.err and "Traceback" not in done.err, done.err
 
 
-def test_all_devices_of_a_cpu_are_one(psp, tiny: list[str], tmp_path: Path) -> None:
+def test_all_devices_of_a_cpu_mean_one(psp, tiny: list[str], tmp_path: Path) -> None:
     done = psp("train", *tiny, "trainer.devices=-1", "run=r")
     assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_validation_file_is_named_also_by_workers(workers: int, psp, tiny: list[str], tmp_path: Path) -> None:
+def test_bad_validation_file_is_named_with_any_workers(workers: int, psp, tiny: list[str], tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / name / "a.png")
@@ -171,7 +171,7 @@ def test_label_outside_the_map_is_named(psp, tiny: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["k=v.png", "日本.png", "q'uo\"te.png", "a b.png", "-dash.png", "com,ma.png"])
-def test_odd_file_names(name: str, psp, golden, tmp_path: Path) -> None:
+def test_unusual_file_names(name: str, psp, golden, tmp_path: Path) -> None:
     from psp_lightning.models.encoders import EncoderIntoW
     from psp_lightning.models.psp import PSP
     from psp_lightning.models.stylegan2 import Generator
@@ -216,7 +216,7 @@ def test_interrupting_two_ranks_leaves_a_resumable_state(shell, tiny: list[str],
     while not (run / "images" / "train_00000002.png").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on ctrl-C
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on ctrl-C
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "resume=" in out and "Traceback" not in out, out
     step = last(tmp_path)["global_step"]

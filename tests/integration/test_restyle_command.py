@@ -1,4 +1,4 @@
-"""A released ReStyle file through psp-weights and psp-predict."""
+"""psp-weights imports a released ReStyle file, and psp-predict uses the result."""
 
 from __future__ import annotations
 

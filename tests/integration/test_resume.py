@@ -1,4 +1,4 @@
-"""20 steps = 10 steps, kill -9, resume, 10 steps: identical weights, metrics and data order."""
+"""20 steps equal 10 steps, kill -9, resume, 10 steps: weights, metrics and data order are identical."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = [
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The command, which inherits no MKL_CBWR of this process."""
+    """Start the command without this process's MKL_CBWR."""
     command = [sys.executable, "-m", "psp_lightning.cli.train", *arguments]
     inherited = {key: value for key, value in os.environ.items() if (key, value) != (VARIABLE, VALUE)}
     return subprocess.Popen(
@@ -49,7 +49,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """kill -9 once the checkpoint of `step` is there and training has gone on."""
+    """Send kill -9 once the checkpoint of `step` exists and training has continued."""
     checkpoint, log = run / "checkpoints" / "last.ckpt", run / "order.txt"
     deadline = time.time() + 240
     while time.time() < deadline:
@@ -76,7 +76,7 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-# 7 samples in batches of 2: steps 4, 7, 11, ... end in the middle of a pass; 10 samples: step 10 ends one exactly
+# 7 samples in batches of 2: steps 4, 7, 11, ... end in the middle of an epoch; 10 samples: step 10 ends one exactly
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "val_every", "ranks"), [(7, 5, 1), (10, 4, 1), (7, 5, 2)])
 def test_resume_is_bit_exact(n: int, val_every: int, ranks: int, tmp_path: Path) -> None:
@@ -103,17 +103,17 @@ def test_resume_is_bit_exact(n: int, val_every: int, ranks: int, tmp_path: Path)
         cut = start(tmp_path, *settings, "run=cut")
         kill_after(cut, cut_run, 12)
         assert final(cut_run)["global_step"] == 10
-        for file in cut_run.glob("order*.txt"):  # what was seen after the checkpoint is seen again
+        for file in cut_run.glob("order*.txt"):  # samples seen after the checkpoint are seen again
             lines = file.read_text().splitlines()
             file.write_text("".join(line + "\n" for line in lines[:10]))
-        # with the encoder computed again in the backward pass, which changes no number, in one of the cases
+        # in one of the cases, the encoder is recomputed in the backward pass, which changes no number
         more = ["model.checkpointing=true"] if n == 10 else []
         finish(start(tmp_path, "resume=auto" if ranks == 1 else f"resume={cut_run}", "run=cut", *more))
     finally:
         os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].removeprefix(str(tmp_path)).removeprefix(os.pathsep)
     whole_run = tmp_path / "runs" / "inversion" / "whole"
-    recorded = yaml.safe_load((whole_run / "arithmetic.yaml").read_text())  # by the rank that trained
-    assert recorded["mkl"] == "no MKL" or recorded["mkl"].endswith(",STRICT"), "a rank does not repeat its products"
+    recorded = yaml.safe_load((whole_run / "arithmetic.yaml").read_text())  # written by the rank that trained
+    assert recorded["mkl"] == "no MKL" or recorded["mkl"].endswith(",STRICT"), "products of a rank are not reproducible"
     for file in whole_run.glob("order*.txt"):
         assert file.read_text() == (cut_run / file.name).read_text(), f"another data order in {file.name}"
     a, b = final(whole_run), final(cut_run)

@@ -1,4 +1,4 @@
-"""Commands on weights inside the package, by their names."""
+"""Commands that use the weights in the package by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUIET = ["num_workers=0", "progress_bar=false", "accelerator=cpu"]
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A package with weights, in small."""
+    """Make a small package with weights."""
     monkeypatch.setattr(locate, "shipped_dir", lambda: tmp_path / "package")
     folder = tmp_path / "package" / "toyfaces"
     generator = Generator.seeded(0, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
@@ -46,7 +46,7 @@ def test_predict(shipped, psp, tmp_path: Path) -> None:
     assert line["status"] == "ok" and line["checkpoint"] == name
     psp("predict", f"ckpt={name}", "input=x.png", "output=out", *QUIET)
     (line,) = [json.loads(text) for text in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert line["status"] == "skipped" and "checkpoint" not in line, "who made it is not known"
+    assert line["status"] == "skipped" and "checkpoint" not in line, "the checkpoint of an existing output is unknown"
 
 
 def test_predict_mixes_styles(shipped, psp, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ TASKS = ["inversion", "sketch2face", "seg2face", "superres", "frontalization", "
 
 
 def sources(folder: Path, task: str, n: int = 2) -> Path:
-    """Source images of a task, drawn."""
+    """Draw source images of a task."""
     from psp_lightning.data.toyfaces import ToyFaces
 
     faces = ToyFaces(size=64, seed=9, n=n)
@@ -52,7 +52,7 @@ def test_task_trains_validates_and_predicts(task: str, psp, tiny: list[str], tmp
 
 @pytest.fixture
 def real(tmp_path: Path, photos: Path) -> dict[str, Path]:
-    """Folders with real images: photographs, a sketch and a label map, each paired with a photograph."""
+    """Make folders with photographs, a sketch and a label map, each paired with a photograph."""
     folders = {name: tmp_path / name for name in ("photos", "one", "sketches", "maps")}
     for folder in folders.values():
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""psp-train-generator: from a folder of images to a generator file that psp-train takes; resume, ranks, mistakes."""
+"""psp-train-generator: from a folder of images to a generator file for psp-train; resume, ranks, mistakes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CPU = ["trainer=cpu", *SMALL]
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of images that `psp-data toyfaces n=256 size=32` writes."""
+    """Write the images of `psp-data toyfaces n=256 size=32` and return their folder."""
     out = tmp_path_factory.mktemp("faces")
     command = [sys.executable, "-m", "psp_lightning.cli.data", "toyfaces", f"out={out}", "n=256", "size=32"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
@@ -73,7 +73,7 @@ def equal(a: object, b: object) -> bool:
 
 @pytest.fixture(scope="module")
 def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 200 steps with the grid and the export of its first steps."""
+    """Run 200 steps, and keep the image grid and the export of its first steps."""
     place = tmp_path_factory.mktemp("trained")
     settings = [item for item in CPU if item not in ("callbacks.images=null", "trainer.log_every_n_steps=1")]
     command = [sys.executable, "-m", "psp_lightning.cli.train_generator", f"data.root={faces}", *settings, "run=faces"]
@@ -94,7 +94,7 @@ def test_losses_are_finite_and_each_row_is_a_step(trained: Path) -> None:
         assert all(torch.isfinite(torch.tensor(float(value))) for value in row.values()), row
     assert float(table[-1]["train/images"]) == 1600
     state = final(trained)
-    assert state["global_step"] == 200, "a step of two networks is one step"
+    assert state["global_step"] == 200, "a step of both networks counts as one step"
     assert {int(o["state"][0]["step"]) for o in state["optimizer_states"]} == {200 + 50, 200 + 13}
 
 
@@ -119,7 +119,7 @@ def test_samples_approach_the_data(trained: Path, faces: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_average_moves_and_is_what_is_exported(trained: Path) -> None:
+def test_the_average_changes_and_is_exported(trained: Path) -> None:
     state = final(trained)["state_dict"]
     generator, average = load_generator(trained / "generator.safetensors")
     early, _ = load_generator(trained / "generator_00000100.safetensors")
@@ -172,7 +172,7 @@ def test_psp_trains_on_it(trained: Path, psp, tiny: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_it(trained: Path, faces: Path, psp, tmp_path: Path) -> None:
-    """From the file: generator and average. From the run: all networks."""
+    """The file gives the generator and its average; the run gives all networks."""
     still = [f"data.root={faces}", *CPU, "trainer.max_steps=1", "optimizer.lr=0"]
     file = trained / "generator.safetensors"
     for name, source in (("file", file), ("run", trained)):
@@ -186,7 +186,7 @@ def test_a_new_run_starts_from_it(trained: Path, faces: Path, psp, tmp_path: Pat
     for key in whole:
         if key.startswith(("generator.", "discriminator.")):
             assert torch.equal(from_run[key], whole[key]), key
-    assert int(from_run["images_shown"]) == 8, "a new run counts from its own start"
+    assert int(from_run["images_shown"]) == 8, "a new run must count from 0"
     done = psp("train_generator", *still, f"init_from={file}", "network.max_channels=16", "run=other")
     assert done.code == 1 and f"init_from={file} is a generator of another shape" in done.err, done.err
     done = psp("train_generator", *still, f"init_from={trained}", "network.z_dim=16", "run=other")
@@ -205,11 +205,11 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     log, deadline = run / "csv" / "metrics.csv", time.time() + 240
     while not (log.exists() and log.read_text().count("\n") > step):
         assert process.poll() is None, process.communicate()[0]
-        assert time.time() < deadline, "the log does not grow"
+        assert time.time() < deadline, "the log stopped growing"
         time.sleep(0.02)
 
 
-# 20 images in batches of 8: two steps a pass, so that 9 is in the middle of one and 10 at the end of one
+# 20 images in batches of 8: an epoch has two steps, so step 9 is in the middle of one and step 10 at its end
 @pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "ranks"), [(9, 1), (10, 1), (9, 2)])
@@ -240,7 +240,7 @@ def test_resume_is_bit_exact(every: int, ranks: int, faces: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_everything_and_says_how_to_go_on(faces: Path, psp, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_everything_and_prints_the_resume_command(faces: Path, psp, tmp_path: Path) -> None:
     process = start(tmp_path, f"data.root={faces}", *CPU, "trainer.max_steps=100000", "run=long")
     run = tmp_path / "runs" / "generator" / "long"
     wait_for_step(process, run, 3)
@@ -258,7 +258,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(faces: Path, psp, tmp_pat
 
 
 @pytest.mark.slow
-def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
+def test_resume_rejects_changed_settings(faces: Path, psp, tmp_path: Path) -> None:
     settings = [f"data.root={faces}", *CPU, "trainer.max_steps=1", "run=a"]
     assert psp("train_generator", *settings).code == 0
     run = tmp_path / "runs" / "generator" / "a"
@@ -267,7 +267,7 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
     for change in ("network.max_channels=16", "model.mixing=0", "optimizer.lr=0.1", "seed=1"):
         done = psp("train_generator", f"resume={run}", change, "trainer.max_steps=2")
         assert done.code == 1 and change.split("=")[0] in done.err and "init_from=" in done.err, done.err
-    # without the record of the settings, the weights themselves do not fit
+    # without the recorded settings, the shapes of the weights reveal the mismatch
     (tmp_path / "x").mkdir()
     (run / "checkpoints" / "last.ckpt").rename(tmp_path / "x" / "a.ckpt")
     settings = [item for item in settings if not item.startswith(("run=", "network.max_channels", "trainer.max_steps"))]
@@ -283,10 +283,10 @@ def test_resume_refuses_another_run(faces: Path, psp, tmp_path: Path) -> None:
 @pytest.mark.serial
 @pytest.mark.slow
 def test_two_ranks_agree_with_one(faces: Path, tmp_path: Path) -> None:
-    """Two ranks of 4 see the images, latents, noise and groups of one process of 8.
+    """Two ranks with batches of 4 see the images, latents, noise and groups of one process with batches of 8.
 
-    The sums over the batch are taken in another order. Adam divides by the gradient's size, so that where a gradient is
-    nothing but rounding (StyleGAN's mapping network at the start) the weight moves by up to lr in any direction.
+    The sums over the batch have another order. Adam divides by the gradient's size, so a weight whose gradient is
+    only rounding error (StyleGAN's mapping network at the start) changes by up to lr in any direction.
     """
     settings = [f"data.root={faces}", *SMALL, "trainer.max_steps=6", "model.augment=fixed", "model.augment_p=0.5"]
     one = start(tmp_path, *settings, "trainer=cpu", "run=one")
@@ -320,7 +320,7 @@ def test_two_ranks_agree_with_one(faces: Path, tmp_path: Path) -> None:
     ids=["up", "down", "fixed", "none"],
 )
 def test_augmentation_probability(settings: list[str], expected: list[float], faces: Path, psp, tmp_path: Path) -> None:
-    """Every 4 steps of 8 images by 32 / 2000."""
+    """The probability changes by 32 / 2000 every 4 steps of 8 images."""
     done = psp(
         "train_generator", f"data.root={faces}", *CPU, *settings, "model.ada_images=2000", "trainer.max_steps=9",
         "run=a", "network.max_channels=8", "data.limit=16", "model.path_every=0", "model.r1_every=0",
@@ -362,7 +362,7 @@ def test_fitted_images_of_all_kinds(psp, tmp_path: Path) -> None:
     assert done.code == 1 and "8.png cannot be read as an image" in done.err and done.err.count("\n") == 1, done.err
 
 
-def test_a_file_damaged_behind_its_header(faces: Path, psp, tmp_path: Path) -> None:
+def test_a_file_damaged_after_its_header(faces: Path, psp, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
     for i in range(8):

@@ -99,8 +99,8 @@ def test_a_released_network(psp, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_the_words_of_a_file_do_not_steer_the_terminal(psp, tmp_path):
-    """Control characters and halves of characters, in what is printed and in messages."""
+def test_text_from_a_file_cannot_control_the_terminal(psp, tmp_path):
+    """Control characters and lone surrogates are replaced in the output and in messages."""
     odd = "\x1b[2J\ud800\nx"
     save_generator(tmp_path / "g.safetensors", generator(), {odd: odd}, latent_avg=(torch.zeros(16), odd))
     result = psp("weights", "inspect", "g.safetensors")
@@ -174,7 +174,7 @@ def test_mistakes(psp, tmp_path, arguments, message):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_generators_of_others_are_pointed_to_the_command(psp, pickled):
+def test_other_generator_files_are_referred_to_the_command(psp, pickled):
     result = psp("train", "task=inversion", f"generator.path='{pickled}'", "generator=file", "trainer=cpu")
     assert result.code == 1 and "psp-weights import FILE out=" in result.err, result
 
@@ -187,7 +187,7 @@ def test_help(shell):
 
 @torch.no_grad()
 def test_the_page_on_weights(psp, tmp_path, pickled):
-    """The commands of docs/weights.md, in its order, on files of the names that it uses."""
+    """Run the commands of docs/weights.md in their order, on files with the names it uses."""
     net = PSP(GradualStyleEncoder(8, 16, input_size=32, blocks=(1, 1, 1, 1), width=4), generator(), torch.ones(16))
     state = {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()}
     state |= {f"decoder.{k}": v for k, v in net.generator.state_dict().items()}
@@ -204,4 +204,4 @@ def test_the_page_on_weights(psp, tmp_path, pickled):
         assert result.code == 0, (arguments, result.err)
     for entry in locate.RECORDS.values():
         if entry.name.startswith(("psp_", "e4e_", "stylegan2_ada")):
-            assert f"`{entry.name}`" in page and f"`{entry.filename}`" in page, f"the page lacks {entry.name}"
+            assert f"`{entry.name}`" in page and f"`{entry.filename}`" in page, f"{entry.name} is not on the page"

@@ -1,4 +1,4 @@
-"""The two ways to run the kernels: on a GPU, and on the CPU thread by thread (`host/launch.cpp`)."""
+"""Fixtures that run the kernels on a GPU, or on the CPU thread by thread (`host/launch.cpp`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ cpp_extension.load("psp_lightning_host", sys.argv[3:], extra_include_paths=[sys.
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """bindings.cpp and the code of the threads, compiled for the CPU (about half a minute)."""
+    """Compile bindings.cpp and the threads' code for the CPU (about half a minute)."""
     if not _toolchain.compiler_version() or not _toolchain.ninja_version():
         pytest.skip("needs a C++ compiler and ninja")
     folder = tmp_path_factory.mktemp("host")
@@ -81,13 +81,13 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A device on which calls of the ops use the kernels."""
+    """Return a device on which calls of the ops use the kernels."""
     if request.param == "cuda":
         assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
         yield torch.device("cuda")
         return
     host = request.getfixturevalue("host_kernels")
-    for name in ("upfirdn2d", "epilogue"):  # by module: the package has functions of these names
+    for name in ("upfirdn2d", "epilogue"):  # by module path, because the package has functions with these names
         monkeypatch.setattr(importlib.import_module(f"psp_lightning.ops.{name}"), "kernels_for", lambda x: host)
     with _dispatch.registered():
         yield torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The whole build of the kernels, with the real compiler, for two architectures, without a GPU."""
+"""The complete build of the kernels with the real compiler for two architectures, without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ except RuntimeError as error:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_compile_for_two_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes about half a minute on one core. Loading the library would reveal a missing symbol."""
+    """The build takes about half a minute on one core. Loading the library reveals missing symbols."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path))
     monkeypatch.setenv("MAX_JOBS", "1")
     library = _jit.ensure_built(["8.0", "9.0"])
@@ -48,7 +48,7 @@ def test_kernels_compile_for_two_architectures(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_an_error_of_the_real_compiler_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown architecture, passed to the build of torch."""
+    """Pass an unknown architecture to torch's build."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path))
     with pytest.raises(_jit.BuildError, match="The compiler failed"):
         _jit.ensure_built(["1.0"])

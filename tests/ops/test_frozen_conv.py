@@ -1,4 +1,4 @@
-"""Generators with constant weights: the images and gradients of the plain layers, buffers that follow the weights."""
+"""Frozen generators give the images and gradients of the plain layers, and their buffers follow the weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COPIES = {"copy": copy.deepcopy, "pickle": lambda net: pickle.loads(pickle.dumps
 
 @pytest.fixture(params=["direct", "winograd"])
 def plain(request, monkeypatch):
-    if request.param == "winograd":  # also for few channels and tiles
+    if request.param == "winograd":  # use it even for few channels and tiles
         monkeypatch.setattr(winograd, "CHANNELS", 1)
         monkeypatch.setattr(winograd, "TILES", 1)
     net = Generator.seeded(0, **TOY)
@@ -42,7 +42,7 @@ def plain(request, monkeypatch):
 
 @pytest.fixture
 def frozen(plain):
-    """Shares its parameters with `plain`."""
+    """Return the frozen form of `plain`, which shares its parameters."""
     return freeze_generator(plain)
 
 
@@ -83,8 +83,8 @@ def test_the_same_with_and_without_gradients(frozen):
 
 
 @torch.no_grad()
-def test_bfloat16_stays_near(plain):
-    """In 1/255: the bound of bf16 images, as wide for the frozen form as for the plain one."""
+def test_bfloat16_stays_close(plain):
+    """The bound of bfloat16 images, in 1/255, is the same for the frozen form and the plain one."""
     w, exact = codes(), plain.synthesis(codes())
     with torch.autocast("cpu", torch.bfloat16):
         images = freeze_generator(plain, torch.bfloat16).synthesis(w), plain.synthesis(w)
@@ -96,13 +96,13 @@ def test_bfloat16_stays_near(plain):
 
 
 @torch.no_grad()
-def test_another_type_than_the_chosen_one_is_computed_by_the_plain_layers(plain):
+def test_the_plain_layers_compute_every_dtype_but_the_chosen_one(plain):
     assert torch.equal(freeze_generator(plain, torch.bfloat16).synthesis(codes()), plain.synthesis(codes()))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(freeze_generator(plain).synthesis(codes()), plain.synthesis(codes()))
 
 
-def test_each_layer_has_the_type_of_its_resolution(plain):
+def test_each_layer_has_the_dtype_of_its_resolution(plain):
     plain.use_half(16, torch.bfloat16)
     frozen = freeze_generator(plain)
     types = [layer.conv.prepared_weight.dtype for layer in (frozen.conv1, *frozen.convs)]
@@ -132,7 +132,7 @@ def test_derivatives_of_first_and_second_order(up):
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_one_input_alone_may_need_a_gradient(up):
+def test_only_one_input_may_need_a_gradient(up):
     x, style, function = layer(up)
     both = torch.autograd.grad(function(x, style).square().sum(), (x, style))
     for only in (0, 1):
@@ -158,17 +158,17 @@ def test_to_rgb_in_both_orders():
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-# --- what a frozen generator holds
+# --- parameters and buffers of a frozen generator
 
 
-def test_it_is_the_same_generator_to_whoever_saves_it(frozen, plain, is_frozen):
-    """The same class, settings, state dict and parameters; nothing that was derived is saved."""
+def test_it_is_saved_like_the_plain_generator(frozen, plain, is_frozen):
+    """Class, settings, state dict and parameters are the same; derived buffers are not saved."""
     assert type(frozen) is Generator and frozen.config == plain.config
     assert list(frozen.state_dict()) == list(plain.state_dict())
     assert all(
         torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), plain.state_dict().values(), strict=True)
     )
-    assert [id(p) for p in frozen.parameters()] == [id(p) for p in plain.parameters()], "they share the parameters"
+    assert [id(p) for p in frozen.parameters()] == [id(p) for p in plain.parameters()], "they must share parameters"
     assert is_frozen(frozen) and all(isinstance(layer, FrozenStyledConv) for layer in (frozen.conv1, *frozen.convs))
     described = [PSP(nn.Identity(), net).generator for net in (frozen, plain)]
     assert [type(net).__name__ for net in described] == ["Generator"] * 2
@@ -198,7 +198,7 @@ def test_buffers_follow_the_weights(frozen, plain, change):
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, other.synthesis(w), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after, freeze_generator(other).synthesis(w), atol=0, rtol=0)
-    assert torch.equal(plain.synthesis(w), other.synthesis(w)), "the plain form has the new weights too"
+    assert torch.equal(plain.synthesis(w), other.synthesis(w)), "the plain form must have the new weights too"
 
 
 @torch.no_grad()
@@ -221,27 +221,27 @@ def test_copies_are_independent(frozen, remake):
     assert torch.equal(plain_generator(other).convs[0].conv.weight, other.convs[0].conv.weight)
 
 
-def test_a_pickle_holds_no_buffers(frozen):
+def test_a_pickle_contains_no_buffers(frozen):
     assert len(pickle.dumps(frozen)) < 1.3 * len(pickle.dumps(Generator.seeded(0, **TOY)))
 
 
-def test_frozen_in_inference_mode_it_serves_training(plain):
+def test_frozen_in_inference_mode_it_can_be_used_in_training(plain):
     with torch.inference_mode():
         frozen = freeze_generator(plain)
         image = frozen.synthesis(codes())
     assert torch.equal(with_gradient(frozen, codes())[0], image)
 
 
-def test_the_plain_form_comes_back(frozen, plain, is_frozen):
+def test_the_plain_form_is_restored(frozen, plain, is_frozen):
     again = plain_generator(frozen)
     assert [type(layer) for layer in again.modules()] == [type(layer) for layer in plain.modules()]
     assert torch.equal(again.synthesis(codes()), plain.synthesis(codes())) and is_frozen(again)
-    assert isinstance(frozen.conv1, FrozenStyledConv), "the frozen form stays as it is"
+    assert isinstance(frozen.conv1, FrozenStyledConv), "the frozen form must not change"
     again.requires_grad_(True).synthesis(codes()).sum().backward()
     assert all(layer.conv.weight.grad is not None for layer in again.convs)
 
 
-def test_weights_that_are_trained_or_replaced_take_the_plain_layers(frozen, plain):
+def test_trained_or_replaced_weights_use_the_plain_layers(frozen, plain):
     other = {name: torch.randn_like(value) for name, value in plain.named_parameters()}
 
     def image(net):
@@ -260,17 +260,17 @@ def test_a_hook_on_one_form_does_not_fire_on_the_other(plain):
     assert not seen
 
 
-def test_type_of_autocast():
+def test_dtype_of_autocast():
     assert autocast_dtype("bf16-mixed", True) == autocast_dtype("16-mixed", True) == torch.bfloat16
     assert autocast_dtype("16-mixed", False) == torch.float16 and autocast_dtype("32-true", False) is None
 
 
-def test_settings_of_the_frozen_form_go_with_both(frozen):
+def test_settings_of_the_frozen_form_are_kept_by_both_forms(frozen):
     frozen.use_half(16)
     assert freeze_generator(frozen).half_from == plain_generator(frozen).half_from == 16
 
 
-def test_layers_and_generators_of_others_are_only_frozen(is_frozen):
+def test_custom_layers_and_generators_are_only_frozen(is_frozen):
     class Own(StyledConv):
         def forward(self, x, w, noise, clamp=None):
             return super().forward(x, w, noise, clamp) * 2
@@ -281,8 +281,8 @@ def test_layers_and_generators_of_others_are_only_frozen(is_frozen):
     assert freeze_generator(other) is other and is_frozen(other)
 
 
-def test_a_captured_graph_holds_the_weights(frozen, plain):
-    """And not what was computed of them: tracing takes the plain layers."""
+def test_a_captured_graph_contains_the_weights(frozen, plain):
+    """It does not contain values derived from the weights, because tracing uses the plain layers."""
     convolutions = [layer for layer in frozen.modules() if isinstance(layer, ModulatedConv)]
     assert all(isinstance(layer, FrozenConv) for layer in convolutions)
     graphs = [torch.jit.trace(lambda w, n=net: n.synthesis(w), codes(), check_trace=False) for net in (frozen, plain)]
@@ -290,7 +290,7 @@ def test_a_captured_graph_holds_the_weights(frozen, plain):
 
 
 def kept(net, w):
-    """Bytes that a call keeps for its derivative beyond parameters and buffers."""
+    """Return the bytes that a call keeps for its derivative, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
     found = {}
 

@@ -49,7 +49,7 @@ def all_ops(x: torch.Tensor, fir: torch.Tensor | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "last"])
 def test_the_current_stream(order: torch.memory_format) -> None:
-    """Results on a second stream wait for the inputs made there; the default stream would read them too early."""
+    """Kernels on a second stream wait for the inputs made there; the default stream would read them too early."""
     x = torch.randn(2, 16, 65, 65).contiguous(memory_format=order)
     early, fir = x.to(CUDA), fir_filter(gain=4).to(CUDA)
     late = torch.full_like(early, float("nan"))
@@ -79,7 +79,7 @@ def test_equal_inputs_give_equal_bits() -> None:
     assert torch.equal(all_ops(x), all_ops(x))
 
 
-def test_a_captured_graph_replays_them() -> None:
+def test_a_captured_graph_replays_the_kernels() -> None:
     fir = fir_filter(gain=4).to(CUDA)
     x, bias = torch.randn(2, 16, 33, 33, device=CUDA), torch.randn(16, device=CUDA)
 
@@ -104,8 +104,8 @@ def free_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planes", "last"])
-def test_more_elements_than_32_bits_count(order: torch.memory_format) -> None:
-    """The first and the last sample, compared with the same sample by itself; a 32-bit index would wrap."""
+def test_more_elements_than_32_bits_can_index(order: torch.memory_format) -> None:
+    """The first and last samples equal the same samples computed alone; a 32-bit index would overflow."""
     b, c, side = 9, 64, 2048  # 2.4 billion
     if free_bytes() < 5 * b * c * side**2 * 2:
         pytest.skip("needs 25 GB of free GPU memory")

@@ -1,4 +1,4 @@
-"""Builds happen once, atomically and without hanging; the compiler is a few lines of Python."""
+"""Builds happen once, atomically and without hanging. The compiler in these tests is a few lines of Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from psp_lightning.utils.errors import UserError
 pytestmark = pytest.mark.serial
 
 ARCH = ["8.0"]
-# A process of a test: build with a fake compiler, which records that it ran, and print the result.
+# The program of a test process: build with a fake compiler, which records that it ran, and print the result.
 WORKER = """
 import os, sys
 from psp_lightning.ops.cuda import build as _jit
@@ -37,7 +37,7 @@ except _jit.BuildError as error:
     print("failed", str(error).replace(chr(10), " "))
 """
 NOTE = "import os, sys, time; open(os.environ['RUNS'], 'a').write('x')\n"
-# wait until the other processes of the test have arrived, and a moment longer
+# Wait until the other processes of the test have started, and a moment longer.
 WAIT = """
 end = time.monotonic() + 90
 while len(open(os.environ["ARRIVED"]).read()) < 3 and time.monotonic() < end: time.sleep(0.05)
@@ -45,7 +45,7 @@ time.sleep(1.5)
 """
 GOOD = "open(sys.argv[1] + '/psp_lightning_ops.so', 'w').write('a library')"
 BAD = "print('kernel.cu(7): error: no such thing'); sys.exit(3)"
-# the compiler dies when the file is half written
+# The compiler dies when the file is half written.
 KILLED = "f = open(sys.argv[1] + '/psp_lightning_ops.so', 'w'); f.write('a li'); f.flush(); os.kill(os.getpid(), 9)"
 
 
@@ -55,7 +55,7 @@ def compiler(what: str) -> str:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, a fresh process state, no real toolchain."""
+    """Provide an empty cache, a fresh process state and no real toolchain."""
     monkeypatch.setenv("PSP_OPS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("ARRIVED", str(tmp_path / "arrived"))
@@ -86,7 +86,7 @@ def test_built_once_and_then_found(folder, tmp_path, monkeypatch):
     assert _jit.ensure_built(ARCH) == library and runs(tmp_path) == 1
     assert json.loads((library.parent / "build.json").read_text())["torch"] == torch.__version__
     left = {path.name for path in folder.iterdir()} - {f"{library.parent.name}.lock"}
-    assert left == {library.parent.name}, "scratch folder left"
+    assert left == {library.parent.name}, "a scratch folder was left"
     assert _jit.ensure_built(["9.0"]) != library and runs(tmp_path) == 2
     monkeypatch.setattr(_toolchain, "missing", lambda: "no compiler")  # a built library needs none
     assert _jit.ensure_built(ARCH) == library
@@ -104,14 +104,14 @@ def test_parallel_processes_compile_once(tmp_path, what, word):
         assert all("kernel.cu(7): error: no such thing" in answer for answer in answers), answers
 
 
-def test_a_key_changes_with_all_that_matters(monkeypatch, tmp_path):
+def test_a_key_changes_with_everything_that_affects_the_build(monkeypatch, tmp_path):
     keys = {_toolchain.key(ARCH), _toolchain.key(["9.0"])}
     copies = [tmp_path / path.name for path in _toolchain.source_files()]
     for copy, path in zip(copies, _toolchain.source_files(), strict=True):
         copy.write_bytes(path.read_bytes())
     with monkeypatch.context() as patch:
         patch.setattr(_toolchain, "source_files", lambda: copies)
-        assert _toolchain.key(ARCH) in keys, "the key does not depend on the place of the sources"
+        assert _toolchain.key(ARCH) in keys, "the key must not depend on the location of the sources"
         copies[0].write_bytes(copies[0].read_bytes() + b"\n")
         keys.add(_toolchain.key(ARCH))
     changes = (
@@ -255,8 +255,8 @@ def test_a_failing_compiler_warns_once(folder, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _jit.kernels() is None and _jit.kernels() is None
-    assert runs(tmp_path) == 1, "a second attempt in the same process"
-    assert not [path for path in folder.iterdir() if path.is_dir()], "scratch folder left"
+    assert runs(tmp_path) == 1, "the same process must not try again"
+    assert not [path for path in folder.iterdir() if path.is_dir()], "a scratch folder was left"
     monkeypatch.setenv("PSP_OPS", "cuda")
     with pytest.raises(UserError, match="PSP_OPS=cuda.*status 3"):
         _jit.kernels()
@@ -321,7 +321,7 @@ def test_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):
         assert _jit.kernels() is None
 
 
-def test_a_half_written_library_is_never_taken(folder, tmp_path, monkeypatch):
+def test_a_half_written_library_is_never_used(folder, tmp_path, monkeypatch):
     use(monkeypatch, KILLED)
     with pytest.raises(_jit.BuildError, match="status -9"):
         _jit.ensure_built(ARCH)
@@ -334,7 +334,7 @@ def test_a_half_written_library_is_never_taken(folder, tmp_path, monkeypatch):
     assert _jit.ensure_built(ARCH).read_text() == "a library" and runs(tmp_path) == 4
 
 
-def test_a_compiler_that_does_not_end_is_stopped(monkeypatch):
+def test_a_compiler_that_hangs_is_stopped(monkeypatch):
     monkeypatch.setattr(_jit, "TIME_LIMIT", 2)
     use(monkeypatch, "print('working', flush=True); time.sleep(60)")
     began = time.monotonic()
@@ -370,7 +370,7 @@ def test_choice(monkeypatch):
 
 
 def test_nothing_happens_on_the_cpu_or_at_import():
-    """Neither the builder nor cpp_extension is imported, and no folder is made."""
+    """Neither the builder nor cpp_extension is imported, and no folder is created."""
     code = (
         "import sys, torch\nfrom psp_lightning.ops import fused_leaky_relu\nfused_leaky_relu(torch.ones(2, 3))\n"
         "print([name for name in ('psp_lightning.ops.cuda.build', 'torch.utils.cpp_extension') if name in sys.modules])"

@@ -19,14 +19,14 @@ from psp_lightning.ops.upfirdn2d import upfirdn2d_ref
 
 DTYPES = tuple(BOUNDS)
 FORMATS = (torch.contiguous_format, torch.channels_last)
-FIR = fir_filter((1, 3, 2, 1), gain=4)  # asymmetric, so a wrong flip shows
+FIR = fir_filter((1, 3, 2, 1), gain=4)  # asymmetric, to reveal a wrong flip
 FULL = torch.tensor([[1.0, 2, 0, -1], [0, 3, 1, 1], [2, 0, 0, 1], [1, 1, -2, 0]]) / 4
 both_orders = pytest.mark.parametrize("order", FORMATS, ids=["planes", "last"])
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 class Draw:
-    """New leaf tensors on the device from a fixed random stream, rounded to the dtype."""
+    """A source of new leaf tensors on the device, drawn from a fixed random stream and rounded to the dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, order: torch.memory_format, seed: int = 0) -> None:
         self.source = torch.Generator().manual_seed(seed)
@@ -86,7 +86,7 @@ def compare(
     penalty = sum((g * w.to(g)).sum() for g, w in zip(composed, weights, strict=True))
     expected_penalty = sum((g * w.to(g)).sum() for g, w in zip(expected_grads, weights, strict=True))
     found, wanted = (
-        # a map that is linear in all inputs has no second derivative and may have no graph for it
+        # a function that is linear in all inputs has no second derivative and may have no graph for it
         torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
         for value, leaves in ((penalty, given), (expected_penalty, given_exact))
     )
@@ -319,7 +319,7 @@ def test_no_pixels_but_padding(device, shape):
 
 
 def test_inputs_that_are_not_dense(device):
-    """Slices, transposed and expanded tensors, also with addresses that are not multiples of 16 bytes."""
+    """Test slices, transposed and expanded tensors, also with addresses that are not multiples of 16 bytes."""
     base = torch.randn(2, 9, 10, 13, generator=torch.Generator().manual_seed(0)).to(device)
     bias = torch.randn(8, generator=torch.Generator().manual_seed(1)).to(device)
     views = [base[:, 1:, 1:, 1:], base[:, :8].transpose(2, 3), base[:1, :8].expand(2, -1, -1, -1),
@@ -331,13 +331,13 @@ def test_inputs_that_are_not_dense(device):
             assert relative_error(upfirdn2d(x, FIR.to(device), up, 1, (1, 2)), expected) < 1e-6
 
 
-def test_not_a_number_stays_visible(device):
+def test_nan_is_propagated(device):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0]], device=device)
     y = fused_leaky_relu(x, clamp=2.0).cpu()
     assert y.isnan().tolist() == [[True, False, False, False]] and y[0, 1:].tolist() == [2.0, -2.0, 0.0]
 
 
-def test_a_changed_filter_is_looked_at_again(device):
+def test_a_changed_filter_is_analysed_again(device):
     x = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0)).to(device)
     fir = FIR.clone().to(device)
     upfirdn2d(x, fir, padding=(1, 2))
@@ -350,7 +350,7 @@ def sizes(device):
     return SIZES if device.type == "cuda" else ((2, 12, 11, 9), (2, 16, 16, 16))  # thread by thread is slow
 
 
-def test_what_psp_doctor_checks(device):
+def test_the_check_of_psp_doctor_passes(device):
     results = list(run_checks(device, sizes(device)))
     assert len(results) > 100
     wrong = [f"{result.name}: {result.error:.1e} > {result.bound:.1e}" for result in results if not result.good]
@@ -358,7 +358,7 @@ def test_what_psp_doctor_checks(device):
 
 
 def test_the_check_finds_a_wrong_kernel(device, monkeypatch):
-    """A kernel that omits the bias, as psp-doctor would see it."""
+    """The check of psp-doctor reports a kernel that omits the bias."""
     run = _cuda.epilogue
     monkeypatch.setattr(_cuda, "epilogue", lambda *a: run(*a[:7], None, *a[8:]))
     wrong = {result.name.split()[0] for result in run_checks(device, sizes(device)) if not result.good}

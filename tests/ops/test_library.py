@@ -1,4 +1,4 @@
-"""The operators under torch.library: derivatives, torch.compile, torch.export, autocast; on the CPU."""
+"""The operators registered with torch.library on the CPU: derivatives, torch.compile, torch.export, autocast."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def generator() -> Generator:
     return network
 
 
-def test_they_are_what_torch_library_asks_for():
-    """Schema, fake implementation, registration of the derivative, and tracing, by PyTorch's own checker."""
+def test_operators_pass_the_checks_of_torch_library():
+    """PyTorch's checker tests schema, fake implementation, registration of the derivative, and tracing."""
     ops = torch.ops.psp_lightning
     x, demod, noise, strength, bias = leaf(2, 3, 4, 5), leaf(2, 3), leaf(1, 1, 5, 6), leaf(1), leaf(3)
     rest = (0.2, 1.4, 3.0)
@@ -60,7 +60,7 @@ def test_derivatives_of_the_registered_epilogue():
             def every(x, d, n, s, b, f=fir, p=padding):
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
-            def without_noise_maps(x, d, s, b, n=fixed, f=fir, p=padding):  # takes the fused backward
+            def without_noise_maps(x, d, s, b, n=fixed, f=fir, p=padding):  # uses the fused backward
                 return modconv_epilogue(x, f, p, d, n, s, b, clamp=3.0)
 
             given = (inputs[0], inputs[1], noise, inputs[3], inputs[4])
@@ -133,7 +133,7 @@ def test_export_of_the_generator(generator, through_ops):
 
 
 def test_the_choice_can_be_traced(monkeypatch):
-    """On CUDA it is read while a graph is captured."""
+    """On CUDA, PSP_OPS is read while a graph is captured."""
     monkeypatch.setenv("PSP_OPS", "ref")
     torch._dynamo.reset()
 
@@ -155,7 +155,7 @@ def test_autocast(generator):
     x = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
     with registered():
         assert modconv_epilogue(x, None, bias=torch.ones(3)).dtype == torch.bfloat16
-        # as in plain PyTorch a wider bias widens the result
+        # as in plain PyTorch, a bias of a wider dtype widens the result
         assert fused_leaky_relu(x, torch.ones(3)).dtype == torch.float32
 
 

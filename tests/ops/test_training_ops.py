@@ -1,4 +1,4 @@
-"""The operators of training on the CPU against PyTorch's own, with their derivatives of first and second order."""
+"""The CPU operators for training against PyTorch's own, with first and second derivatives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(*shape, dtype=torch.float32, seed=0):
 
 
 def gradients(function, inputs, second=False):
-    """Result y, first derivatives of the sum of (y + 1)^2, and on demand those of the first one's squared sum."""
+    """Return y, the derivatives of sum((y + 1)^2) and, if `second`, those of the first derivative's squared sum."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     y = function(*inputs)
     first = torch.autograd.grad((y.float() + 1).square().sum(), inputs, create_graph=second)
@@ -39,7 +39,7 @@ def assert_near(found, expected, tolerance):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """The product also for few weights, a few pixels at a time."""
+    """Use the matrix product even for few weights, a few pixels at a time."""
     monkeypatch.setattr(module, "WIDE", 1)
     monkeypatch.setattr(module, "PIXELS", 8)
 
@@ -57,7 +57,7 @@ def test_strided_convolution_is_conv2d(narrow, size, channels_last, second):
 
 
 @pytest.mark.parametrize("need", [(True, False, False), (False, True, False), (False, False, True)])
-def test_strided_convolution_gives_the_gradients_that_are_asked_for(need):
+def test_strided_convolution_computes_only_the_requested_gradients(need):
     inputs = [draw(2, 4, 6, 6), draw(5, 4, 3, 3, seed=1), draw(5, seed=2)]
     found = []
     for function in (_MatrixConv.apply, lambda *t: F.conv2d(*t, 2, 1)):
@@ -82,9 +82,9 @@ def test_strided_convolution_under_autocast(narrow):
 @pytest.mark.parametrize(
     "case", ["narrow", "no gradient", "frozen", "float64", "many pixels in bfloat16", "without oneDNN"]
 )
-def test_everything_else_goes_to_pytorch(monkeypatch, case):
-    """Only where it was measured to be faster."""
-    monkeypatch.setattr(_MatrixConv, "apply", lambda *t: pytest.fail("the product was taken"))
+def test_all_other_cases_use_pytorch(monkeypatch, case):
+    """The matrix product is used only in cases in which it was measured to be faster."""
+    monkeypatch.setattr(_MatrixConv, "apply", lambda *t: pytest.fail("the matrix product was used"))
     channels = 8 if case == "narrow" else 342
     layer = StridedConv(channels, channels)
     x = draw(2, channels, 34, 34) if "pixels" in case or "oneDNN" in case else draw(2, channels, 4, 4)
@@ -100,9 +100,9 @@ def test_everything_else_goes_to_pytorch(monkeypatch, case):
     layer.to(dtype)(x.to(dtype).requires_grad_())
 
 
-def test_strided_convolution_of_what_pytorch_alone_takes():
+def test_strided_convolution_of_inputs_that_only_pytorch_supports():
     layer = StridedConv(342, 342)
-    assert layer(draw(342, 4, 4)).shape == (342, 2, 2), "no batch"
+    assert layer(draw(342, 4, 4)).shape == (342, 2, 2), "an input without a batch"
     with pytest.raises(RuntimeError):
         layer(draw(1, 342, 4, 4).bfloat16())
     assert layer.to("meta")(torch.empty(1, 342, 4, 4, device="meta")).shape == (1, 342, 2, 2)
@@ -110,7 +110,7 @@ def test_strided_convolution_of_what_pytorch_alone_takes():
 
 @pytest.mark.parametrize("name", ["prelu", "strided_conv", "layer", "to_rgb"])
 def test_many_gradients_at_once(narrow, name):
-    """By vmap, as torch.autograd.functional.jacobian(vectorize=True) has them."""
+    """They are computed with vmap, as in torch.autograd.functional.jacobian(vectorize=True)."""
     x, style, weight = draw(2, 3, 4, 4), draw(2, 3, seed=1), draw(3, 3, 3, 3, seed=2)
     energy, noise, bias = weight.square().sum((2, 3)), draw(1, 1, 4, 4, seed=3), draw(3, seed=4)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -129,8 +129,8 @@ def test_many_gradients_at_once(narrow, name):
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
 
 
-def test_heads_may_be_hooked():
-    """The output of a convolution is what a hook sees, and stays what it is."""
+def test_heads_accept_hooks():
+    """A hook receives the output of a convolution, and this output is not changed later."""
     layer, seen = MapToStyle(3, 4, 4), []
     layer.convs[0].register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
     layer.convs[0].register_full_backward_hook(lambda *_: None)
@@ -138,14 +138,14 @@ def test_heads_may_be_hooked():
     assert torch.equal(*seen[0])
 
 
-def test_wide_heads_take_the_product(monkeypatch):
+def test_wide_heads_use_the_product(monkeypatch):
     calls = []
     monkeypatch.setattr(module, "product", lambda *t: calls.append(t) or product(*t))
     StridedConv(342, 342)(draw(1, 342, 2, 2)).sum().backward()
-    assert len(calls) == 2, "a forward product and one for the weights, as the source needs no gradient"
+    assert len(calls) == 2, "expected a forward product and one for the weights, because the source needs no gradient"
 
 
-def test_a_strided_convolution_may_be_followed_by_what_changes_it_in_place(narrow):
+def test_a_strided_convolution_may_be_followed_by_an_in_place_operation(narrow):
     inputs = [draw(2, 4, 6, 6), draw(5, 4, 3, 3, seed=1), draw(5, seed=2)]
     found = gradients(lambda *t: F.leaky_relu_(strided_conv(*t), 0.1), inputs)
     assert_near(found, gradients(lambda *t: F.leaky_relu(F.conv2d(*t, 2, 1), 0.1), inputs), 1e-5)
@@ -175,10 +175,10 @@ def test_heads_keep_their_keys():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("size", [1 << 19, 30])
-def test_prelu_is_pytorchs(monkeypatch, channels_last, second, size):
+def test_prelu_equals_pytorchs(monkeypatch, channels_last, second, size):
     monkeypatch.setattr("psp_lightning.ops.cpu.slices.SLICE", size)
     x, weight = draw(2, 3, 5, 4), torch.tensor([0.25, -0.5, 1.5])
-    x[0, 0, 0, 0] = 1 if second else 0  # there PyTorch's derivative of second order is that of the other side
+    x[0, 0, 0, 0] = 1 if second else 0  # at 0, PyTorch's second derivative is that of the other side
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     found = gradients(prelu, (x, weight), second)
@@ -186,7 +186,7 @@ def test_prelu_is_pytorchs(monkeypatch, channels_last, second, size):
     assert not second or torch.autograd.gradcheck(prelu, (draw(2, 3, 2, 2).double().requires_grad_(), weight.double()))
 
 
-def test_prelu_of_half_precision_sums_its_slopes_gradient_in_full():
+def test_prelu_in_half_precision_sums_the_slope_gradient_in_float32():
     x, weight = draw(4, 2, 64, 64).bfloat16(), torch.full((2,), 0.25)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(prelu, (x, weight))
@@ -195,10 +195,10 @@ def test_prelu_of_half_precision_sums_its_slopes_gradient_in_full():
     assert_near([t.float() for t in found], exact, 0.01)
 
 
-def test_prelu_elsewhere_is_pytorchs(monkeypatch):
-    monkeypatch.setattr(_PReLU, "apply", lambda *t: pytest.fail("ours was taken"))
+def test_other_prelu_calls_use_pytorch(monkeypatch):
+    monkeypatch.setattr(_PReLU, "apply", lambda *t: pytest.fail("the library's PReLU was used"))
     layer = PReLU(3)
-    assert layer(draw(2, 3)).shape == (2, 3), "no image"
+    assert layer(draw(2, 3)).shape == (2, 3), "an input that is not an image"
     with torch.no_grad():
         layer(draw(2, 3, 4, 4))
     assert list(layer.state_dict()) == ["weight"] and isinstance(layer, nn.PReLU)
@@ -223,7 +223,7 @@ def test_product_is_differentiable_and_needs_no_onednn(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 1, 1, 1), (2, 8, 1, 1 << 17), (0, 3, 4, 4)])
-def test_slices_are_all_of_it(shape):
+def test_slices_cover_the_tensor_once(shape):
     x = torch.zeros(shape)
     for rows in slices(x):
         x[rows] += 1

@@ -25,7 +25,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("size", [(4, 4), (8, 12), (16, 4)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolution_and_its_adjoint(monkeypatch, numbers, size, channels_last):
-    """Whatever is computed at a time: rows of tiles of one image, or several images."""
+    """The result does not depend on what is computed at a time: rows of tiles of one image, or several images."""
     monkeypatch.setattr(winograd, "NUMBERS", numbers)
     x, dy, weight = draw(3, 5, *size), draw(3, 7, *size, seed=1), draw(7, 5, 3, 3, seed=2)
     if channels_last:
@@ -41,16 +41,16 @@ def test_convolution_and_its_adjoint(monkeypatch, numbers, size, channels_last):
         assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
-def test_rounding_errors_are_small_where_many_channels_are_summed():
-    """Those of the points 0, +-1, +-2 are 4.5e-6 here."""
+def test_rounding_errors_are_small_for_sums_over_many_channels():
+    """With the points 0, +-1, +-2 the error would be 4.5e-6 here."""
     x, weight = draw(1, 512, 16, 16), draw(512, 512, 3, 3, seed=1)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     error = (winograd_conv(x, winograd_weight(weight)) - exact).square().mean().sqrt()
     assert error < 3e-6 * exact.square().mean().sqrt()
 
 
-def test_points_by_hand():
-    """The algorithm of one dimension."""
+def test_transforms_in_one_dimension():
+    """The three matrices compute a one-dimensional convolution."""
     a, g, b = winograd._matrices()
     d, taps = draw(6, dtype=torch.float64), draw(3, seed=1, dtype=torch.float64)
     expected = torch.stack([(d[i : i + 3] * taps).sum() for i in range(4)])
@@ -74,15 +74,15 @@ X, WEIGHT = (2, 256, 32, 32), (256, 256, 3, 3)
         (torch.empty(0, 256, 32, 32), torch.empty(WEIGHT), False),
     ],
 )
-def test_where_it_is_taken(monkeypatch, x, weight, pays):
+def test_when_it_is_used(monkeypatch, x, weight, pays):
     monkeypatch.setattr(winograd, "has_onednn", lambda: True)
     assert winograd_pays(x, weight) is pays
     monkeypatch.setattr(winograd, "has_onednn", lambda: False)
-    assert not winograd_pays(x, weight), "PyTorch's other products are slower"
+    assert not winograd_pays(x, weight), "without oneDNN, PyTorch's products are slower"
 
 
 @pytest.mark.parametrize("precision", ["high", "medium", None])
-def test_not_where_products_may_be_of_lower_precision(monkeypatch, precision):
+def test_it_is_not_used_if_products_may_have_lower_precision(monkeypatch, precision):
     def refuse():
         raise RuntimeError("mix of the legacy and new APIs")
 
@@ -110,9 +110,9 @@ def test_styled_layer(second):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
-    """Its layers of 256 channels and more, at 32 px and above, forward and backward; their weights are prepared once,
-    and again when others are loaded."""
+def test_a_frozen_generator_uses_it_if_it_is_faster(monkeypatch):
+    """Layers with at least 256 channels at 32 px and above use it, forward and backward. Weights are prepared once,
+    and again when new weights are loaded."""
     calls, prepared = [], []
 
     def convolve(x, *arguments, **options):
@@ -136,7 +136,7 @@ def test_a_frozen_generator_takes_it_where_it_pays(monkeypatch):
 
 
 def test_derivatives_in_forward_mode():
-    """For which the products have none: the plain path answers."""
+    """The Winograd products have no forward-mode derivatives, so the plain path is used."""
     generator = freeze_generator(Generator.seeded(0, output_size=32, n_mapping=1, channels=[256] * 4))
     w, tangent = draw(1, 8, 512), draw(1, 8, 512, seed=1)
     found = []

@@ -17,7 +17,7 @@ from psp_lightning.losses import (
 )
 
 RTOL = 1e-5
-# 1 - cosine of nearly equal vectors: the cosine is what is known to RTOL, and float32 near 1 has steps of 6e-8.
+# 1 - cosine of nearly equal vectors: the cosine is known to RTOL, and float32 near 1 has steps of 6e-8.
 COSINE_ATOL = 3e-7
 
 
@@ -29,9 +29,9 @@ def images(golden) -> LossInputs:
     def smooth(t: torch.Tensor) -> torch.Tensor:
         return F.interpolate(F.avg_pool2d(t, 16), size=256, mode="bilinear", align_corners=False) * 4
 
-    # tests/golden/README.md gives a = smooth(N("loss.y")). The stored values come from noise that was clamped first:
-    # the reference's own code misses loss_id.feats_y by 1.7e-2 without the clamp and meets it to 1.6e-7 with it, and
-    # loss_lpips_*, loss_id.* and loss_moco.* then agree as well. loss.x and loss.y_hat are as the table says.
+    # See tests/golden/README.md: a = smooth(N("loss.y")), but the stored values come from noise that was clamped first.
+    # Without the clamp, the reference's own code misses loss_id.feats_y by 1.7e-2; with it, the error is 1.6e-7, and
+    # loss_lpips_*, loss_id.* and loss_moco.* agree as well. loss.x and loss.y_hat are not clamped.
     a = smooth(noise("loss.y").clamp(-1, 1))
     y_hat = (a + 0.3 * smooth(noise("loss.y_hat"))).clamp(-1, 1)
     return LossInputs(y_hat=y_hat, y=a.clamp(-1, 1), x=smooth(noise("loss.x")).clamp(-1, 1))
@@ -39,7 +39,7 @@ def images(golden) -> LossInputs:
 
 @pytest.fixture(scope="module")
 def alexnet(golden, tmp_path_factory):
-    """The convolutions of torchvision's AlexNet, drawn."""
+    """Draw the convolutions of torchvision's AlexNet."""
     from torchvision.models import alexnet
 
     shapes = {f"features.{k}": list(v.shape) for k, v in alexnet(weights=None).features.state_dict().items()}

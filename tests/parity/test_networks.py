@@ -1,4 +1,4 @@
-"""Networks against the reference's values (pSp, commit 5cfff38, CPU float32): 1e-4 of the largest magnitude."""
+"""Networks against the reference's values (pSp, commit 5cfff38, CPU float32), within 1e-4 of the largest magnitude."""
 
 from __future__ import annotations
 

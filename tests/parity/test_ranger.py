@@ -49,7 +49,7 @@ def test_resume_is_bit_exact(golden):
 
     second = network(golden)
     second.load_state_dict(saved[0])
-    optimizer = Ranger(second.parameters(), lr=5.0, k=2)  # the state brings its own numbers
+    optimizer = Ranger(second.parameters(), lr=5.0, k=2)  # loading the state replaces these values
     optimizer.load_state_dict(saved[1])
     train(second, optimizer, golden, 10)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
@@ -57,7 +57,7 @@ def test_resume_is_bit_exact(golden):
 
 
 def written_out(value, gradients, lr, alpha, k, beta1, beta2, eps, decay):
-    """Ranger's definition in float64, one step after the other."""
+    """Compute Ranger's definition in float64, step by step."""
     slow, m, v = value.clone(), torch.zeros_like(value), torch.zeros_like(value)
     longest = 2 / (1 - beta2) - 1
     for t, g in enumerate(gradients, start=1):

@@ -17,9 +17,9 @@ def photo(reference):
     return Image.fromarray(reference["transform.photo"])
 
 
-def check(ours, wanted):
-    assert ours.shape == wanted.shape
-    assert np.abs(ours - wanted).max() <= TOLERANCE
+def check(ours, expected):
+    assert ours.shape == expected.shape
+    assert np.abs(ours - expected).max() <= TOLERANCE
 
 
 def test_rgb(photo, reference):
@@ -39,7 +39,7 @@ def test_superres(photo, reference, factor):
 
 
 def test_superres_pads_by_mirroring_as_torch_does(photo):
-    """Against the plain formulation: reflect padding, then two one-dimensional strided convolutions."""
+    """The expected result is reflect padding, then two one-dimensional strided convolutions."""
     import torch
     from torch.nn import functional as F
 
@@ -53,14 +53,14 @@ def test_superres_pads_by_mirroring_as_torch_does(photo):
 
 
 def test_labels_legacy(reference):
-    """The reference resizes ids bilinearly before its one-hot; `transform.mask` is every 16th pixel of blocks."""
+    """The reference resizes ids bilinearly before its one-hot step; `transform.mask` is every 16th pixel of blocks."""
     mask = Image.fromarray(np.kron(reference["transform.mask"], np.ones((16, 16), np.uint8)))
     spec = InputSpec("labels", 256, n_classes=19, interpolation="legacy_bilinear")
     tensor = load_source(mask, spec)
     check(tensor.numpy()[:, 8::16, 8::16], reference["transform.seg_stride16"].astype(np.float32))
 
 
-def test_labels_nearest_makes_no_new_neighbours(reference):
+def test_labels_nearest_creates_no_new_neighbours(reference):
     mask = Image.fromarray(np.kron(reference["transform.mask"], np.ones((16, 16), np.uint8)))
     nearest = transforms.labels(mask, 256, LabelMap.numbered(19)).argmax(0).numpy()
     rows = np.floor((np.arange(256) + 0.5) * 320 / 256).astype(int)
@@ -68,7 +68,7 @@ def test_labels_nearest_makes_no_new_neighbours(reference):
 
 
 def test_ffhq_crop(reference):
-    """The crop of scikit-image's astronaut, whose landmarks come with the reference values."""
+    """Crop scikit-image's astronaut, whose landmarks are stored with the reference values."""
     data = pytest.importorskip("skimage.data")
     from psp_lightning.data.align import align_face
 

@@ -1,4 +1,4 @@
-"""Malformed and hostile files, by name; run as a script: `hostile_files.py FOLDER` reads each and reports as JSON."""
+"""Malformed and hostile files by name. `python hostile_files.py FOLDER` reads each of them and reports as JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from psp_lightning.models.stylegan2 import Generator
 
 HERE = Path(__file__).parent
 GIB = 1 << 30
-MEMORY = 500 << 20  # bytes that refusing may take beside PyTorch
+MEMORY = 500 << 20  # bytes that rejecting a file may take in addition to PyTorch
 SECONDS = 8.0
 
-# what a pickle may ask to call, with an argument that would leave a trace
+# functions that a pickle may ask to call, with an argument that would leave a trace
 CALLS = {
     "os.system": "touch {canary}",
     "posix.system": "touch {canary}",
@@ -64,7 +64,7 @@ def _nvidia():
 
 
 def _constant(value) -> bytes:
-    """Instructions that push a str, bytes or list of str, in protocol 2."""
+    """Return protocol-2 instructions that push a str, bytes or list of str."""
     if isinstance(value, list):
         return b"](" + b"".join(_constant(item) for item in value) + b"e"
     data = value if isinstance(value, bytes) else value.encode()
@@ -84,7 +84,7 @@ def _call(name: str, canary: Path) -> bytes:
 
 
 def _archive(program: bytes, records: dict[str, bytes] | None = None, packed: bool = False) -> bytes:
-    """A zip archive as torch.save writes it around a pickle."""
+    """Wrap a pickle in a zip archive like torch.save's."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", program)
@@ -96,13 +96,13 @@ def _archive(program: bytes, records: dict[str, bytes] | None = None, packed: bo
 
 
 def _legacy(program: bytes, keys: bytes = b"\x80\x02].") -> bytes:
-    """torch.save's format before zip archives around a pickle, and one for the keys of its storages."""
+    """Wrap a pickle, and one for the keys of its storages, in the format that torch.save used before zip archives."""
     parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({"little_endian": True}, 2)]
     return b"".join([*parts, program, keys])
 
 
 def _nested(nvidia, program: bytes) -> bytes:
-    """A pickle of NVIDIA's with a call inside a network's attributes."""
+    """Return an NVIDIA pickle with a call inside a network's attributes."""
     marker = "MARKER-OF-THE-CALL"
     network = nvidia.Persistent("Generator", extra=marker)
     with nvidia.stand_ins():
@@ -118,13 +118,13 @@ def _whole(n: int) -> bytes:
 
 
 def _storage(dtype: str, numel: int, key: str = "0") -> bytes:
-    """Instructions for a storage outside the pickle."""
+    """Return instructions for a storage outside the pickle."""
     pid = _constant("storage") + f"ctorch\n{dtype}\n".encode() + _constant(key) + _constant("cpu") + _whole(numel)
     return b"(" + pid + b"tQ"
 
 
 def _overlapping(parts: int = 64, size: int = 16 << 20) -> bytes:
-    """An archive whose many storages are the same bytes of the file."""
+    """Return an archive in which many storages are the same bytes of the file."""
     out = io.BytesIO()
     program = b"\x80\x02](" + b"".join(_storage("ByteStorage", size, str(i)) for i in range(parts)) + b"e."
     with zipfile.ZipFile(out, "w") as archive:
@@ -138,7 +138,7 @@ def _overlapping(parts: int = 64, size: int = 16 << 20) -> bytes:
 
 
 def _tensor(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
-    """Instructions for a tensor that views storage "0"."""
+    """Return instructions for a tensor that views storage "0"."""
 
     def numbers(values: tuple) -> bytes:
         return b"(" + b"".join(_whole(v) for v in values) + b"t"
@@ -150,18 +150,18 @@ def _tensor(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
 
 
 def _storage_program(dtype: str, numel: int, size: tuple, stride: tuple) -> bytes:
-    """A pickle {"g_ema": {"input.input": tensor}}."""
+    """Return a pickle of {"g_ema": {"input.input": tensor}}."""
     tensor = _tensor(dtype, numel, size, stride)
     return b"\x80\x02}" + _constant("g_ema") + b"}" + _constant("input.input") + tensor + b"ss."
 
 
 def _doubled(value: bytes, pair: bytes, times: int = 60) -> bytes:
-    """Instructions for a value that holds the former one twice, and so on: few in the file, endless to go through."""
+    """Return a few instructions for a value that nests the previous one twice, and so on: traversing it never ends."""
     return value + b"".join(b"q%c" % i + pair.replace(b"?", b"h%c" % i) for i in range(times))
 
 
 def endless(times: int = 60) -> list:
-    """The same as a list, for torch.save and pickle."""
+    """Return such a value as a list, for torch.save and pickle."""
     value: list = [1]
     for _ in range(times):
         value = [value, value]
@@ -169,12 +169,12 @@ def endless(times: int = 60) -> list:
 
 
 def again(program: bytes, use: bytes, times: int = 100_000) -> bytes:
-    """A pickle that makes its values 0 and 1 once and uses them very often."""
+    """Return a pickle that creates its values 0 and 1 once and uses them very often."""
     return b"\x80\x02" + program + (use + b"0") * times + b"N."
 
 
 def _inside(names: tuple[str, ...]) -> bytes:
-    """A pickle of NVIDIA's with a module that holds itself, which no pickler writes."""
+    """Return an NVIDIA pickle with a module that contains itself, which no pickler writes."""
     items = {"type": _constant("class"), "class_name": _constant("Generator")}
     items["state"] = b"}" + _constant("_modules") + b"h\x00s"
     meta = b"}" + b"".join(_constant(name) + value + b"s" for name, value in items.items())
@@ -184,7 +184,7 @@ def _inside(names: tuple[str, ...]) -> bytes:
 
 
 def _streams(levels: int = 40, size: int = 16 << 20) -> bytes:
-    """A stream of torch.save that holds a stream, and so on, around many bytes: each level would copy them."""
+    """Return nested torch.save streams around many bytes, which each level would copy."""
     data = bytes(size)
     for _ in range(levels):
         held = b"B" + struct.pack("<I", len(data)) + data
@@ -193,7 +193,7 @@ def _streams(levels: int = 40, size: int = 16 << 20) -> bytes:
 
 
 def altered() -> dict[str, bytes]:
-    """Valid checkpoints that say one thing which the reader cannot follow: their numbers would be wrong."""
+    """Return valid checkpoints, each with a property that the reader does not support and would misread."""
     files = good()
     old = files["legacy.pt"]
     zipped = io.BytesIO()
@@ -213,7 +213,7 @@ def altered() -> dict[str, bytes]:
 
 
 def shared() -> dict[str, bytes]:
-    """Files that say little and mean much: one part of theirs stands for very many."""
+    """Return small files that expand to huge content, because one part of them is used very many times."""
     nvidia = _nvidia()
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}
@@ -244,7 +244,7 @@ def shared() -> dict[str, bytes]:
 
     def network(sides: int, **attributes):
         tensors = nvidia.from_published(state, None)
-        for i in range(2, sides):  # more blocks, of single numbers and without noise
+        for i in range(2, sides):  # more blocks, with single numbers and without noise
             block = {k.replace("b8", f"b{4 << i}"): v for k, v in tensors.items() if ".b8." in k and "noise" not in k}
             tensors |= block
         root = nvidia.network(tensors)
@@ -287,7 +287,7 @@ def shared() -> dict[str, bytes]:
 
 
 def good() -> dict[str, bytes]:
-    """Valid files of every kind, small."""
+    """Return small valid files of every kind."""
     nvidia = _nvidia()
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}
@@ -303,7 +303,7 @@ def good() -> dict[str, bytes]:
 
 
 def not_finite(value: float) -> dict[str, bytes]:
-    """Valid files one of whose numbers is not finite."""
+    """Return files that are valid except for one number, which is not finite."""
     nvidia = _nvidia()
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}
@@ -322,7 +322,7 @@ def not_finite(value: float) -> dict[str, bytes]:
 
 
 def bombs() -> dict[str, bytes]:
-    """Files that ask for memory or time."""
+    """Return files that demand very much memory or time."""
     big = struct.pack("<Q", 1 << 40)
     deep = b"\x80\x02})" + b"\x85" * 400_000 + b"K\x01s."
     bytearray_call = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."  # of 8 GiB
@@ -386,7 +386,7 @@ def bombs() -> dict[str, bytes]:
     }
     files = {}
     for name, program in programs.items():
-        if program.startswith(b"\x80\x02"):  # a pickle need not say which protocol it is of
+        if program.startswith(b"\x80\x02"):  # a pickle need not declare its protocol
             files[f"{name}, without a protocol.pt"] = program[2:]
         files[f"{name}, bare.pkl"] = program
         files[f"{name}, zip.pt"] = _archive(program, {"data/0": bytes(4)})
@@ -405,7 +405,7 @@ def bombs() -> dict[str, bytes]:
     files["zip with lying sizes.pt"] = bytes(lying)
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the second part of the name
+        warnings.simplefilter("ignore")  # about the duplicate name
         for program in (plain, bytearray_call):
             archive.writestr("archive/data.pkl", program)
     files["zip with two programs.pt"] = out.getvalue()
@@ -418,7 +418,7 @@ def bombs() -> dict[str, bytes]:
 
 
 def hostile(canary: Path) -> dict[str, bytes]:
-    """All of them: name to content. Each must be refused."""
+    """Return all files, name to content. Each must be rejected."""
     nvidia, files = _nvidia(), bombs() | shared() | altered()
     for name in CALLS:
         call = _call(name, canary)
@@ -430,7 +430,7 @@ def hostile(canary: Path) -> dict[str, bytes]:
         stem, _, suffix = name.partition(".")
         for part in (0, 1, 7, 30, len(data) // 4, len(data) // 2, 3 * len(data) // 4, len(data) - 2):
             files[f"{stem} cut at {part}.{suffix}"] = data[:part]
-        # sixty-four bytes turned over in what says how the file is built; numbers alone are anybody's guess
+        # invert 64 bytes of the file's structure; changed numbers could not be detected
         structure = {"zip.pt": len(data) - 2000, "ours.safetensors": 0}.get(name, 0)
         for i in range(8):
             at = structure + 16 + i * 90
@@ -444,7 +444,7 @@ def hostile(canary: Path) -> dict[str, bytes]:
 
 
 def _memory(kind: str) -> int:
-    """Bytes that this process uses now (VmRSS) or used at most (VmHWM)."""
+    """Return the bytes that this process uses now (VmRSS) or used at most (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
@@ -458,13 +458,13 @@ def main(folder: Path) -> None:
 
     canary = folder / "canary"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * GIB, used + 6 * GIB))  # a bomb fails, and not the machine
+    resource.setrlimit(resource.RLIMIT_AS, (used + 6 * GIB, used + 6 * GIB))  # a bomb must not exhaust the machine
     results = {}
     for number, (name, data) in enumerate(hostile(canary).items()):
         file = folder / f"{number}.{name.rpartition('.')[2]}"
         file.write_bytes(data)
-        print(name, file=sys.stderr, flush=True)  # the last one, should the process die
-        Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory starts anew
+        print(name, file=sys.stderr, flush=True)  # identifies the file if the process dies
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory
         before, start = _memory("VmRSS"), time.monotonic()
         try:
             import_file(file)

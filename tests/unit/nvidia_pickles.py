@@ -1,4 +1,4 @@
-"""Writes pickles as NVIDIA's repositories do: networks reduced to a call that carries their source and attributes."""
+"""Write pickles as NVIDIA's repositories do: a network is a call with its source code and attributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = "import pathlib; pathlib.Path({canary!r}).write_text('the source of the
 
 
 class EasyDict(dict):
-    """The stand-in for dnnlib.util.EasyDict."""
+    """A stand-in for dnnlib.util.EasyDict."""
 
 
 def _reconstruct_persistent_obj(meta: dict) -> Any:
@@ -28,7 +28,7 @@ def _reconstruct_persistent_obj(meta: dict) -> Any:
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Modules of the names that the pickle mentions, for as long as it is written."""
+    """Provide modules with the names that the pickle refers to, while it is written."""
     torch_utils, persistence = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
     dnnlib, util = types.ModuleType("dnnlib"), types.ModuleType("dnnlib.util")
     persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ def stand_ins() -> Iterator[None]:
 
 
 class Persistent:
-    """A module of NVIDIA's: pickled as the call with its class's source and its attributes."""
+    """A module of NVIDIA's, which is pickled as a call with its class's source code and its attributes."""
 
     canary = "canary"
 
@@ -75,7 +75,7 @@ class Persistent:
         return self.state["_modules"].setdefault(name, Persistent(class_name, **attributes))
 
     def put(self, path: str, tensor: Tensor) -> None:
-        """A tensor by its path, as in a state dict; the modules on the way are there."""
+        """Store a tensor under its path, as in a state dict. The modules on the path must exist."""
         *modules, name = path.split(".")
         module = self
         for part in modules:
@@ -87,14 +87,14 @@ class Persistent:
 
 
 def linear(width: int, lr: float = 1.0, activation: str = "linear") -> dict[str, Any]:
-    # NumPy numbers, as the original's `lr_multiplier / np.sqrt(in_features)` are
+    # NumPy numbers, as in the original's `lr_multiplier / np.sqrt(in_features)`
     return {"activation": activation, "weight_gain": lr / np.sqrt(width), "bias_gain": lr}
 
 
 def network(
     tensors: dict[str, Tensor], clamp: int | None = None, architecture: str = "skip", lr: float = 0.01
 ) -> Persistent:
-    """A generator of the stylegan2-ada-pytorch layout from its state dict."""
+    """Make a generator in the stylegan2-ada-pytorch layout from its state dict."""
     root = Persistent("Generator")
     mapping, synthesis = root.child("mapping", "MappingNetwork"), root.child("synthesis", "SynthesisNetwork")
     for path, tensor in tensors.items():
@@ -131,7 +131,7 @@ def write(path: Any, content: Any, protocol: int = 4, canary: str = "canary") ->
 
 
 def snapshot(generator: Persistent) -> dict[str, Any]:
-    """What training writes: G, D, G_ema, the augmentation and the data set's arguments."""
+    """Return the content of a training snapshot: G, D, G_ema, the augmentation and the data set's arguments."""
     discriminator = Persistent("Discriminator")
     discriminator.state["_parameters"]["weight"] = torch.nn.Parameter(torch.ones(3))
     return dict(
@@ -144,7 +144,7 @@ def snapshot(generator: Persistent) -> dict[str, Any]:
 
 
 def from_published(state: dict[str, Tensor], average: Tensor | None, lr: float = 0.01) -> dict[str, Tensor]:
-    """The tensors of NVIDIA's layout of a generator in the published PyTorch layout."""
+    """Convert a generator from the published PyTorch layout to tensors in NVIDIA's layout."""
     tensors: dict[str, Tensor] = {}
     depth = sum(key.startswith("style.") and key.endswith("weight") for key in state)
     for i in range(depth):
@@ -187,7 +187,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def conditional_mapping(tensors: dict[str, Tensor], z: Tensor, label: int, lr: float = 0.01) -> Tensor:
-    """w of a mapping network with labels, from the definition: each half of its input normalised on its own."""
+    """Compute w of a mapping network with labels from its definition, which normalises each half of its input."""
     embed = tensors["mapping.embed.weight"]
     one_hot = torch.nn.functional.one_hot(torch.tensor([label] * len(z)), embed.shape[1]).float()
     y = one_hot @ (embed / math.sqrt(embed.shape[1])).t() + tensors["mapping.embed.bias"]

@@ -1,4 +1,4 @@
-"""The adversarial objective against closed forms; double backward of every operation that it goes through."""
+"""The adversarial objective against closed forms, and double backward of every operation that it uses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_r1_of_a_linear_discriminator_is_its_squared_norm() -> None:
 
 
 def test_r1_of_a_quadratic_discriminator() -> None:
-    """D = a |x|^2 has the gradient 2 a x: the penalty is the mean of 4 a^2 |x|^2."""
+    """D = a |x|^2 has the gradient 2 a x, so the penalty is the mean of 4 a^2 |x|^2."""
     a, images = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), double(5, 3, 4, 4)
     penalty = r1_penalty(a * images.square().sum((1, 2, 3)), images)
     energy = images.square().sum((1, 2, 3)).mean()
@@ -147,7 +147,7 @@ def test_warp_is_linear_and_its_gradient_is_its_transpose() -> None:
 
 
 class Fixed:
-    """The same numbers at every call."""
+    """A random source that returns the same numbers at every call."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(3)
@@ -164,7 +164,7 @@ def test_augment() -> None:
 
 
 def test_r1_through_augmentation_and_discriminator() -> None:
-    """The penalty's gradient along a direction of the weights against a finite difference."""
+    """Compare the penalty's gradient along a direction of the weights with a finite difference."""
     network = Discriminator(8, 32, 4).double()
     images = double(4, 3, 8, 8)
 

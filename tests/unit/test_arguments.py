@@ -1,4 +1,4 @@
-"""Checks of arguments, and how the configuration names the setting of a refused one."""
+"""Checks of arguments, and the setting that the configuration names for a rejected one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(**trainer: Any) -> DictConfig:
     [math.inf, -math.inf, math.nan, 1.5, 0, True, "ten", None],
     ids=["inf", "-inf", "nan", "1.5", "0", "true", "text", "null"],
 )
-def test_what_is_no_whole_number_is_refused(value: Any) -> None:
+def test_values_that_are_not_whole_numbers_are_rejected(value: Any) -> None:
     with pytest.raises(UserError, match=r"trainer\.max_steps=.* must be a whole number, at least 1\."):
         prepare(settings(max_steps=value))
     with pytest.raises(ArgumentError, match=r"n=.* must be a whole number, from 1 to 9\."):
@@ -43,13 +43,13 @@ def test_whole_numbers_in_float_notation_become_integers() -> None:
     assert type(whole("n", 16.0, 1)) is int
 
 
-def test_null_is_taken_where_it_may_be() -> None:
+def test_null_is_accepted_if_it_is_allowed() -> None:
     assert whole("n", None, 1, optional=True) is None and number("x", None, optional=True) is None
     with pytest.raises(ArgumentError, match=r"x=None must be a number\."):
         number("x", None)
 
 
-def test_numbers_keep_their_kind() -> None:
+def test_numbers_keep_their_type() -> None:
     assert number("x", 0.5, 0, 1) == 0.5 and type(number("x", 1, 0, 1)) is int
 
 
@@ -64,10 +64,10 @@ def test_the_error_survives_a_process_boundary() -> None:
     assert str(again) == "n=0 must be more." and again.argument == "n"
 
 
-# --- the setting behind an argument
+# --- the setting that an argument comes from
 
 
-def test_the_first_section_that_has_the_argument_gives_the_name() -> None:
+def test_the_first_section_with_the_argument_is_named() -> None:
     cfg = OmegaConf.create({"data": {"limit": 0}, "domain": {"size": 3}, "store": {"limit": 0, "share": 2}})
     for argument, key in (("limit", "data.limit"), ("size", "domain.size"), ("share", "store.share")):
         with pytest.raises(UserError, match=rf"^{key}=0 must be a whole number, at least 1\.$"):
@@ -79,7 +79,7 @@ STORE = "psp_lightning.data.stores.ToyFacesStore"
 
 
 @pytest.mark.parametrize(
-    ("node", "said"),
+    ("node", "message"),
     [
         ({"_target_": STORE, "limit": 0}, r"^data\.limit=0 must be a whole number, at least 1\.$"),
         ({"_target_": STORE, "size": 8, "sise": 3}, r"there is no setting data\.train\.sise\. Did you mean 'size'\?"),
@@ -90,9 +90,9 @@ STORE = "psp_lightning.data.stores.ToyFacesStore"
         ({"n": 3}, r"data\.train has no _target_: .* data=NAME"),
     ],
 )
-def test_nodes_that_cannot_be_built(node: dict[str, Any], said: str) -> None:
+def test_nodes_that_cannot_be_built(node: dict[str, Any], message: str) -> None:
     cfg = OmegaConf.create({"data": {"limit": 0, "train": node}})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         instantiate(cfg, "data.train", "data")
 
 
@@ -171,7 +171,7 @@ def test_mistakes_in_a_loss_of_ones_own(node: dict[str, Any], said: str, mine: N
 
 
 @pytest.mark.parametrize("group", ["loss", "metric"])
-def test_what_is_set_but_not_selected(group: str) -> None:
+def test_an_option_that_is_set_but_not_selected(group: str) -> None:
     cfg = OmegaConf.create({group: {"x": {"weight": 1}}})
     with pytest.raises(UserError, match=rf"{group}\.x is set but 'x' is not selected: .* {group}=\[...,x\]"):
         instantiate(cfg, f"{group}.x")

@@ -1,4 +1,4 @@
-"""Augmentation of what a discriminator sees: the filter, the warp, each transformation, averages; random numbers."""
+"""Augmentation of a discriminator's images: the filter, the warp, each transformation, averages, random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSIDE = (..., slice(8, -8), slice(8, -8))
 
 
 def smooth(side: int = 32) -> Tensor:
-    """(1, 3, side, side) float64 without symmetry."""
+    """Return an image without symmetry, float64 (1, 3, side, side)."""
     steps = torch.linspace(-1, 1, side, dtype=torch.float64)
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return torch.stack([(3 * x + 1).sin() * (2 * y).cos(), 0.7 * x + 0.2 * y, (-4 * (x - 0.2) ** 2 - 4 * y**2).exp()])[
@@ -78,13 +78,13 @@ def test_identity_gives_the_image_back(side: int) -> None:
     ],
     ids=["mirror", "upside down", "half turn", "transposed", "quarter turn"],
 )
-def test_symmetries_of_the_square_shift_nothing(map_: Tensor, expected: Tensor) -> None:
+def test_symmetries_of_the_square_cause_no_shift(map_: Tensor, expected: Tensor) -> None:
     assert (warp(smooth(), map_) - expected)[INSIDE].abs().max() < 2e-3
     assert (warp(smooth(), map_) - expected).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("shift", [(3, 0), (0, -2), (5, 4)])
-def test_whole_pixels_are_a_shift(shift: tuple[int, int]) -> None:
+def test_whole_pixels_are_shifted_exactly(shift: tuple[int, int]) -> None:
     x, y = shift
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
     out = warp(image, matrix((1, 0, 2 * x / 32), (0, 1, 2 * y / 32)))
@@ -99,15 +99,15 @@ def test_half_a_pixel_of_a_ramp() -> None:
 
 def test_beyond_the_border_the_image_is_mirrored() -> None:
     image = smooth()
-    out = warp(image, matrix((1, 0, 2 * 10 / 32), (0, 1, 0)))  # what lies 10 pixels to the right
+    out = warp(image, matrix((1, 0, 2 * 10 / 32), (0, 1, 0)))  # the pixel 10 pixels to the right
     mirrored = torch.cat([image, image.flip(-1)[..., 1:]], -1)[..., 10:42]
     assert (out - mirrored)[..., 8:-8, :].abs().max() < 0.03
-    far = warp(image, matrix((1, 0, 2 * 62 / 32), (0, 1, 0)))  # one period of the mirrored image
+    far = warp(image, matrix((1, 0, 2 * 62 / 32), (0, 1, 0)))  # a full period of the mirrored image
     assert (far - image)[INSIDE].abs().max() < 1e-9
 
 
 def test_shrinking_averages() -> None:
-    """Twice as much of the image in the same pixels: a fine checkerboard becomes grey instead of aliasing."""
+    """A fine checkerboard shrunk by two becomes grey instead of aliasing."""
     board = ((torch.arange(32)[:, None] + torch.arange(32)) % 2).double()[None, None]
     out = warp(board, matrix((2, 0, 0), (0, 2, 0)))
     assert (out[INSIDE] - 0.5).abs().max() < 0.12
@@ -117,7 +117,7 @@ def test_shrinking_averages() -> None:
 
 
 def geometry(monkeypatch: pytest.MonkeyPatch, which: int, value: float, side: int = 32) -> Tensor:
-    """(3, 3): the matrix when transformation `which` alone is applied with the drawn number `value`."""
+    """Return the (3, 3) matrix if only transformation `which` is applied, with the drawn number `value`."""
     return _only(monkeypatch, which, lambda source: module._geometry(1, side, 0.5, source), value)[0].double()
 
 
@@ -156,7 +156,7 @@ LN2 = math.log(2)
     [
         (0, 0.7, rows((1, 0, 0), (0, 1, 0))),  # nothing is applied
         (1, 0.7, rows((-1, 0, 0), (0, 1, 0))),
-        (1, 0.3, rows((1, 0, 0), (0, 1, 0))),  # half of the applied mirrors change nothing
+        (1, 0.3, rows((1, 0, 0), (0, 1, 0))),  # half of the mirror operations change nothing
         (2, 0.3, rows((0, -1, 0), (1, 0, 0))),
         (2, 0.6, rows((-1, 0, 0), (0, -1, 0))),
         (3, 1.0, rows((1, 0, 0.25), (0, 1, 0.25))),  # an eighth of the side: 4 of 32 pixels, in units of half a side
@@ -226,19 +226,19 @@ def test_probability_zero_is_the_same_object() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_probabilities(p: float) -> None:
-    """The share of images that each transformation leaves alone."""
+    """Check the share of images that no transformation changes."""
     n = 4000
     change = module._geometry(n, 32, p, draws())
     eye = torch.eye(3)
     untouched = (change - eye).abs().amax((1, 2)).lt(1e-6).float().mean().item()
-    # mirror: half of them change nothing; quarter turns: one in four; together the two rotations have probability p;
-    # mirror with half a turn or two quarter turns that cancel do not occur among what is counted here
+    # A mirror changes nothing in half of the cases, quarter turns in one of four. The two rotations together have
+    # probability p. Combinations that cancel (mirror and half a turn, two quarter turns) are not counted here.
     once = (1 - p / 2) * (1 - 3 * p / 4) * (1 - p) ** 5
     assert untouched == pytest.approx(once, abs=0.02 + 0.02 * p)
 
 
 def test_the_average_is_unbiased() -> None:
-    """Directions are treated alike: over many draws mirrors, turns and shifts cancel, sizes keep their median."""
+    """All directions are equal: over many draws, mirrors, turns and shifts cancel, and sizes keep their median."""
     change = module._geometry(20_000, 64, 1.0, draws()).double()
     error = 4 / math.sqrt(20_000)  # four standard deviations of entries of order one
     assert change[:, :2].mean(0).abs().max() < error
@@ -278,7 +278,7 @@ def test_channels_last_changes_no_number() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_together_draw_what_one_draws(world: int) -> None:
+def test_several_ranks_draw_the_numbers_of_one(world: int) -> None:
     whole = StepRNG(3, 5, 0)
     expected = whole.normal(8, 2), whole.uniform(8), whole.normal(8, 1, 4, 4)
     parts = [StepRNG(3, 5, 0, rank, world) for rank in range(world)]

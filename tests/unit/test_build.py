@@ -1,4 +1,4 @@
-"""Parts of build/ that the commands' tests do not reach."""
+"""Parts of build/ that the tests of the commands do not reach."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psp_lightning.utils.errors import UserError
 
 
 @pytest.mark.parametrize("channels", [3, 19])
-def test_backbone_starts_from_the_face_network(channels: int, tmp_path: Path) -> None:
+def test_backbone_is_initialised_from_the_face_network(channels: int, tmp_path: Path) -> None:
     state = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict()
     torch.save(state, tmp_path / "id.pth")
     encoder = EncoderIntoW(512, channels, 32)
@@ -28,7 +28,7 @@ def test_backbone_starts_from_the_face_network(channels: int, tmp_path: Path) ->
     load_backbone(encoder, str(tmp_path / "id.pth"))
     loaded = encoder.state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in loaded if key.startswith("body."))
-    expected = state if channels == 3 else first  # other channels keep their own first layer
+    expected = state if channels == 3 else first  # with other channels, the first layer keeps its own weights
     assert all(torch.equal(loaded[key], expected[key]) for key in first)
 
 
@@ -74,7 +74,7 @@ def test_the_toy_faces_network_for_other_images_is_noticed(settings: list[str], 
 
 @pytest.mark.parametrize(("width", "last"), [(4, False), (8, True)])
 def test_narrow_encoders_are_not_trained_in_channels_last(width: int, last: bool) -> None:
-    """With few channels oneDNN's gradient of a strided 1x1 convolution writes outside its memory in that order."""
+    """With few channels, oneDNN's gradient of a strided 1x1 convolution writes out of bounds in that memory format."""
     settings = ["generator=seeded", "generator.max_channels=16", f"encoder.width={width}", "loss=[l2]",
                 "data.train.n=2", "data.val.n=1", "model.latent_avg_samples=16", "paths.output_dir=."]  # fmt: skip
     with initialize_config_dir(config_root(), version_base="1.3"):

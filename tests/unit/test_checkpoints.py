@@ -1,4 +1,4 @@
-"""checkpoints: every layout loads whole, every wrong file is one clear error, nothing from a file runs."""
+"""Checkpoints: every layout loads completely, every wrong file is one clear error, and no code in a file runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lightning_checkpoint(net):
 
 
 def released_checkpoint(net, **opts):
-    """The layout of the released files, with options as given."""
+    """Return a checkpoint in the layout of the released files with the given options."""
     state = {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()}
     state |= {f"decoder.{k}": v for k, v in net.generator.state_dict().items()}
     opts = {"encoder_type": FOREIGN[type(net.encoder).__name__], "start_from_latent_avg": True, **opts}
@@ -71,7 +71,7 @@ def test_own_checkpoint(tmp_path):
     net = network()
     before = torch.get_rng_state()
     loaded = PSP.from_checkpoint(save(lightning_checkpoint(net), tmp_path / "a.ckpt"))
-    assert torch.equal(before, torch.get_rng_state()), "loading must leave the random state alone"
+    assert torch.equal(before, torch.get_rng_state()), "loading must not change the random state"
     assert not loaded.training and loaded.describe() == net.describe()
     assert_same(freeze_psp_generator(net), loaded)
 
@@ -79,7 +79,7 @@ def test_own_checkpoint(tmp_path):
 @pytest.mark.parametrize("load", [load_psp, load_generator, load_decoder])
 @pytest.mark.parametrize("layout", [lightning_checkpoint, released_checkpoint])
 def test_a_file_is_read_once(tmp_path, monkeypatch, load, layout):
-    """One look at its kind, one reading."""
+    """It is opened once to detect its kind and once to read it."""
     path = save(layout(network()), tmp_path / "a.pt")
     opened, real = [], builtins.open
 
@@ -92,7 +92,7 @@ def test_a_file_is_read_once(tmp_path, monkeypatch, load, layout):
     assert [os.fspath(file) for file in opened if not isinstance(file, int)].count(os.fspath(path)) == 2, opened
 
 
-def test_run_folder_takes_best_then_last(tmp_path):
+def test_run_folder_loads_best_then_last(tmp_path):
     best, last = network(), network()
     last.latent_avg += 1
     save(lightning_checkpoint(last), tmp_path / "checkpoints" / "last.ckpt")
@@ -161,7 +161,7 @@ def test_released_without_average(tmp_path):
     assert not load_psp(save(content, tmp_path / "q.pt")).start_from_latent_avg
 
 
-def test_keys_with_wrappers_prefix(tmp_path):
+def test_keys_with_the_prefix_of_a_wrapper(tmp_path):
     net = network()
     content = released_checkpoint(net)
     content["state_dict"] = {f"module.{k}": v for k, v in content["state_dict"].items()}
@@ -297,7 +297,7 @@ def test_hostile_pickle_does_not_run(tmp_path, protocol, layout):
         assert not witness.exists(), "code from the file ran"
     if layout != "bare":
         assert "nothing in it was run" in str(error.value)
-        if protocol < 4:  # torch's safe reader knows no protocol 4, so it stops before the name
+        if protocol < 4:  # torch's safe reader does not know protocol 4 and stops before the name
             assert "system" in str(error.value)
 
 
@@ -339,7 +339,7 @@ def wrong_files(folder):
 
 
 @pytest.mark.parametrize("name", sorted(wrong_files(None)))
-def test_files_that_are_no_checkpoint(tmp_path, name):
+def test_files_that_are_not_checkpoints(tmp_path, name):
     content, message = wrong_files(tmp_path)[name]
     path = tmp_path / f"{name}.pt"
     path.write_bytes(content)
@@ -358,8 +358,8 @@ def test_every_truncation_is_an_error(tmp_path):
             read(path)
 
 
-def test_a_tensor_is_not_read_again_and_again(tmp_path):
-    """A list of one tensor is small in its file; stacked as latent codes it would not be."""
+def test_a_shared_tensor_is_not_expanded(tmp_path):
+    """A list that repeats one tensor is small in the file but would be huge as stacked latent codes."""
     codes = torch.zeros(512, 512)
     assert len(read_torch(save([codes, codes], tmp_path / "p.pt"))) == 2
     with pytest.raises(UserError, match=r"p.pt was refused.*saved with torch\.save after \.clone\(\)"):
@@ -412,7 +412,7 @@ def contents():
 
 
 @pytest.mark.parametrize("name", sorted(contents()))
-def test_checkpoints_of_something_else(tmp_path, name):
+def test_checkpoints_of_other_models(tmp_path, name):
     content, message = contents()[name]
     path = save(content, tmp_path / "p.pt")
     with pytest.raises(UserError, match=message) as error:

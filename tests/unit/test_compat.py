@@ -1,4 +1,4 @@
-"""Names and files of version 0.1.0 under today's names."""
+"""Names and files of version 0.1.0 in the current version."""
 
 import importlib
 import runpy
@@ -16,7 +16,7 @@ from psp_lightning.data.stores import PairLayout
 from psp_lightning.lit import callbacks
 from psp_lightning.utils import compat
 
-# What README, docs, notebooks and configuration of 0.1.0 imported from places that have changed -> where it is now.
+# Names that README, docs, notebooks and configuration of 0.1.0 imported and that have moved -> their current place.
 MOVED = {
     "checkpoints.io.load_generator": "loading.load_generator",
     "checkpoints.io.load_strict": "checkpoints.strict.load_strict",
@@ -38,7 +38,7 @@ MOVED = {
     "lit.samples.sample_images": "lit.callbacks.samples.sample_images",
     "models.frozen.freeze": "models.layers.freeze",
 }
-# The rest of what they imported: still in its place.
+# The other names that they imported, which have not moved.
 KEPT = """
     PSP data.align.align_face data.datamodules.StoreLike data.datamodules.TaskDataModule data.labels.colourise
     data.datamodules.FrontalizationDataModule data.datamodules.InpaintingDataModule
@@ -64,7 +64,7 @@ def attribute(path: str):
 
 @pytest.mark.parametrize("how", ["import", "_target_"])
 @pytest.mark.parametrize("old", MOVED)
-def test_a_moved_name_is_the_new_object_with_one_warning(old: str, how: str) -> None:
+def test_a_moved_name_gives_the_new_object_and_one_warning(old: str, how: str) -> None:
     new, scope = attribute(MOVED[old]), {}
     module, _, name = f"psp_lightning.{old}".rpartition(".")
     with warnings.catch_warnings(record=True) as caught:
@@ -78,17 +78,17 @@ def test_a_moved_name_is_the_new_object_with_one_warning(old: str, how: str) -> 
     assert [warning.category for warning in ours] == [DeprecationWarning]
     assert f"{module}.{name} is now psp_lightning.{MOVED[old]};" in str(ours[0].message)
     if how == "import":
-        assert ours[0].filename == __file__, "the warning points at the import"
+        assert ours[0].filename == __file__, "the warning must point at the import"
 
 
 @pytest.mark.parametrize("path", KEPT)
-def test_other_shown_names_are_in_their_place(path: str) -> None:
+def test_other_documented_names_have_not_moved(path: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         assert get_object(f"psp_lightning.{path}") is not None
 
 
-def test_nothing_else_is_found() -> None:
+def test_unknown_names_are_not_found() -> None:
     with pytest.raises(ImportError, match="cannot import name 'load_all'"):
         from psp_lightning.checkpoints.io import load_all  # noqa: F401
     with pytest.raises(ModuleNotFoundError):
@@ -125,7 +125,7 @@ def test_state_dicts_of_0_1_0() -> None:
 
 
 def test_callbacks_keep_the_keys_of_their_states() -> None:
-    """A checkpoint names the callbacks whose states it holds; a new name would lose them on a resume."""
+    """A checkpoint stores callback states by name, so a renamed callback would lose its state on a resume."""
     found = {cls.__qualname__ for cls in map(vars(callbacks).get, callbacks.__all__)} - {"step_checkpoints"}
     assert found == {
         "AverageBatchNorm", "EpochStart", "ExportGenerator", "ImageGrids", "LastCheckpoint", "ProgressBar",

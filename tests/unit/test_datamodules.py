@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("faces"), n=6, size=40, seed=0, progress=False)
 
 
-def test_all_tasks_are_there():
+def test_all_tasks_exist():
     assert set(DATAMODULES) == set(CHANNELS)
 
 
@@ -93,7 +93,7 @@ def test_masks_of_files(tmp_path, folder):
     store = FolderStore(folder)
     data = InpaintingDataModule(store, store, mask="file", mask_dir=tmp_path, **options(input_size=40))
     assert data.dataset("train")[4]["source"][3].nonzero()[:, 0].unique().tolist() == [4]
-    assert data.spec.mask == {"kind": "random"}, "a checkpoint must not ask for the masks of the training images"
+    assert data.spec.mask == {"kind": "random"}, "a checkpoint must not require the masks of the training images"
     (tmp_path / "3.png").unlink()
     data = InpaintingDataModule(store, store, mask="file", mask_dir=tmp_path, **options())
     with pytest.raises(UserError, match=r"1 image without a mask of the same name.*3\.jpg"):
@@ -210,7 +210,7 @@ def _rank(rank, port, folder):
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     module = Seen()
-    # Lightning's own sampler replacement stays on: it must leave ours in place
+    # Lightning's sampler replacement stays on and must not replace the library's sampler
     fit(module, small(), max_epochs=1, devices=2, strategy="ddp")
     torch.save({"train": module.train_seen, "val": module.val_seen}, f"{folder}/{rank}.pt")
 

@@ -48,7 +48,7 @@ def test_spec_errors(values, message):
 def test_modes_become_the_same_rgb(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     base = Image.fromarray(grey)
-    wanted = transforms.rgb(base.convert("RGB"), 16)
+    expected = transforms.rgb(base.convert("RGB"), 16)
     variants = {
         "L": base,
         "RGBA": base.convert("RGBA"),
@@ -58,7 +58,7 @@ def test_modes_become_the_same_rgb(tmp_path):
     }
     for name, image in variants.items():
         image.save(tmp_path / f"{name}.png")
-        assert torch.equal(transforms.rgb(tmp_path / f"{name}.png", 16), wanted), name
+        assert torch.equal(transforms.rgb(tmp_path / f"{name}.png", 16), expected), name
     base.convert("CMYK").save(tmp_path / "cmyk.tif")
     assert transforms.rgb(tmp_path / "cmyk.tif", 16).shape == (3, 16, 16)
 
@@ -75,7 +75,7 @@ def test_transparent_is_white_and_exif_is_honoured(tmp_path):
     assert (tensor[:, 4:] == 1).all() and (tensor[:, :4] == -1).all()
 
 
-def test_unreadable_images_are_named(tmp_path):
+def test_unreadable_images_are_reported_by_name(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:300])
@@ -95,14 +95,14 @@ def test_label_ids_outside_the_map(tmp_path):
 
 def test_palette_colours_and_gaps(tmp_path):
     ids = np.random.default_rng(0).integers(0, 19, (12, 12)).astype(np.uint8)
-    wanted = transforms.labels(Image.fromarray(ids), 12, labels.load_label_map())
+    expected = transforms.labels(Image.fromarray(ids), 12, labels.load_label_map())
     palette = Image.fromarray(ids)
     palette.putpalette([7] * 768)
     palette.save(tmp_path / "p.png")
     Image.fromarray(labels.colourise(ids)).save(tmp_path / "c.png")
     for name in ("p.png", "c.png"):
-        assert torch.equal(transforms.labels(tmp_path / name, 12, labels.load_label_map()), wanted), name
-    assert torch.equal(wanted.sum(0), torch.ones(12, 12))
+        assert torch.equal(transforms.labels(tmp_path / name, 12, labels.load_label_map()), expected), name
+    assert torch.equal(expected.sum(0), torch.ones(12, 12))
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"x\.png: the colour \(1, 2, 3\)"):
         transforms.labels(tmp_path / "x.png", 4, labels.load_label_map())
@@ -162,14 +162,14 @@ def test_flips_are_joint(tmp_path):
     items = [data[(epoch, 0)] for epoch in range(10)]
     assert all(torch.equal(item["source"], item["target"]) for item in items)
     assert len({item["target"].numpy().tobytes() for item in items}) == 2
-    # frontalization on a folder: source and target on their own
+    # frontalization on a folder: source and target are flipped independently
     data = dataset(FolderStore(tmp_path / "a"), spec, PairLayout("frontalization", "image", "frontal"), flip=0.5)
     data.independent_flip = True
     same = [torch.equal(item["source"], item["target"]) for item in (data[(epoch, 0)] for epoch in range(20))]
     assert 0 < sum(same) < 20
 
 
-def test_flipped_labels_change_left_and_right():
+def test_flipped_labels_swap_left_and_right():
     layout = PairLayout("seg2face", "labels")
     plain = dataset(ToyFacesStore(32, 0, 3), InputSpec("labels", 32, 19), layout, target_size=32)
     flipped = dataset(ToyFacesStore(32, 0, 3), plain.spec, layout, target_size=32, flip=1.0)
@@ -181,7 +181,7 @@ def test_flipped_labels_change_left_and_right():
         assert torch.equal(b["source"][channel], expected), f"channel {channel}"
 
 
-def test_folder_store_says_what_is_missing(tmp_path):
+def test_folder_store_names_what_is_missing(tmp_path):
     folder = photos_folder(tmp_path / "a")
     with pytest.raises(UserError, match="data.root=DIR"):
         FolderStore().prepare(PairLayout("inversion"))

@@ -31,7 +31,7 @@ def test_shapes(size: int) -> None:
     scores = network(x)
     assert scores.shape == (2,) and scores.dtype == torch.float32
     (grad,) = torch.autograd.grad(scores.sum(), x)
-    assert grad.abs().amax((1, 2, 3)).gt(0).all(), "an image does not reach its score"
+    assert grad.abs().amax((1, 2, 3)).gt(0).all(), "the score does not depend on every image"
     assert len(network.blocks) == size.bit_length() - 3
 
 
@@ -60,15 +60,15 @@ def test_minibatch_std(batch: int, group: int) -> None:
         torch.testing.assert_close(out[i, 3], expected.expand(4, 4))
 
 
-def test_ranks_make_the_groups_of_one_process() -> None:
-    """Rank r has every second image: where the group divides its batch, the groups are the same."""
+def test_ranks_form_the_groups_of_one_process() -> None:
+    """Rank r has every second image. If the group size divides its batch, the groups are the same."""
     x = torch.randn(16, 2, 4, 4)
     whole = minibatch_std(x, 4)
     for rank in (0, 1):
         torch.testing.assert_close(minibatch_std(x[rank::2], 4), whole[rank::2])
 
 
-def test_downsampling_shortcut_is_filter_and_strided_convolution() -> None:
+def test_downsampling_shortcut_equals_filter_and_strided_convolution() -> None:
     layer = EqualisedConv(3, 5, 1, down=True, activation=False)
     x = torch.randn(2, 3, 8, 8)
     blurred = upfirdn2d(x, fir_filter(), padding=(1, 1))
@@ -86,7 +86,7 @@ def test_downsampling_keeps_a_constant_image_and_halves_it() -> None:
 
 
 def test_activations_stay_of_order_one() -> None:
-    """What equalised learning rates and the factor of a residual sum are for; white noise loses to the low-pass."""
+    """Equalised learning rates and the factor of the residual sum ensure this. The low-pass reduces white noise."""
     network = Discriminator(32, channel_base=2048, max_channels=64)
     x = network.from_rgb(torch.randn(8, 3, 32, 32))
     for block in network.blocks:
@@ -95,8 +95,8 @@ def test_activations_stay_of_order_one() -> None:
 
 
 class Rounded(TorchDispatchMode):
-    """Computes every sum of products of half-precision tensors in float32 and rounds its result: what a processor may
-    do at its best. PyTorch computes all other operations so by itself."""
+    """A mode that computes each sum of products of half-precision tensors in float32 and rounds the result. This is the
+    best that a processor may do. PyTorch computes all other operations in this way by itself."""
 
     SUMS = {
         getattr(torch.ops.aten, name).default for name in ("convolution", "convolution_backward", "mm", "addmm", "bmm")
@@ -114,7 +114,7 @@ class Rounded(TorchDispatchMode):
 
 
 def discriminator_values(device: str) -> tuple[HalfPrecision, Callable[[], list[Tensor]]]:
-    """A discriminator; what computes its scores, their gradients and, on a GPU, those of R1."""
+    """Return a discriminator and a function for its scores, their gradients and, on a GPU, the gradients of R1."""
     network = Discriminator(32, channel_base=256, max_channels=16).to(device)
     x, weight = torch.randn(4, 3, 32, 32).to(device), network.blocks[0].conv1.weight
 
@@ -129,7 +129,7 @@ def discriminator_values(device: str) -> tuple[HalfPrecision, Callable[[], list[
 
 
 def generator_values(device: str) -> tuple[HalfPrecision, Callable[[], list[Tensor]]]:
-    """The same of a generator: images, gradients and, on a GPU, those of the path-length penalty."""
+    """Return a generator and a function for images, gradients and, on a GPU, those of the path-length penalty."""
     network = Generator(32, style_dim=16, n_mapping=2, channel_multiplier=1, channel_base=256, max_channels=16)
     w_plus = network.mapping(torch.randn(4, 16))[:, None].expand(-1, network.n_styles, -1).detach().to(device)
     noise, weight = torch.randn(4, 3, 32, 32).to(device) / 32, network.to(device).convs[-1].conv.weight
@@ -149,7 +149,7 @@ def generator_values(device: str) -> tuple[HalfPrecision, Callable[[], list[Tens
 @pytest.mark.parametrize(
     "device",
     [
-        "cpu",  # which never differentiates twice in half precision: LitGenerator
+        "cpu",  # LitGenerator never differentiates twice in half precision on a CPU
         pytest.param(
             "cuda",
             marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
@@ -157,7 +157,7 @@ def generator_values(device: str) -> tuple[HalfPrecision, Callable[[], list[Tens
     ],
 )
 def test_half_precision_is_as_close_as_rounding_allows(values: Any, dtype: torch.dtype, device: str) -> None:
-    """Means over draws: in a single one the leaky ReLUs whose side the rounding decides can double the error."""
+    """Compare means over draws: in a single draw, leaky ReLUs whose sign depends on rounding can double the error."""
     found, allowed = [], []
     for draw in range(6):
         torch.manual_seed(draw)
@@ -172,7 +172,7 @@ def test_half_precision_is_as_close_as_rounding_allows(values: Any, dtype: torch
             errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)])
     names = ("values", "gradient of the input", "gradient of a weight", "second derivative")
     means = torch.tensor([found, allowed]).mean(1).T.tolist()
-    for name, (error, least) in zip(names, means, strict=False):  # on a CPU without the last
+    for name, (error, least) in zip(names, means, strict=False):  # a CPU has no second derivative
         # bfloat16 has 8 bits of mantissa, float16 11; two blocks of convolutions, passed again for each derivative
         assert 0 < least < (0.15 if dtype == torch.bfloat16 else 0.03), f"{name}, rounded: {least:.4f}"
         assert 0 < error < 2 * least, f"{name}: {error:.4f}, rounding gives {least:.4f}"
@@ -187,7 +187,7 @@ def test_half_precision_changes_no_state_dict() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 4, 12, 48, 100])
-def test_sizes_that_are_no_power_of_two(size: int) -> None:
+def test_sizes_that_are_not_a_power_of_two(size: int) -> None:
     with pytest.raises(UserError, match=f"input_size={size}.*power of two"):
         Discriminator(size)
 

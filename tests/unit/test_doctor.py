@@ -1,4 +1,4 @@
-"""psp-doctor: readable without a GPU, its settings, its status."""
+"""psp-doctor: its report without a GPU, its settings, its exit status."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def lines(output: str) -> dict[str, str]:
 
 def test_without_a_gpu(capsys):
     assert doctor.report()
-    said = lines(capsys.readouterr().out)
-    assert said["PSP_OPS"] == "auto (not set)" and torch.__version__ in said["torch"]
-    assert said["in use"] == "plain PyTorch: there is no GPU" and said["architectures"] == "none"
-    assert {"CUDA toolkit", "ninja", "C++ compiler", "kernels in", "built", "GPU"} <= set(said)
+    shown = lines(capsys.readouterr().out)
+    assert shown["PSP_OPS"] == "auto (not set)" and torch.__version__ in shown["torch"]
+    assert shown["in use"] == "plain PyTorch: there is no GPU" and shown["architectures"] == "none"
+    assert {"CUDA toolkit", "ninja", "C++ compiler", "kernels in", "built", "GPU"} <= set(shown)
 
 
 @pytest.mark.parametrize("choice, good, why", [("cuda", False, "no GPU"), ("ref", True, "PSP_OPS=ref is set")])
 def test_choice(monkeypatch, capsys, choice, good, why):
     monkeypatch.setenv("PSP_OPS", choice)
     assert doctor.report() is good
-    said = lines(capsys.readouterr().out)
-    assert said["PSP_OPS"] == choice and why in said["in use"]
+    shown = lines(capsys.readouterr().out)
+    assert shown["PSP_OPS"] == choice and why in shown["in use"]
 
 
 def test_build(monkeypatch, capsys):
     monkeypatch.setattr(_toolchain, "missing", lambda: "")
-    assert not doctor.report(build=True)  # for what?
+    assert not doctor.report(build=True)  # no GPU to build for
     assert "TORCH_CUDA_ARCH_LIST" in lines(capsys.readouterr().out)["built"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
     make = "import sys; open(sys.argv[1] + '/psp_lightning_ops.so', 'w').write('x')"
@@ -53,8 +53,8 @@ def test_build(monkeypatch, capsys):
     assert doctor.report(build=True)
     assert lines(capsys.readouterr().out)["built"] == "yes"
     assert doctor.report()
-    said = lines(capsys.readouterr().out)
-    assert said["built"] == "yes" and said["architectures"] == "8.0 9.0"
+    shown = lines(capsys.readouterr().out)
+    assert shown["built"] == "yes" and shown["architectures"] == "8.0 9.0"
 
 
 def test_a_failed_build(monkeypatch, capsys):
@@ -92,14 +92,14 @@ def test_the_command():
     assert done.returncode == 0 and "PSP_OPS_DIR" in done.stdout
 
 
-def test_a_gpu_without_kernels_is_a_fault(monkeypatch, capsys):
+def test_a_gpu_without_kernels_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in (("device_count", 1), ("get_device_capability", (9, 0)), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, v=value: v)
     monkeypatch.setattr(_toolchain, "missing", lambda: "There is no ninja: pip install ninja.")
     assert not doctor.report()
-    said = lines(capsys.readouterr().out)
-    assert said["GPU 0"] == "a GPU, compute capability 9.0" and said["architectures"] == "9.0"
-    assert "no ninja" in said["in use"]
+    shown = lines(capsys.readouterr().out)
+    assert shown["GPU 0"] == "a GPU, compute capability 9.0" and shown["architectures"] == "9.0"
+    assert "no ninja" in shown["in use"]
     monkeypatch.setenv("PSP_OPS", "ref")
     assert doctor.report()

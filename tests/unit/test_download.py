@@ -1,4 +1,4 @@
-"""Downloads against a server on the loopback address: cut, resumed, wrong, no space, pages instead of data."""
+"""Downloads from a server on the loopback address: interrupted, resumed, wrong, disk full, pages instead of data."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DIGEST = hashlib.sha256(DATA).hexdigest()
 
 @dataclass
 class Behaviour:
-    """What the server does; `requests` are the Range headers that it got."""
+    """The server's behaviour. `requests` are the Range headers that it received."""
 
     data: bytes = DATA
-    cuts: list[int] = field(default_factory=list)  # bytes after which the next answers end
+    cuts: list[int] = field(default_factory=list)  # bytes after which the next responses are cut
     etag: str | None = '"one"'
     status: int = 200
     content_type: str = "application/octet-stream"
     length: bool = True
     ranges: bool = True
-    failures: int = 0  # answers of status 503 first
+    failures: int = 0  # number of initial responses with status 503
     requests: list[str | None] = field(default_factory=list)
 
 
@@ -49,8 +49,8 @@ def server() -> Iterator[tuple[Behaviour, str]]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            behaviour.requests.append(wanted)
+            requested = self.headers.get("Range")
+            behaviour.requests.append(requested)
             if behaviour.failures:
                 behaviour.failures -= 1
                 self.send_error(503)
@@ -59,7 +59,7 @@ def server() -> Iterator[tuple[Behaviour, str]]:
                 self.send_error(behaviour.status)
                 return
             same = self.headers.get("If-Range") in (None, behaviour.etag)
-            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and behaviour.ranges and same else 0
+            start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and behaviour.ranges and same else 0
             size = len(behaviour.data)
             if start >= size:
                 self.send_response(416)
@@ -116,12 +116,12 @@ def test_whole_file(server, folder, monkeypatch):
     behaviour, url = server
     record(monkeypatch, url, DIGEST[:8])
     seen = []
-    file, said = download.get("mine", progress=lambda done, total: seen.append((done, total)))
-    assert file == folder / "w.pth" and file.read_bytes() == DATA and "as published" in said
+    file, message = download.get("mine", progress=lambda done, total: seen.append((done, total)))
+    assert file == folder / "w.pth" and file.read_bytes() == DATA and "as published" in message
     assert names(folder) == {"w.pth"} and seen[-1] == (len(DATA), len(DATA))
     assert locate.find("mine") == file
     download.get("mine", offline=True)
-    assert len(behaviour.requests) == 1, "what is there is not downloaded again"
+    assert len(behaviour.requests) == 1, "an existing file must not be downloaded again"
 
 
 def test_cut_connections_are_resumed(server, folder, monkeypatch):
@@ -132,7 +132,7 @@ def test_cut_connections_are_resumed(server, folder, monkeypatch):
     assert behaviour.requests == [None, "bytes=100000-", "bytes=400000-", "bytes=400001-", "bytes=600001-"]
 
 
-def test_a_later_call_goes_on(server, folder, monkeypatch):
+def test_a_later_call_resumes(server, folder, monkeypatch):
     behaviour, url = server
     record(monkeypatch, url, DIGEST)
     monkeypatch.setattr(download, "ATTEMPTS", 1)
@@ -144,7 +144,7 @@ def test_a_later_call_goes_on(server, folder, monkeypatch):
     assert names(folder) == {"w.pth"}
 
 
-def test_a_part_of_another_file_is_dropped(server, folder, monkeypatch):
+def test_a_part_of_another_file_is_discarded(server, folder, monkeypatch):
     behaviour, url = server
     record(monkeypatch, url, DIGEST)
     monkeypatch.setattr(download, "ATTEMPTS", 1)
@@ -165,8 +165,8 @@ def test_servers_that_cannot_resume(server, folder, monkeypatch, change):
     assert download.get("mine")[0].read_bytes() == DATA
 
 
-def test_a_part_that_is_whole(server, folder, monkeypatch):
-    """Killed between the last byte and the renaming."""
+def test_a_part_that_is_complete(server, folder, monkeypatch):
+    """The download was killed between the last byte and the renaming."""
     behaviour, url = server
     record(monkeypatch, url, DIGEST)
     folder.mkdir()
@@ -184,7 +184,7 @@ def test_wrong_hash(server, folder, monkeypatch):
     record(monkeypatch, url, "0" * 64)
     with pytest.raises(UserError, match=f"SHA-256 {DIGEST[:16]}.*but 000.* is published; it was deleted") as error:
         download.get("mine")
-    assert names(folder) <= {".w.pth.lock"}, "nothing of the wrong file stays"
+    assert names(folder) <= {".w.pth.lock"}, "no part of the wrong file may be kept"
     assert str(folder / "w.pth") in str(error.value) and "curl" in str(error.value)
     (folder / "w.pth").write_bytes(b"mine")
     with pytest.raises(UserError, match="not the published file"):
@@ -194,8 +194,8 @@ def test_wrong_hash(server, folder, monkeypatch):
 def test_trust_on_first_use(server, folder, monkeypatch):
     behaviour, url = server
     entry = record(monkeypatch, url)
-    _, said = download.get("mine")
-    assert "trust on first use" in said and DIGEST in said
+    _, message = download.get("mine")
+    assert "trust on first use" in message and DIGEST in message
     known = json.loads((folder / download.KNOWN).read_text())
     assert known["mine"]["sha256"] == DIGEST and known["mine"]["bytes"] == len(DATA)
     assert "as recorded on" in download.get("mine")[1] and download.recorded() == known
@@ -216,7 +216,7 @@ def test_trust_on_first_use(server, folder, monkeypatch):
         (b"", "application/octet-stream", "an empty file"),
     ],
 )
-def test_pages_are_no_weights(server, folder, monkeypatch, data, content_type, message):
+def test_pages_are_rejected_as_weights(server, folder, monkeypatch, data, content_type, message):
     behaviour, url = server
     record(monkeypatch, url)
     behaviour.data, behaviour.content_type = data, content_type
@@ -228,16 +228,16 @@ def test_pages_are_no_weights(server, folder, monkeypatch, data, content_type, m
     assert "By hand" in str(error.value) and not [name for name in names(folder) if name.endswith((".pth", ".part"))]
 
 
-def test_not_there(server, folder, monkeypatch):
+def test_server_errors(server, folder, monkeypatch):
     behaviour, url = server
     record(monkeypatch, url)
     for status in (404, 403):
         behaviour.status = status
         with pytest.raises(UserError, match=f"answers {status}.*\n.*By hand"):
             download.get("mine")
-    assert len(behaviour.requests) == 2, "such answers are final"
+    assert len(behaviour.requests) == 2, "such responses must not be retried"
     behaviour.status, behaviour.failures = 200, 3
-    assert download.get("mine")[0].is_file(), "an overloaded server is asked again"
+    assert download.get("mine")[0].is_file(), "an overloaded server must be asked again"
 
 
 def test_no_server(folder, monkeypatch):
@@ -266,7 +266,7 @@ def test_no_space(server, folder, monkeypatch):
         with pytest.raises(UserError, match="no space left on the disk"):
             download.get("mine")
     assert not (folder / "w.pth").exists()
-    assert download.get("mine")[0].read_bytes() == DATA, "goes on when there is space"
+    assert download.get("mine")[0].read_bytes() == DATA, "the download must resume when there is space"
 
 
 def test_folder_that_cannot_be_written(server, tmp_path, monkeypatch):

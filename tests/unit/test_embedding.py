@@ -18,7 +18,7 @@ from psp_lightning.utils.errors import UserError
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     network = ToyFaceEmbedding(32, (8, 12, 16), 10)
-    with torch.no_grad():  # running statistics that are not those of a fresh network
+    with torch.no_grad():  # running statistics that differ from those of a new network
         network.train()(torch.rand(8, 3, 32, 32))
     save_embedding(tmp_path / "small.safetensors", network.eval(), {"licence": "MIT"})
     return tmp_path / "small.safetensors"
@@ -44,7 +44,7 @@ def test_large_images_are_pooled(file: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 48])
-def test_sizes_that_do_not_halve_are_refused(size: int) -> None:
+def test_sizes_that_cannot_be_halved_are_rejected(size: int) -> None:
     with pytest.raises(UserError, match=f"input_size={size}"):
         ToyFaceEmbedding(size, (8, 12, 16))
 
@@ -56,7 +56,7 @@ def test_perceptual_distance(file: Path, is_frozen) -> None:
     assert torch.equal(loss.distance(x, x), torch.zeros(3))
     expected = torch.zeros(3)
     for a, b in zip(loss.network.features(x), loss.network.features(y), strict=True):
-        for i in range(3):  # one minus cosine at each position, twice
+        for i in range(3):  # one minus cosine at each position, times two
             cosine = torch.nn.functional.cosine_similarity(a[i], b[i], dim=0)
             silent = (a[i].norm(dim=0) == 0) | (b[i].norm(dim=0) == 0)
             square = torch.where(
@@ -69,7 +69,7 @@ def test_perceptual_distance(file: Path, is_frozen) -> None:
     assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0
 
 
-def test_id_loss_takes_an_embedding(file: Path) -> None:
+def test_id_loss_accepts_an_embedding(file: Path) -> None:
     loss, x = IDLoss(str(file)), images(3)
     same = loss(LossInputs(y_hat=x, y=x, x=x))
     assert float(same.value) == pytest.approx(0, abs=1e-6)
@@ -78,11 +78,11 @@ def test_id_loss_takes_an_embedding(file: Path) -> None:
     assert torch.allclose(loss.similarity(x, images(3, seed=1)), expected, atol=1e-6)
 
 
-def test_weights_beside_an_embedding_are_refused(file: Path) -> None:
+def test_weights_in_addition_to_an_embedding_are_rejected(file: Path) -> None:
     with pytest.raises(UserError, match=r"other\.pth cannot be combined with .*Leave one of them out"):
         IDLoss(str(file), weights="other.pth")
 
 
-def test_unknown_identity_network_says_what_there_is() -> None:
+def test_unknown_identity_network_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="ir_se50, facenet, and files of embeddings"):
         IDLoss("ir_se5")

@@ -1,4 +1,4 @@
-"""Exports: every format and half agrees with PyTorch, cards say what the files are, failures leave nothing."""
+"""Exports: every format and part agrees with PyTorch, cards describe the files, failures leave no files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def network(cls=GradualStyleEncoder, channels: int = 3, kind: str = "rgb") -> PS
     torch.manual_seed(0)
     net = Generator.seeded(0, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
     styles = {} if cls is EncoderIntoW else {"n_styles": net.n_styles}
-    # a map of 16 px is pooled to 7 px in EncoderIntoWPlus, as in the published networks: 7 does not divide 16
+    # as in the published networks, EncoderIntoWPlus pools a map whose side (16 px) is not a multiple of 7 to 7 px
     size = 256 if cls is EncoderIntoWPlus else 32
     encoder = cls(style_dim=16, in_channels=channels, input_size=size, blocks=(1, 1, 1, 1), width=4, **styles)
     return PSP(encoder, net, torch.randn(16), source={"kind": kind, "size": size}).eval()
@@ -59,7 +59,7 @@ def test_agrees_with_pytorch_at_batch_1_and_3(format: str, what: str, tmp_path: 
         expected = net(x) if what == "both" else net.encode(x) if what == "encoder" else net.decode(x)
         found = run(x)
         assert found.shape == expected.shape and (found - expected).abs().max() < 1e-3
-        assert torch.equal(found, run(x)), "noise is constant"
+        assert torch.equal(found, run(x)), "noise must be constant"
     assert done.difference < 1e-4
     assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, path.name + ".md"]
 
@@ -81,18 +81,18 @@ def test_graph_has_standard_operators_and_a_free_batch(tmp_path: Path) -> None:
     export(network(), tmp_path / "x.onnx", "onnx")
     model = onnx.load(tmp_path / "x.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert {node.domain for node in model.graph.node} == {""}, "an operator that onnxruntime does not know"
+    assert {node.domain for node in model.graph.node} == {""}, "onnxruntime does not know an operator"
     (source,), (image,) = model.graph.input, model.graph.output
     for tensor, name, shape in ((source, "source", [3, 32, 32]), (image, "image", [3, 32, 32])):
         dims = tensor.type.tensor_type.shape.dim
         assert tensor.name == name and dims[0].dim_param == "batch"
         assert name == "image" or [dim.dim_value for dim in dims[1:]] == shape
     weights = [list(item.dims) for item in model.graph.initializer]
-    assert all(len(shape) < 5 for shape in weights), "weights of single samples"
+    assert all(len(shape) < 5 for shape in weights), "the weights must not depend on the sample"
 
 
 @torch.no_grad()
-def test_safetensors_are_files_of_ours(tmp_path: Path) -> None:
+def test_safetensors_can_be_loaded_again(tmp_path: Path) -> None:
     net = network()
     export(net, tmp_path / "p.safetensors", "safetensors", facts={"checkpoint": "a.ckpt", "origin": {"licence": "MIT"}})
     x = torch.rand(2, 3, 32, 32)
@@ -106,7 +106,7 @@ def test_safetensors_are_files_of_ours(tmp_path: Path) -> None:
         export(net, tmp_path / "e.safetensors", "safetensors", "encoder")
 
 
-def test_the_network_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_network_is_not_changed(tmp_path: Path) -> None:
     net = network()
     net.generator.use_half(16)
     net.encoder.train()
@@ -127,7 +127,7 @@ def test_the_network_stays_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ["generator", "both"])
 @pytest.mark.parametrize("format", ["onnx", "torchscript", "safetensors"])
-def test_card_says_what_the_file_is(format: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_describes_the_file(format: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_generator(tmp_path / "g.safetensors", network().generator, {"licence": "CC0", "images": "drawn\nfaces"})
     facts = facts_of(tmp_path / "g.safetensors")
     path = tmp_path / f"x.{SUFFIX[format]}"
@@ -139,7 +139,7 @@ def test_card_says_what_the_file_is(format: str, what: str, tmp_path: Path, monk
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(code, names)  # the call that it gives works
+    exec(code, names)  # the call shown on the card must work
     assert tuple(names["image"].shape) == (1, 3, 32, 32)  # type: ignore[attr-defined]
 
 
@@ -148,7 +148,7 @@ def test_card_of_a_network_of_unknown_origin(tmp_path: Path) -> None:
     assert "a network in memory" in text and "licence: not in the checkpoint" in text
 
 
-# --- what goes wrong
+# --- errors
 
 
 def test_missing_packages_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_export_packages_are_not_imported_with_the_library() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
-def test_a_file_that_disagrees_is_not_left_behind(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_disagrees_is_removed(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"x.{SUFFIX[format]}"
     path.write_text("former")
     make = getattr(module, f"_{format}")
@@ -178,7 +178,7 @@ def test_a_file_that_disagrees_is_not_left_behind(format: str, tmp_path: Path, m
 
 
 class BatchEncoder(nn.Module):
-    """Its trace knows one batch size only."""
+    """An encoder whose trace supports only one batch size."""
 
     n_styles, style_dim, in_channels, input_size = 8, 16, 3, 32
 
@@ -188,7 +188,7 @@ class BatchEncoder(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
-def test_an_own_encoder_with_a_fixed_batch_is_refused(format: str, tmp_path: Path) -> None:
+def test_a_custom_encoder_with_a_fixed_batch_is_rejected(format: str, tmp_path: Path) -> None:
     net = PSP(BatchEncoder(), network().generator)
     with pytest.raises(UserError, match="at batch 1.*nothing was written"):
         export(net, tmp_path / f"x.{SUFFIX[format]}", format)
@@ -206,7 +206,7 @@ def test_untraceable_network_is_one_message(tmp_path: Path, capsys: pytest.Captu
     assert not list(tmp_path.iterdir())
 
 
-def test_generator_alone_has_no_encoder() -> None:
+def test_a_generator_has_no_encoder_to_export() -> None:
     with pytest.raises(UserError, match="what=generator"):
         Part(PSP(nn.Identity(), network().generator), "both")
 

@@ -27,7 +27,7 @@ def test_frechet_agrees_with_the_matrix_square_root() -> None:
     assert float(found) == pytest.approx(expected, rel=1e-8)
 
 
-def test_frechet_of_a_set_with_itself_is_zero_and_batches_do_not_matter() -> None:
+def test_frechet_of_a_set_with_itself_is_zero_for_any_batches() -> None:
     images = torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole, parts = FrechetDistance(flat, 12), FrechetDistance(flat, 12)
     for real in (True, False):
@@ -36,12 +36,12 @@ def test_frechet_of_a_set_with_itself_is_zero_and_batches_do_not_matter() -> Non
             parts.update(part * (1.0 if real else 0.5), real)
     assert float(whole.compute()) == pytest.approx(0, abs=1e-9)
     mean, covariance = flat(images).double().mean(0), flat(images).double().t().cov()
-    expected = (mean / 2).square().sum() + covariance.trace() * 0.25  # the root of half the covariance
+    expected = (mean / 2).square().sum() + covariance.trace() * 0.25  # tr(C + C/4 - 2 sqrt(C C/4)) = tr(C) / 4
     assert float(parts.compute()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_frechet_of_uneven_ranks() -> None:
-    """States of ranks are summed: one rank may have no image, and no order matters."""
+    """The states of ranks are summed, so a rank may have no images and their order does not matter."""
     images = torch.rand(9, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole, ranks = FrechetDistance(flat, 12), [FrechetDistance(flat, 12) for _ in range(3)]
     for real in (True, False):
@@ -56,7 +56,7 @@ def test_frechet_of_uneven_ranks() -> None:
     assert summed.compute().dtype == torch.float64
 
 
-def test_frechet_saves_no_network() -> None:
+def test_frechet_does_not_save_its_network() -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     metric = FrechetDistance(network, 4)
     metric.persistent(True)
@@ -81,4 +81,4 @@ def test_projection_finds_codes_of_generated_images() -> None:
     after = mse_per_image(generator.synthesis(codes), targets).detach()
     assert codes.shape == (3, generator.n_styles, 16) and not codes.requires_grad
     assert (after < 0.02 * before).all(), (before, after)
-    assert all(p.requires_grad and p.grad is None for p in generator.parameters()), "the generator must be as before"
+    assert all(p.requires_grad and p.grad is None for p in generator.parameters()), "the generator must not change"

@@ -1,4 +1,4 @@
-"""Networks for inference: the same codes and images as the plain ones; how the structure of the gains stays."""
+"""Networks for inference give the codes and images of the plain ones, and their layers are fused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(cls, **kwargs):
     styles = {} if cls is EncoderIntoW else {"n_styles": 8}
     net = cls(**{**SMALL, **styles, **kwargs})
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # as after a training
+        if isinstance(module, nn.BatchNorm2d):  # as after training
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight, 1, 0.2)
@@ -61,10 +61,10 @@ def test_fused_encoder_equals_the_plain_one(cls, mode, pack):
     image = [source(1, 3, 64)] if cls in RESTYLE else []
     expected = net(x, *image)
     fused = FusedEncoder(net, pack=pack)
-    for batch in (3, 1, 2):  # weights are reordered for the first
+    for batch in (3, 1, 2):  # the first batch reorders the weights
         assert relative(fused(x[:batch], *image), expected[:batch]) < 1e-4
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
-    assert torch.equal(net(x, *image), expected), "the plain one must stay as it is"
+    assert torch.equal(net(x, *image), expected), "the plain network must not change"
 
 
 def test_every_registered_encoder_is_tested():
@@ -87,11 +87,11 @@ def test_layers_of_a_fused_encoder():
     assert isinstance(unit[1], FoldedConv) and unit[1].bias is None
     assert isinstance(unit[3], FoldedConv) and unit[3].bias is not None and isinstance(unit[4], nn.Identity)
     assert fused.n_styles == 8 and fused.in_channels == 4
-    fused.train()(source())  # nothing in it trains
+    fused.train()(source())  # no part of it can be trained
     assert not [p for p in fused.parameters() if p.requires_grad and p.shape == (8,)]
 
 
-def test_a_fused_network_refuses_what_it_cannot():
+def test_a_fused_network_rejects_unsupported_calls():
     net = network().for_inference()
     for wrong, message in ((lambda: net.describe(), "not saved"), (lambda: net.double(), "not moved or cast")):
         with pytest.raises(UserError, match=message):
@@ -102,7 +102,7 @@ def test_a_fused_network_refuses_what_it_cannot():
         net.encode(source(side=64))
 
 
-def test_own_layers_are_left_as_they_are():
+def test_custom_layers_are_not_changed():
     class Doubled(nn.Conv2d):
         def forward(self, x):
             return 2 * super().forward(x)

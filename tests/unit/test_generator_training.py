@@ -1,4 +1,4 @@
-"""LitGenerator: the arithmetic of a step's parts, what is refused, what a checkpoint holds."""
+"""LitGenerator: the arithmetic of a step's parts, rejected settings, the content of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class OneProcess:
-    """What a module asks its trainer."""
+    """A stand-in for the trainer of one process."""
 
     global_rank, world_size, global_step = 0, 1, 0
 
@@ -51,7 +51,7 @@ def test_average_starts_as_the_generator_and_stays_frozen(is_frozen) -> None:
 
 
 def test_average_has_the_stated_half_life() -> None:
-    """A weight that jumps from 0 to 1 is at a half after ema_images images."""
+    """The average of a weight that jumps from 0 to 1 is 0.5 after ema_images images."""
     module = build(recipe={"ema_images": 100.0, "ema_ramp": 0.0})
     with torch.no_grad():
         for mine, weight in zip(module.g_ema.parameters(), module.generator.parameters(), strict=True):
@@ -119,7 +119,7 @@ def test_style_mixing(mixing: float, trainer: OneProcess) -> None:
     w_plus = module.styles(2000, module.draws(0))
     assert w_plus.shape == (2000, 8, 8)
     changes = (w_plus[:, 1:] != w_plus[:, :-1]).any(-1)
-    assert changes.sum(1).max() <= 1, "more than two styles in an image"
+    assert changes.sum(1).max() <= 1, "an image has more than two styles"
     share = changes.any(1).float().mean().item()
     assert share == pytest.approx(mixing, abs=0.04)
     if mixing == 1:
@@ -127,7 +127,7 @@ def test_style_mixing(mixing: float, trainer: OneProcess) -> None:
         assert (each - 1 / 7).abs().max() < 0.04, f"crossovers are not uniform: {each.tolist()}"
 
 
-def test_ranks_make_the_images_of_one_process() -> None:
+def test_ranks_generate_the_images_of_one_process() -> None:
     whole = attached(build(), type("T", (OneProcess,), {})())
     expected = render(whole, 4)
     for rank in (0, 1):
@@ -145,7 +145,7 @@ def render(module: LitGenerator, n: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_penalties_on_a_cpu_are_those_of_full_precision(dtype: torch.dtype, trainer: OneProcess) -> None:
-    """Bit for bit, whatever the processor makes of half precision; all other passes keep it."""
+    """They are bit-identical, however the processor computes half precision. All other passes use half precision."""
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
     def penalties(module: LitGenerator) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def test_penalties_on_a_cpu_are_those_of_full_precision(dtype: torch.dtype, trai
         assert torch.equal(found[name], value), name
     assert half.generator.half_from == half.discriminator.half_from == 8
     scores = [module.discriminator(images) for module in (full, half)]
-    assert not torch.equal(*scores), "the discriminator's own pass left half precision"
+    assert not torch.equal(*scores), "the discriminator's pass did not use half precision"
 
 
 def test_full_precision_ends_with_its_block() -> None:
@@ -202,7 +202,7 @@ def test_published_defaults() -> None:
     assert (recipe.mixing, recipe.ada_target, recipe.ada_images, recipe.ada_every) == (0.9, 0.6, 500_000, 4)
 
 
-# --- refused
+# --- rejected settings and weights
 
 
 def test_networks_of_two_sizes() -> None:
@@ -219,12 +219,12 @@ def test_networks_of_two_sizes() -> None:
         ({"path_shrink": 0}, "path_shrink"),
     ],
 )
-def test_recipes_that_make_no_sense(options: dict[str, Any], words: str) -> None:
+def test_invalid_recipes(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Recipe(**options)
 
 
-@pytest.mark.filterwarnings("error")  # a message of PyTorch's before the error would confuse
+@pytest.mark.filterwarnings("error")  # a warning of PyTorch before the error would be confusing
 def test_a_value_that_is_not_finite_is_named() -> None:
     module = build()
     batch = {"path": ["a.png", "b.png"]}
@@ -250,7 +250,7 @@ def test_weights_without_counters() -> None:
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), source.parameters(), strict=True))
 
 
-def test_what_the_log_repeats_survives_a_checkpoint() -> None:
+def test_values_repeated_in_the_log_survive_a_checkpoint() -> None:
     source, module = build(), build()
     source._row, source._sign = {"r1": torch.tensor(0.3)}, 0.25
     checkpoint: dict[str, Any] = {}
@@ -258,7 +258,7 @@ def test_what_the_log_repeats_survives_a_checkpoint() -> None:
     module.on_load_checkpoint(checkpoint)
     assert torch.equal(module._row["r1"], torch.tensor(0.3)) and module._sign == 0.25
     assert checkpoint["generator"] == source.generator.config
-    module.on_load_checkpoint({})  # of a version that did not keep it
+    module.on_load_checkpoint({})  # from a version that did not store it
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint() -> None:
@@ -289,7 +289,7 @@ def test_tiles() -> None:
     assert grid[0, ::2, ::2].tolist() == [[-1.0, 0.0, 0.5], [1.0, -0.5, 1.0]]
 
 
-def test_a_checkpoint_without_weights_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_checkpoint_without_weights_is_not_treated_as_a_run(tmp_path: Path) -> None:
     from psp_lightning.build.generator_training import _start_from
 
     torch.save({"generator": {}}, file := tmp_path / "half.ckpt")

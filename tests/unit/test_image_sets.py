@@ -1,4 +1,4 @@
-"""Images for generator training: what files may be, how they are fitted, that all of them are seen."""
+"""Images for generator training: the accepted files, how they are fitted, and that all of them are used."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_size_that_the_images_do_not_have(root: Path) -> None:
         FolderImages(root, size=32)
 
 
-def test_images_that_are_no_squares(tmp_path: Path) -> None:
+def test_images_that_are_not_square(tmp_path: Path) -> None:
     write(tmp_path / "a.png", 16, 8)
     with pytest.raises(UserError, match=r"a\.png has 16x8 pixels, which is not square"):
         FolderImages(tmp_path)
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
-def test_fit_takes_them_all(root: Path, fit: str) -> None:
+def test_fit_accepts_images_of_all_sizes(root: Path, fit: str) -> None:
     write(root / "3b.png", 24, 20)
     images = FolderImages(root, size=8, fit=fit)
     assert len(images) == 6
@@ -79,7 +79,7 @@ def test_images_of_48_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [48, 4, 0, 33])
-def test_wanted_size_is_no_power_of_two(root: Path, size: int) -> None:
+def test_requested_size_is_not_a_power_of_two(root: Path, size: int) -> None:
     with pytest.raises(UserError, match=f"^size={size} must be a power of two"):
         FolderImages(root, size=size, fit="crop")
     with pytest.raises(UserError, match=f"^size={size} must be a power of two"):
@@ -104,7 +104,7 @@ def test_no_folder_given() -> None:
 
 
 def stripes(width: int, height: int) -> Image.Image:
-    """Left third red, middle green, right third blue; the top row is white."""
+    """Return an image with a red left, green middle and blue right third and a white top row."""
     array = np.zeros((height, width, 3), np.uint8)
     third = width // 3
     for i in range(3):
@@ -119,17 +119,17 @@ def test_crop_keeps_the_centre() -> None:
     assert np.array_equal(out, np.asarray(image)[:, 8:16])
 
 
-def test_crop_of_an_odd_rest_is_within_the_image() -> None:
+def test_crop_with_an_odd_margin_stays_inside_the_image() -> None:
     out = np.asarray(fit_image(stripes(27, 8), 8, "crop"))
-    assert out.shape == (8, 8, 3) and out[1:, :, 1].min() == 255, "something outside the middle third was taken"
+    assert out.shape == (8, 8, 3) and out[1:, :, 1].min() == 255, "the crop contains pixels outside the middle third"
 
 
 def test_pad_repeats_the_edge() -> None:
     image = stripes(24, 8)
     out = np.asarray(fit_image(image, 24, "pad"))
     assert np.array_equal(out[8:16], np.asarray(image))
-    assert (out[:8] == 255).all(), "above: the white top row"
-    assert np.array_equal(out[16:], np.repeat(np.asarray(image)[-1:], 8, 0)), "below: the last row"
+    assert (out[:8] == 255).all(), "above, the white top row must be repeated"
+    assert np.array_equal(out[16:], np.repeat(np.asarray(image)[-1:], 8, 0)), "below, the last row must be repeated"
 
 
 def test_pad_of_a_tall_image() -> None:
@@ -143,11 +143,11 @@ def test_squash_scales_both_sides() -> None:
     image = stripes(24, 8)
     out = np.asarray(fit_image(image, 8, "squash"))
     assert np.array_equal(out, np.asarray(image.resize((8, 8), Image.Resampling.LANCZOS)))
-    assert out[4, 0].argmax() == 0 and out[4, 7].argmax() == 2, "both ends are kept"
+    assert out[4, 0].argmax() == 0 and out[4, 7].argmax() == 2, "both ends must be kept"
 
 
 @pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
-def test_a_fitting_image_is_left_alone(fit: str) -> None:
+def test_an_image_of_the_right_size_is_not_changed(fit: str) -> None:
     image = stripes(9, 9).resize((16, 16))
     assert np.array_equal(np.asarray(fit_image(image, 16, fit)), np.asarray(image))
 
@@ -183,7 +183,7 @@ def test_kinds(mode: str, colour: object, suffix: str, expected: tuple[int, ...]
     assert [round((v + 1) * 127.5) for v in image.mean((1, 2)).tolist()] == list(expected)
 
 
-def test_turned_by_exif(tmp_path: Path) -> None:
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise
     stripes(24, 8).save(tmp_path / "a.png", exif=exif)
@@ -194,14 +194,14 @@ def test_turned_by_exif(tmp_path: Path) -> None:
         FolderImages(tmp_path)
 
 
-def test_floating_point_pixels_are_refused_before_training(tmp_path: Path) -> None:
+def test_floating_point_pixels_are_rejected_before_training(tmp_path: Path) -> None:
     write(tmp_path / "a.tif", mode="F", colour=0.5)
     with pytest.raises(UserError, match=r"a\.tif.*floating-point.*replace it"):
         FolderImages(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_of_an_animation_the_first_picture_counts(suffix: str, tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_used(suffix: str, tmp_path: Path) -> None:
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[second], lossless=True)
     assert FolderImages(tmp_path).pixels(0)[0, 0].tolist() == [255, 0, 0]
@@ -212,7 +212,7 @@ def test_of_an_animation_the_first_picture_counts(suffix: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("options", [{}, {"size": 16, "fit": "crop"}])
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "signature only"])
-def test_no_image_is_found_before_training(content: bytes, options: dict, root: Path) -> None:
+def test_files_without_an_image_are_found_before_training(content: bytes, options: dict, root: Path) -> None:
     (root / "3b.png").write_bytes(content)
     with pytest.raises(UserError, match=r"3b\.png cannot be read as an image.*Remove it or replace it"):
         FolderImages(root, **options)
@@ -237,7 +237,7 @@ def test_damaged_pixels_are_named_when_they_are_read(options: dict, workers: int
 
 
 def test_every_image_is_seen(root: Path) -> None:
-    """An epoch drops the incomplete batch at its end, which holds other images each time."""
+    """An epoch drops the incomplete batch at its end, which contains different images each time."""
     loader = ImageDataModule(FolderImages(root), 2).train_dataloader()
     epochs = [[Path(p).stem for batch in loader for p in batch["path"]] for _ in range(6)]
     assert all(len(set(epoch)) == 4 for epoch in epochs)

@@ -1,4 +1,4 @@
-"""Importing weights: what goes in comes out, of every size and layout; what is hostile or of another kind does not."""
+"""Importing weights: every size and layout is imported unchanged, hostile and unsupported files are rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ nvidia, hostile = load("nvidia_pickles"), load("hostile_files")
 
 
 def generator(seed: int = 0, **config) -> Generator:
-    """Untrained, with noise and biases that count."""
+    """Return an untrained generator whose noise and biases have an effect."""
     config = {"output_size": 32, "style_dim": 16, "n_mapping": 2, "max_channels": 8} | config
     net = Generator.seeded(seed, **config).eval()
     draws = torch.Generator().manual_seed(seed)
@@ -68,7 +68,7 @@ def psp(cls=GradualStyleEncoder, seed: int = 0, **arguments) -> PSP:
 
 
 def released(net: PSP, encoder_type: str = "GradualStyleEncoder", **opts) -> dict:
-    """The layout of pSp's, e4e's and ReStyle's files."""
+    """Return a checkpoint in the layout of pSp's, e4e's and ReStyle's files."""
     state = {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()}
     state |= {f"decoder.{k}": v for k, v in net.generator.state_dict().items()}
     opts = {"encoder_type": encoder_type, "start_from_latent_avg": True, "dataset_type": "ffhq_encode"} | opts
@@ -83,7 +83,7 @@ def saved(content, path: Path, **options) -> Path:
 # --- round trips ---------------------------------------------------------------------------------------------------
 
 SIZES = itertools.product((32, 64, 256), (1, 2), (2, 8), (1, 3), (128, 512))
-# w as long as z, or the other length, in turn
+# alternately, w has the length of z or the other length
 GRID = [(*case, case[4] if sum(case[:4]) // 2 % 2 else 640 - case[4]) for case in SIZES]
 
 
@@ -147,7 +147,7 @@ def test_rosinality(tmp_path, legacy):
     }  # fmt: skip
     options = {"_use_new_zipfile_serialization": not legacy}
     found = import_file(saved(training, tmp_path / "t.pt", **options))
-    assert torch.equal(found.generator.input.input, state["input.input"]), "the averaged weights"
+    assert torch.equal(found.generator.input.input, state["input.input"]), "the averaged weights must be imported"
     assert found.latent_avg is None and found.average.endswith("(the file has none)")
     assert {row[0] for row in found.rows if row[2].startswith("not used")} >= {"g", "d", "g_optim"}
     found.save(tmp_path / "o.safetensors", {"licence": "mine"})
@@ -156,7 +156,7 @@ def test_rosinality(tmp_path, legacy):
     assert "100000 mapped draws, seed 0" in description["latent_avg"]
     origin = description["origin"]
     assert origin["file"] == "t.pt" and origin["licence"] == "mine" and len(origin["sha256"]) == 64
-    assert str(tmp_path) not in json.dumps(description), "no path of this machine goes into the file"
+    assert str(tmp_path) not in json.dumps(description), "the file must not contain a path of this machine"
 
     last = import_file(saved({"g": state}, tmp_path / "g.pt", **options))
     assert any("no g_ema" in note for note in last.notes)
@@ -209,7 +209,7 @@ def test_released_networks(tmp_path, cls, encoder_type):
 
 @torch.no_grad()
 def test_e4e_adds_its_differences_to_the_first_style():
-    """From the definition: w_0 everywhere, plus each further head's own difference."""
+    """By definition, the codes are w_0 everywhere, plus the difference of each further head."""
     net = psp(Encoder4Editing)
     plain = GradualStyleEncoder(**net.encoder.config).eval()
     plain.load_state_dict(net.encoder.state_dict())
@@ -229,7 +229,7 @@ def test_e4e_adds_its_differences_to_the_first_style():
         ("", {}, "latlayer", "do not say which encoder"),
     ],
 )
-def test_of_other_restyle_networks_the_generator_is_taken(tmp_path, encoder_type, opts, change, reason):
+def test_the_generator_of_other_restyle_networks_is_imported(tmp_path, encoder_type, opts, change, reason):
     net = psp()
     content = released(net, encoder_type, **opts)
     if change == "latlayer":
@@ -268,7 +268,7 @@ def test_our_own_files(tmp_path):
 
 @torch.no_grad()
 def test_states_inside_other_files(tmp_path):
-    """Lightning files and safetensors of others that hold a generator under a prefix."""
+    """Lightning and safetensors files of other projects may contain a generator under a prefix."""
     net = generator()
     state = net.state_dict()
     lightning = {
@@ -294,7 +294,7 @@ def test_other_numbers_of_input_channels(tmp_path):
     more = import_file(file, in_channels=5)
     assert ("encoder.input_layer", 1, "adapted: its input channels") in more.rows
     wide = torch.cat([x, torch.rand(1, 2, 32, 32)], 1)
-    assert torch.allclose(more.net.encode(wide), net.encode(x), atol=1e-5), "new channels start at zero"
+    assert torch.allclose(more.net.encode(wide), net.encode(x), atol=1e-5), "new channels must start at zero"
     assert more.net.source == {"kind": "labels", "size": 32, "n_classes": 5, "interpolation": "nearest"}
     grey = import_file(file, in_channels=1)
     assert torch.allclose(grey.net.encode(x[:, :1]), net.encode(x[:, :1].expand(-1, 3, -1, -1)), atol=1e-4)
@@ -306,7 +306,7 @@ def test_other_numbers_of_input_channels(tmp_path):
     assert adapt_channels(weight, 2).shape == (4, 2, 3, 3) and torch.equal(adapt_channels(weight, 3), weight)
 
 
-def test_reports_say_what_was_matched_adapted_and_refused():
+def test_reports_list_what_was_matched_adapted_and_refused():
     module = torch.nn.Sequential(torch.nn.Conv2d(5, 2, 1), torch.nn.Conv2d(2, 2, 1))
     state = dict(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(2, 2, 1)).state_dict())
     report = load_strict(module, state, adapt=["0.weight"])
@@ -323,7 +323,7 @@ def test_reports_say_what_was_matched_adapted_and_refused():
     assert ("1", 1, "left as it was") in allowed.rows()
 
 
-def test_mismatches_are_refused_with_their_report(tmp_path):
+def test_mismatches_are_rejected_with_their_report(tmp_path):
     state = generator().state_dict()
     del state["convs.1.activate.bias"]
     state["more"] = torch.ones(1)
@@ -436,15 +436,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
-def test_other_checkpoints_are_named(tmp_path, name):
+def test_unsupported_checkpoints_are_identified(tmp_path, name):
     content, message = OTHERS[name]
     with pytest.raises(UserError, match=message) as error:
         import_file(saved(content, tmp_path / "p.pt"))
     assert "p.pt" in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TorchScript
-def test_other_files_are_named(tmp_path):
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from TorchScript
+def test_unsupported_files_are_identified(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
     np.savez(tmp_path / "a.npz", x=np.zeros(2))
     save_file({"down_blocks.0.weight": torch.zeros(2)}, tmp_path / "unet.safetensors")
@@ -474,7 +474,7 @@ def test_other_files_are_named(tmp_path):
 
 @torch.no_grad()
 def test_small_expanded_tensors_are_read(tmp_path):
-    """One average for all styles, as users save it; parameters, which are tensors too."""
+    """Users save one average expanded to all styles, and parameters instead of tensors."""
     net = generator()
     weights = {key: torch.nn.Parameter(value) for key, value in net.state_dict().items()}
     content = {"g_ema": weights, "latent_avg": torch.ones(16).expand(8, -1), "args": argparse.Namespace(size=32)}
@@ -485,8 +485,8 @@ def test_small_expanded_tensors_are_read(tmp_path):
         )
 
 
-def test_what_is_read_is_what_torch_reads(tmp_path):
-    """Values, types, shapes and strides, of both formats; nothing shares memory with the file."""
+def test_reading_gives_the_same_as_torch(tmp_path):
+    """Values, types, shapes and strides agree for both formats, and nothing shares memory with the file."""
     base = torch.arange(24.0).reshape(4, 6)
     content = {
         "tensors": [base, base.t(), base[1:, ::2], base[2], torch.empty(0, 3), torch.tensor(5), base.half(), base > 3],
@@ -496,10 +496,10 @@ def test_what_is_read_is_what_torch_reads(tmp_path):
     }
     for zipped in (True, False):
         file = saved(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-        found, wanted = read(file), torch.load(file, weights_only=True)
-        assert found["plain"] == wanted["plain"] and found["state"].keys() == wanted["state"].keys()
+        found, expected = read(file), torch.load(file, weights_only=True)
+        assert found["plain"] == expected["plain"] and found["state"].keys() == expected["state"].keys()
         for kind in ("tensors", "dtypes"):
-            for a, b in zip(found[kind], wanted[kind], strict=True):
+            for a, b in zip(found[kind], expected[kind], strict=True):
                 assert torch.equal(a, b) and (a.dtype, a.stride()) == (b.dtype, b.stride())
         found["tensors"][0].zero_()
         assert torch.equal(read(file)["tensors"][0], base)
@@ -509,10 +509,10 @@ def test_what_is_read_is_what_torch_reads(tmp_path):
 
 
 def test_networks_larger_than_their_file_are_not_built(tmp_path):
-    """Tensors say what is built: stretched ones, or very many, must not."""
+    """Networks are sized by their tensors, so expanded tensors or very many of them must be rejected."""
     state = {k: v.clone() for k, v in generator(output_size=8, max_channels=2).state_dict().items()}
     large = dict(state)
-    for i in range(1, 20):  # twenty more doublings
+    for i in range(1, 20):  # 19 more doublings
         for key in [key for key in state if key.startswith(("to_rgbs.0.", "convs.0.", "convs.1."))]:
             head, number, rest = key.split(".", 2)
             large[f"{head}.{int(number) + (2 * i if head == 'convs' else i)}.{rest}"] = state[key]
@@ -529,7 +529,7 @@ def test_networks_larger_than_their_file_are_not_built(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through Linux's /proc")
 @pytest.mark.slow
 def test_hostile_files_are_refused(tmp_path):
-    """Over three hundred, each read in one process whose memory and time are watched."""
+    """One process reads over three hundred files, and its memory and time are measured for each."""
     done = subprocess.run(
         [sys.executable, str(HERE / "hostile_files.py"), str(tmp_path)], capture_output=True, text=True, timeout=300,
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "",
@@ -540,7 +540,7 @@ def test_hostile_files_are_refused(tmp_path):
     results = json.loads(done.stdout)
     assert len(results) >= 320
     for name, (outcome, seconds, memory, ran) in results.items():
-        assert not ran, f"{name}: code in it ran"
+        assert not ran, f"{name}: its code was executed"
         assert outcome.startswith("refused: "), f"{name}: {outcome}"
         assert re.search(r"\d+\.(pt|pkl|safetensors)", outcome) and len(outcome) < 900, f"{name}: unclear, {outcome}"
         assert seconds < hostile.SECONDS, f"{name}: {seconds:.1f} s"
@@ -556,7 +556,7 @@ def test_values_that_are_not_finite(tmp_path, value):
 
 
 def test_checksums_of_archives(tmp_path):
-    """One turned bit in a weight; files written without checksums are read all the same."""
+    """A flipped bit in a weight is detected. Files written without checksums can still be read."""
     state = generator().state_dict()
     data = saved({"g_ema": state}, tmp_path / "g.pt").read_bytes()
     number = state["convs.0.conv.weight"].numpy().tobytes()
@@ -574,14 +574,14 @@ def test_checksums_of_archives(tmp_path):
 
 
 def test_the_valid_files_are_accepted(tmp_path):
-    """The malformed ones are made of these."""
+    """The malformed files are derived from these."""
     for name, data in hostile.good().items():
         (tmp_path / name).write_bytes(data)
         assert import_file(tmp_path / name).generator.output_size == 8, name
 
 
 def test_the_package_never_unpickles():
-    """No reader of pickles but the restricted one, which imports nothing."""
+    """The only reader of pickles is the restricted one, which imports nothing."""
     for path in SOURCE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"weights_only\s*=\s*(?!True\b)", text), f"{path.name}: weights_only"
@@ -604,15 +604,15 @@ def test_encoder_types_are_known():
     assert not set(convert.RESTYLE_RESNET) & {*convert.ENCODER_NAMES, *convert.RESTYLE}
 
 
-def test_a_safetensors_file_that_begins_as_a_pickle_does(tmp_path: Path) -> None:
-    """Its first byte is the lowest of the header's length; 0x80 begins every pickle."""
+def test_a_safetensors_file_that_begins_like_a_pickle(tmp_path: Path) -> None:
+    """Its first byte is the lowest byte of the header's length. Every pickle begins with 0x80."""
     generator, file = Generator(8, style_dim=4, n_mapping=1, max_channels=4), tmp_path / "generator.safetensors"
     for n in range(0, 512, 8):
         save_generator(file, generator, {"data": "x" * n})
         if file.read_bytes()[0] == 0x80:
             break
     else:
-        pytest.fail("no length of the description gave such a header")
+        pytest.fail("no length of the description produced such a header")
     assert import_file(file).net.config == generator.config
     with pytest.raises(UserError, match="is a safetensors file"):
         read(file)

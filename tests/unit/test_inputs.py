@@ -1,4 +1,4 @@
-"""Which inputs a pattern means, and what their outputs are called."""
+"""The inputs that a pattern selects, and the names of their outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture(path: Path) -> Path:
     return path
 
 
-def test_names_are_unique_whatever_the_files_are_called(tmp_path: Path) -> None:
+def test_names_are_unique_for_all_file_names(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "a.jpg.png", "b.c.png", "ü x=1.png", "d/a.png", "-f.png"):
         picture(tmp_path / name)
     names = [file.name for file in list_inputs(str(tmp_path))]
@@ -43,7 +43,7 @@ def test_glob_mirrors_the_tree_below_its_fixed_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["nothing.png", "empty", "empty/*.png"])
-def test_nothing_there(pattern: str, tmp_path: Path) -> None:
+def test_pattern_without_matches(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=pattern.split("/")[0]):
         list_inputs(str(tmp_path / pattern))
@@ -59,13 +59,13 @@ def test_hole_of_a_file_does_not_depend_on_its_batch(tmp_path: Path) -> None:
     assert not torch.equal(one[1]["source"], one[2]["source"])
 
 
-def test_missing_mask_is_an_error_of_its_file(tmp_path: Path) -> None:
+def test_missing_mask_is_reported_for_its_file(tmp_path: Path) -> None:
     files = list_inputs(str(picture(tmp_path / "a.png")))
     item = InputDataset(files, InputSpec("masked", 16), masks=picture(tmp_path / "masks" / "b.png").parent)[0]
     assert "no mask named a" in item["error"]
 
 
-def test_unreadable_files_are_listed_apart(tmp_path: Path) -> None:
+def test_unreadable_files_are_listed_separately(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no")
     dataset = InputDataset(list_inputs(str(tmp_path)), InputSpec("rgb", 8))

@@ -1,4 +1,4 @@
-"""Latents: the generator's hash, files that come back whole, plain arrays of other tools, hostile and wrong files."""
+"""Latents: the generator's hash, files that round-trip, plain arrays of other tools, hostile and wrong files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
-HASH = "b93f1e2d1ae5f96d"  # first digits; of a generator whose parameters are all 0.5
+HASH = "b93f1e2d1ae5f96d"  # first digits of the hash of a generator whose parameters are all 0.5
 
 
 def generator(seed: int = 0, **config) -> Generator:
@@ -53,8 +53,8 @@ def latents(n: int = 3, space: str = "w_plus", **facts) -> Latents:
 # --- the hash
 
 
-def test_hash_is_what_its_rule_says() -> None:
-    """Written anew from the docstring."""
+def test_hash_follows_its_documented_rule() -> None:
+    """The expected hash is computed again from the docstring."""
     import hashlib
 
     net = generator()
@@ -69,7 +69,7 @@ def test_hash_is_what_its_rule_says() -> None:
     assert generator_hash(net) == digest.hexdigest()
     for parameter in net.parameters():
         torch.nn.init.constant_(parameter, 0.5)
-    changed = "the hash changed: all files of latents become those of another generator"
+    changed = "the hash changed, so no existing latents file would match its generator any more"
     assert generator_hash(net)[:16] == HASH, changed
 
 
@@ -84,11 +84,11 @@ def test_hash_does_not_depend_on_file_format_precision_or_spelling(tmp_path: Pat
     for file in sorted(tmp_path.iterdir()):
         assert generator_hash(load_generator(file)[0]) == generator_hash(net), file.name
     same = generator(channel_base=8192, channel_multiplier=4)
-    assert same.config != net.config and generator_hash(same) == generator_hash(net), "another spelling of its channels"
+    assert same.config != net.config and generator_hash(same) == generator_hash(net), "its channels in another notation"
     assert generator_hash(network().generator) == generator_hash(net)
 
 
-def test_hash_tells_generators_apart() -> None:
+def test_hash_distinguishes_generators() -> None:
     net = generator()
     first = generator_hash(net)
     assert generator_hash(generator(1)) != first
@@ -98,14 +98,14 @@ def test_hash_tells_generators_apart() -> None:
     with torch.no_grad():
         net.to_rgb1.bias[0, 0] -= 0.01
         net.noises.noise_0.zero_()
-    assert generator_hash(net) == first, "noise is no meaning of a code"
+    assert generator_hash(net) == first, "noise must not affect the hash"
 
 
-# --- files of ours
+# --- the library's files
 
 
 def save_npz(path: Path, given: Latents) -> None:
-    """Write codes as version 0.1.0 could."""
+    """Write codes as version 0.1.0 could write them."""
     facts = {
         "space": given.space,
         "generator": {"sha256": given.generator, "checkpoint": given.checkpoint},
@@ -125,7 +125,7 @@ def test_round_trip(space: str, suffix: str, tmp_path: Path) -> None:
     assert torch.equal(found.codes, given.codes)
     assert (found.names, found.space, found.latent_avg) == (names, space, False)
     assert (found.generator, found.checkpoint) == ("ab" * 32, "toyfaces/inversion")
-    assert [path.name for path in tmp_path.iterdir()] == [f"l{suffix}"], "nothing else is left"
+    assert [path.name for path in tmp_path.iterdir()] == [f"l{suffix}"], "no other file may be left"
 
 
 def test_files_are_readable_without_this_package(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_many_names_fit(tmp_path: Path) -> None:
     assert read_latents(tmp_path / "l.safetensors").names == names
 
 
-def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_partial_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_latents(tmp_path / "l.safetensors", latents(2))
 
     def full(*_, **__):
@@ -159,7 +159,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(read_latents(tmp_path / "l.safetensors")) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_gathering_refuses_another_generator(tmp_path: Path) -> None:
+def test_gathering_rejects_another_generator(tmp_path: Path) -> None:
     for i, digest in enumerate(("ab", "ab", "cd")):
         one = Latents(codes(1), (str(i),), "w_plus", digest * 32, f"{digest}.ckpt")
         save_latents(tmp_path / f"{i}.safetensors", one)
@@ -182,7 +182,7 @@ def test_names_stay_in_the_folder_of_the_outputs(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("made", "message"),
     [
         (lambda: Latents(codes(2), ("a", "a")), "'a' occurs twice"),
         (lambda: Latents(codes(2), ("a",)), "1 names for 2"),
@@ -196,8 +196,8 @@ def test_names_stay_in_the_folder_of_the_outputs(name: str, tmp_path: Path) -> N
         (lambda: latents(latent_avg=False).into("w_plus", load_like(generator())), "has none to add"),
     ],
 )
-def test_what_makes_no_sense_is_said(made, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_latents_are_rejected(made, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         made()
 
 
@@ -261,13 +261,13 @@ def test_hostile_arrays(tmp_path: Path) -> None:
     for name in ("pickle.npy", "pickle.npz", "pickle.pt", "huge.npy", "huge.npz", "bomb.npz", "dict.pt", "whole.npy"):
         with pytest.raises(UserError, match=name):
             read_plain(tmp_path / name)
-    assert not (tmp_path / "ran").exists(), "code of the file was run"
+    assert not (tmp_path / "ran").exists(), "code in the file was executed"
 
 
-# --- whose codes they are
+# --- the generator that codes belong to
 
 
-def test_another_generator_is_refused_with_both_names() -> None:
+def test_another_generator_is_rejected_with_both_names() -> None:
     mine = Latents(codes(), ("a", "b", "c"), generator=generator_hash(generator()), checkpoint="mine.ckpt")
     assert mine.of(generator(), "again.ckpt").checkpoint == "again.ckpt"
     with pytest.raises(UserError, match="mine.ckpt.*hash.*theirs.ckpt.*hash") as caught:
@@ -296,7 +296,7 @@ def test_spaces() -> None:
     assert torch.equal(lacking.lacking(net), net.latent_avg) and latents().lacking(net) is None
 
 
-def test_load_decoder_takes_a_generator_alone(tmp_path: Path) -> None:
+def test_load_decoder_accepts_a_generator_without_an_encoder(tmp_path: Path) -> None:
     save_generator(tmp_path / "g.safetensors", generator())
     net = load_decoder(tmp_path / "g.safetensors")
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_load_decoder_takes_a_generator_alone(tmp_path: Path) -> None:
 
 
 def test_plain_arrays(tmp_path: Path) -> None:
-    """Shapes that InterFaceGAN, e4e, StyleCLIP and NVIDIA's projector have."""
+    """Test the shapes of InterFaceGAN, e4e, StyleCLIP and NVIDIA's projector."""
     w_plus, w = codes(3).numpy(), codes(3, "w").numpy()
     np.save(tmp_path / "wp.npy", w_plus)
     np.save(tmp_path / "w.npy", w.astype(np.float64))

@@ -83,8 +83,8 @@ def test_after_a_step_frozen_networks_are_as_before(tmp_path: Path, is_frozen) -
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_live_no_longer_than_until_their_step(tmp_path: Path, accumulate: int) -> None:
-    """They would take memory through the next forward pass; but those that are added up must stay."""
+def test_gradients_are_freed_after_their_step(tmp_path: Path, accumulate: int) -> None:
+    """Otherwise they would use memory during the next forward pass. Accumulated gradients must be kept."""
     seen = []
 
     class Watch(pl.Callback):
@@ -106,7 +106,7 @@ def test_batch_norm_policy() -> None:
         module(batch_norm="sink")
 
 
-def test_state_dict_holds_the_network_alone_and_loads_strictly() -> None:
+def test_state_dict_contains_only_the_network_and_loads_strictly() -> None:
     lit = module()
     state = lit.state_dict()
     assert state and all(key.startswith("net.") for key in state)
@@ -138,7 +138,7 @@ def test_targets_larger_than_the_generators_images_are_refused(size: int, tmp_pa
 
 
 class Exploding(LossTerm):
-    """NaN for images, whatever they show."""
+    """A loss term that is NaN for all images."""
 
     def forward(self, inputs):
         return inputs.y_hat.mean() * float("nan")
@@ -200,7 +200,7 @@ def test_checkpoint_is_plain_and_atomic(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_what_was_read_is_given_out_once_and_for_its_path_only(tmp_path: Path) -> None:
+def test_a_checkpoint_in_memory_is_returned_once_and_only_for_its_path(tmp_path: Path) -> None:
     torch.save({"from": "file"}, tmp_path / "other.ckpt")
     torch.save({"from": "file"}, tmp_path / "last.ckpt")
     plugin = AtomicCheckpointIO(tmp_path / "last.ckpt", {"from": "memory"})
@@ -220,7 +220,7 @@ def test_random_state_round_trip() -> None:
 @pytest.mark.parametrize(
     ("spec", "channels"), [(InputSpec("rgb", 8), 3), (InputSpec("sketch", 8), 1), (InputSpec("masked", 8), 4)]
 )
-def test_sources_become_pictures(spec: InputSpec, channels: int) -> None:
+def test_sources_are_shown_as_pictures(spec: InputSpec, channels: int) -> None:
     assert source_to_rgb(torch.ones(2, channels, 8, 8), spec).shape == (2, 3, 8, 8)
 
 

@@ -1,4 +1,4 @@
-"""The order of the samples, and going on in the middle of an epoch, alone and inside of Lightning."""
+"""The order of the samples and resuming in the middle of an epoch, with and without Lightning."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class Keys(Dataset):
-    """The key itself: epoch * 1000 + index."""
+    """A dataset that returns the key itself: epoch * 1000 + index."""
 
     def __init__(self, broken=None):
         self.broken = broken
@@ -31,7 +31,7 @@ def loader(n=13, batch_size=2, rank=0, world_size=1, workers=0, limit=None, seed
 
 
 def take(data, n):
-    """The first n batches, over as many epochs as it needs."""
+    """Return the first n batches, over as many epochs as they take."""
     batches = []
     while len(batches) < n:
         for batch in data:
@@ -47,12 +47,12 @@ def test_epochs_differ_and_seeds_differ():
     assert sorted(first) == list(range(13)) and sorted(second) == list(range(1000, 1013))
     assert [i - 1000 for i in second] != first
     assert take(loader(), 14) == batches and take(loader(seed=1), 14) != batches
-    assert [len(batch) for batch in batches[:7]] == [2] * 6 + [1], "the tail batch is kept"
+    assert [len(batch) for batch in batches[:7]] == [2] * 6 + [1], "the last, smaller batch must be kept"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 5, 7, 10, 14])
-def test_resumes_with_the_batches_that_are_left(stop, workers):
+def test_resumes_with_the_remaining_batches(stop, workers):
     whole = take(loader(), 20)
     data = loader(workers=workers)
     seen, state, position = [], None, 0
@@ -61,7 +61,7 @@ def test_resumes_with_the_batches_that_are_left(stop, workers):
             seen.append(batch.tolist())
             position += 1
             if position == stop:
-                state = data.state_dict()  # taken while workers have more batches ready
+                state = data.state_dict()  # read while workers have prepared more batches
                 break
     assert seen == whole[:stop]
     assert state["epoch"] * 7 + state["batches"] == stop
@@ -76,7 +76,7 @@ def test_iteration_left_early_starts_the_next_epoch():
     assert next(iter(data)).tolist()[0] >= 1000
     data = loader()
     iter(data)
-    iter(data)  # nothing was asked for: still the first epoch
+    iter(data)  # no batch was requested, so it is still the first epoch
     assert next(iter(data)).tolist()[0] < 1000
 
 
@@ -118,7 +118,7 @@ def test_validation_has_each_sample_once(n, world_size):
     assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]
 
 
-def test_state_of_other_data_is_refused_in_the_middle_of_an_epoch_only():
+def test_state_of_other_data_is_rejected_only_in_the_middle_of_an_epoch():
     data = loader()
     take(data, 3)
     state = data.state_dict()
@@ -135,7 +135,7 @@ def test_state_of_other_data_is_refused_in_the_middle_of_an_epoch_only():
     loader(n=14).load_state_dict({**state, "batches": 0})
 
 
-def test_the_global_stream_is_left_alone():
+def test_the_global_random_stream_is_not_used():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     take(loader(), 9)
@@ -150,7 +150,7 @@ def test_unreadable_image_is_one_clear_message(workers):
     assert str(error.value) == "Cannot read image 4.png"
 
 
-# inside of Lightning: 20 steps against 10 steps, checkpoint, resume, 10 steps; 7 batches an epoch
+# With Lightning: 20 steps against 10 steps, checkpoint, resume, 10 steps; 7 batches per epoch.
 
 
 class Recorder(pl.LightningModule):
@@ -202,7 +202,7 @@ def test_lightning_resumes_in_the_middle_of_an_epoch(tmp_path, stop, workers):
 
 
 class SaveAt(pl.Callback):
-    """Writes a checkpoint while the run goes on, as a crash would leave it."""
+    """A callback that writes a checkpoint in the middle of a run, as a crash would leave it."""
 
     def __init__(self, step, path, hook):
         self.step, self.path, self.hook = step, path, hook
@@ -255,6 +255,6 @@ def test_checkpoint_of_a_run_that_was_killed_later(tmp_path, hook, stop, limit, 
     assert second.seen == whole.seen[stop:]
 
 
-def test_sampler_order_is_numpy_s(tmp_path):
-    """A literal: numpy promises the stream, so the order of a run is the same for ever."""
+def test_sampler_order_is_numpys(tmp_path):
+    """NumPy guarantees this stream, so the order of a run never changes."""
     assert EpochSampler(8, seed=0).order(0).tolist() == np.random.default_rng([0, 0]).permutation(8).tolist()

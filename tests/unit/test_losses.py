@@ -23,7 +23,7 @@ CONF = Path(__file__).parents[2] / "conf" / "loss"
 
 
 class Embedding(SimilarityLoss):
-    """A similarity loss small enough to count its calls."""
+    """A small similarity loss that counts its calls."""
 
     name = "toy"
 
@@ -86,7 +86,7 @@ def test_float32_without_autocast(inputs):
         total, values = CompositeLoss({"a": term}, {"a": 1.0})(low)
     assert term.autocast == [False]
     assert term.seen[0].y_hat.dtype == torch.float32
-    assert term.seen[0].x is term.seen[0].y, "inversion's source must stay recognisable as the target"
+    assert term.seen[0].x is term.seen[0].y, "the source of an inversion must still be the same object as the target"
     assert total.dtype == torch.float32 and values["a"].dtype == torch.float32
 
 
@@ -127,7 +127,7 @@ def test_registry_and_catalogue_agree():
         assert set(node[name]) == {"_target_", "weight"} | arguments
 
 
-def test_a_name_is_taken_once():
+def test_a_name_can_be_registered_only_once():
     with pytest.raises(UserError, match="'l2'"):
         register_loss("l2")(Constant)
     assert LOSSES["l2"] is L2Loss
@@ -140,7 +140,7 @@ def test_face_crop_scales():
     rows = torch.arange(256.0).view(1, 1, 256, 1).expand(1, 1, 256, 256)
     assert (float(face_crop(rows)[0, 0, 0, 0]), float(face_crop(rows)[0, 0, -1, 0])) == (35, 222)
     assert float(face_crop(rows.mT)[0, 0, 0, 0]) == 32
-    assert face_crop(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1), "never empty"
+    assert face_crop(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1), "a crop must not be empty"
 
 
 def test_similarity_embeds_each_image_once(inputs):
@@ -156,14 +156,14 @@ def test_similarity_embeds_each_image_once(inputs):
 
 
 @pytest.mark.parametrize("channels", [1, 4, 19])
-def test_similarity_of_a_source_that_is_no_picture(inputs, channels):
+def test_similarity_with_a_source_that_is_not_a_picture(inputs, channels):
     term = Embedding()
     output = term(LossInputs(inputs.y_hat, inputs.y, x=torch.zeros(3, channels, 16, 16)))
     assert set(output.logs) == {"toy_similarity"} and len(term.sizes) == 2
 
 
 def test_similarity_of_one_image():
-    """The reference squeezes the batch away for a batch of one."""
+    """The reference removes the batch dimension for a batch of one."""
     image = torch.rand(1, 3, 8, 8)
     assert Embedding().similarity(image, image).shape == (1,)
     torch.testing.assert_close(Embedding().similarity(image, image), torch.ones(1))
@@ -181,7 +181,7 @@ def test_w_norm_has_a_finite_gradient_at_the_average(inputs):
 
 
 def test_lpips_gradient_is_finite_on_flat_pictures(lpips_weights):
-    """Features that are zero at a pixel have a norm without derivative."""
+    """The norm has no derivative at pixels with zero features."""
     y_hat = torch.zeros(1, 3, 64, 64, requires_grad=True)
     LPIPSLoss("alex", lpips_weights["alex"]).distance(y_hat, torch.zeros(1, 3, 64, 64)).sum().backward()
     assert torch.isfinite(y_hat.grad).all()

@@ -62,7 +62,7 @@ def test_masked_source():
     assert source.shape == (4, 16, 16)
     assert (source[:3, :, :8] == 0).all() and (source[3, :, :8] == 1).all()
     assert (source[0, :, 8:] == 1).all() and (source[3, :, 8:] == 0).all()
-    # given by hand, and as transparent pixels
+    # the mask as an argument, then as transparent pixels
     hole = np.zeros((16, 16), bool)
     hole[3] = True
     assert (load_source(image, spec, mask=hole)[3].numpy() == hole).all()

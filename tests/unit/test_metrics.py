@@ -13,7 +13,7 @@ from psp_lightning.utils.errors import UserError
 
 def pairs(n: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    y_hat = torch.randn(n, 3, 8, 8, generator=generator)  # beyond [-1, 1]
+    y_hat = torch.randn(n, 3, 8, 8, generator=generator)  # not limited to [-1, 1]
     return y_hat, torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1
 
 
@@ -36,7 +36,7 @@ def expected(name: str, y_hat: torch.Tensor, y: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["mse", "psnr", "id"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_mean_over_images_whatever_the_batch(name, batch):
+def test_mean_over_images_for_any_batch_size(name, batch):
     y_hat, y = pairs()
     metric = build(name)
     for a, b in zip(y_hat.split(batch), y.split(batch), strict=True):

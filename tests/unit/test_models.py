@@ -1,4 +1,4 @@
-"""models: sizes, noise, seeds, mixing, descriptions, wrong arguments."""
+"""Models: sizes, noise, seeds, mixing, descriptions, wrong arguments."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_generator_size_must_be_a_power_of_two(size):
         Generator(size)
 
 
-def test_seeded_leaves_the_global_state_alone():
+def test_seeded_does_not_change_the_global_random_state():
     before = torch.get_rng_state()
     a, b, c = generator(seed=1), generator(seed=1), generator(seed=2)
     assert torch.equal(before, torch.get_rng_state())
@@ -220,7 +220,7 @@ def test_encoder_into_w_gives_the_same_style_everywhere():
     assert delta.shape == (2, 8, 32) and torch.equal(delta, delta[:, :1].expand_as(delta))
 
 
-def test_parts_that_do_not_fit():
+def test_incompatible_parts():
     with pytest.raises(UserError, match="n_styles=6.*n_styles=8"):
         PSP(GradualStyleEncoder(6, input_size=32, **SMALL), generator())
     with pytest.raises(UserError, match="style_dim"):
@@ -233,7 +233,7 @@ def test_mix_styles():
     net, w = network(), torch.randn(2, 8, 32)
     inject, kept = torch.randn(1, 32), w.clone()
     mixed = net.mix_styles(w, inject, [1, 4])
-    assert torch.equal(w, kept), "the codes given must stay as they are"
+    assert torch.equal(w, kept), "the given codes must not change"
     assert torch.equal(mixed[:, [1, 4]], inject.expand(2, 2, 32)) and torch.equal(mixed[:, [0, 2, 3]], w[:, [0, 2, 3]])
     half = net.mix_styles(w, torch.ones(2, 8, 32), range(8), alpha=0.25)
     torch.testing.assert_close(half, 0.25 + 0.75 * w)
@@ -272,7 +272,7 @@ def test_descriptions_that_are_wrong():
             PSP.from_description(wrong)
 
 
-def test_registry_refuses_a_second_class_of_the_same_name():
+def test_registry_rejects_a_second_class_of_the_same_name():
     assert {"GradualStyleEncoder", "EncoderIntoW", "EncoderIntoWPlus"} <= set(ENCODERS) and "Generator" in GENERATORS
     other = type("GradualStyleEncoder", (torch.nn.Module,), {"__qualname__": "elsewhere.GradualStyleEncoder"})
     with pytest.raises(UserError, match="registered already"):
@@ -312,7 +312,7 @@ def test_full_size():
 
 
 def train_step(encoder, x):
-    """Gradients of a step, the state dict behind it, and the bytes kept for the backward pass."""
+    """Return the gradients of a step, the state dict after it, and the bytes kept for the backward pass."""
     kept = {}
 
     def pack(t):
@@ -327,7 +327,7 @@ def train_step(encoder, x):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("cls", [GradualStyleEncoder, EncoderIntoW])
-def test_checkpointing_computes_the_same_with_less_memory(cls, autocast):
+def test_checkpointing_gives_the_same_with_less_memory(cls, autocast):
     x, found = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []
     for again in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Weight files of ours (safetensors): all kinds come back whole; a hostile or wrong file is one quick, clear error."""
+"""The library's weight files (safetensors): all kinds round-trip; a wrong or hostile file is one quick, clear error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DummyEmbedding(nn.Module):
 
 @pytest.fixture
 def embeddings(monkeypatch):
-    """DummyEmbedding is registered for one test."""
+    """Register DummyEmbedding for one test."""
     monkeypatch.setitem(registry.EMBEDDINGS, "DummyEmbedding", DummyEmbedding)
 
 
@@ -67,7 +67,7 @@ def test_psp_with_its_generator(tmp_path, cls, dtype):
     save_psp(path, net, {"made_by": "a test", "licence": "MIT"}, dtype)
     before = torch.get_rng_state()
     again = PSP.from_checkpoint(path)
-    assert torch.equal(before, torch.get_rng_state()), "loading must leave the random state alone"
+    assert torch.equal(before, torch.get_rng_state()), "loading must not change the random state"
     assert not again.training and again.describe() == net.describe()
     x = torch.rand(2, 1, net.encoder.input_size, net.encoder.input_size)
     assert_near(again(x), freeze_psp_generator(net)(x), HALF[dtype])
@@ -76,7 +76,7 @@ def test_psp_with_its_generator(tmp_path, cls, dtype):
     w = torch.randn(2, 16)
     assert torch.equal(freeze_generator(stored).synthesis(w), again.generator.synthesis(w))
     assert read_described(path)[0]["origin"] == {"made_by": "a test", "licence": "MIT"}
-    assert [file.name for file in path.parent.iterdir()] == [path.name], "temporary files stay behind"
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "temporary files were not removed"
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_generator(tmp_path):
         load_psp(tmp_path / "g.safetensors")
 
 
-def test_an_older_description_has_no_channel_base(tmp_path):
+def test_an_older_description_without_channel_base(tmp_path):
     net = generator(channel_base=16384)
     config = {key: value for key, value in net.config.items() if key != "channel_base"}
     node = {"generator": {"class": "Generator", **config}}
@@ -107,7 +107,7 @@ def test_embedding(tmp_path, embeddings):
     torch.manual_seed(0)
     net, path = DummyEmbedding(5), tmp_path / "e.safetensors"
     net(torch.randn(8, 4) * 1e-4)
-    net.norm.running_var.mul_(1e-9)  # smaller than float16 can say
+    net.norm.running_var.mul_(1e-9)  # below float16's smallest value
     save_embedding(path, net, {"licence": "MIT"}, torch.float16)
     again, x = load_embedding(path), torch.randn(3, 4) * 1e-4
     assert not again.training and torch.equal(again.norm.running_var, net.norm.running_var)
@@ -126,7 +126,7 @@ def test_embedding_of_an_unregistered_class(tmp_path):
         load_embedding(tmp_path / "e.safetensors")
 
 
-def test_what_float16_cannot_hold_is_not_stored(tmp_path):
+def test_values_outside_float16s_range_are_not_stored(tmp_path):
     net = network()
     with torch.no_grad():
         net.encoder.input_layer[0].weight[0] = 1e6
@@ -136,7 +136,7 @@ def test_what_float16_cannot_hold_is_not_stored(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_an_own_encoder_that_computes_while_it_is_built(tmp_path, monkeypatch):
+def test_a_custom_encoder_that_computes_in_its_constructor(tmp_path, monkeypatch):
     class Computing(GradualStyleEncoder):
         def __init__(self, **config) -> None:
             super().__init__(**config)
@@ -209,12 +209,12 @@ def test_wrong_files(tmp_path, name):
     start = time.perf_counter()
     with pytest.raises(UserError, match=message) as error:
         load_psp(path)
-    assert time.perf_counter() - start < 5, "a wrong file must not keep anyone waiting"
+    assert time.perf_counter() - start < 5, "a wrong file must be rejected quickly"
     assert str(path) in str(error.value) and len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
 
 
 def greedy() -> dict[str, tuple[str, dict]]:
-    """Changes of a description that ask for more than the file holds."""
+    """Return changes of a description that ask for more than the file contains."""
     return {
         "many styles": ("encoder", {"n_styles": 10**12}),
         "some more styles": ("encoder", {"n_styles": 10**6}),
@@ -234,7 +234,7 @@ def greedy() -> dict[str, tuple[str, dict]]:
 
 
 @pytest.mark.parametrize("name", greedy())
-def test_a_description_asks_for_no_more_than_the_tensors(tmp_path, name):
+def test_a_description_cannot_ask_for_more_than_the_tensors(tmp_path, name):
     net, (part, change) = network(), greedy()[name]
     node = net.describe()
     node[part] = {**node[part], **change}
@@ -243,9 +243,9 @@ def test_a_description_asks_for_no_more_than_the_tensors(tmp_path, name):
     start = time.perf_counter()
     with pytest.raises(UserError) as error:
         load_psp(path)
-    assert time.perf_counter() - start < 10, "a wrong file must not keep anyone waiting"
+    assert time.perf_counter() - start < 10, "a wrong file must be rejected quickly"
     assert str(path) in str(error.value), error.value
-    # the same in a checkpoint of a run
+    # the same description in a run's checkpoint
     state = {f"net.{key}": value for key, value in net.state_dict().items()}
     torch.save({"psp": node, "state_dict": state}, tmp_path / "p.ckpt")
     with pytest.raises(UserError, match=r"p\.ckpt"):
@@ -263,7 +263,7 @@ def test_every_truncation_is_an_error(tmp_path):
                 load(path)
 
 
-def test_missing_and_surplus_tensors(tmp_path):
+def test_missing_and_unexpected_tensors(tmp_path):
     net, path = network(), tmp_path / "p.safetensors"
     state = net.state_dict()
     del state["encoder.input_layer.0.weight"]
@@ -276,7 +276,7 @@ def test_missing_and_surplus_tensors(tmp_path):
         load_generator(path)
 
 
-def test_a_description_of_ours_is_plain_json(tmp_path):
+def test_a_description_is_plain_json(tmp_path):
     for bad in ({"loss": float("nan")}, {"path": Path("x")}):
         with pytest.raises((ValueError, TypeError)):
             save_generator(tmp_path / "g.safetensors", generator(), bad)

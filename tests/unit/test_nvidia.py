@@ -1,4 +1,4 @@
-"""NVIDIA's StyleGAN2 pickles: written here as their repositories write them, imported by the command, compared."""
+"""NVIDIA's StyleGAN2 pickles are written here as their repositories write them, then imported and compared."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small(seed: int = 0, **config) -> Generator:
 
 
 def state(net: Generator, seed: int = 0, lr: float = 0.01):
-    """NVIDIA's tensors of a generator whose noise is on."""
+    """Return NVIDIA's tensors of a generator with noise."""
     draws = torch.Generator().manual_seed(seed)
     published = {k: v.clone() for k, v in net.state_dict().items()}
     for key, value in published.items():
@@ -51,7 +51,7 @@ def state(net: Generator, seed: int = 0, lr: float = 0.01):
 
 
 def conditional(classes: int = 5, embed: int = 7, seed: int = 0):
-    """Tensors of a network with labels."""
+    """Return the tensors of a network with labels."""
     net = small(seed)
     tensors = state(net)
     draws = torch.Generator().manual_seed(seed + 1)
@@ -86,7 +86,7 @@ def test_golden_values_through_the_command(golden, reference, tmp_path, monkeypa
     for name, found in (("ada_a.image", image), ("ada_a.w", w)):
         worst = np.abs(found.numpy() - reference[name]).max()
         assert worst <= 1e-4, f"{name} is off by {worst}"
-    assert not canary.exists(), "the class's source was executed"
+    assert not canary.exists(), "the class's source code was executed"
 
     np.savez(tmp_path / "v.npz", w_plus=golden.normal("ada_a.ws", 2, 8, 512), image=reference["ada_a.image"])
     np.savez(tmp_path / "w.npz", z=golden.normal("ada_a.z", 2, 512), w=reference["ada_a.w"] * 1.001)
@@ -104,12 +104,12 @@ def test_protocols_and_gains(tmp_path, protocol):
     content = nvidia.snapshot(nvidia.network(tensors, lr=0.02))
     found = import_file(nvidia.write(tmp_path / "n.pkl", content, protocol))
     z = torch.randn(3, 10)
-    assert torch.allclose(found.generator(z), net(z), atol=1e-5), "the mapping's gains are those of the pickle"
+    assert torch.allclose(found.generator(z), net(z), atol=1e-5), "the mapping's gains must be those of the pickle"
     assert found.facts["network"] == "G_ema" and found.facts["activation_clamp"] is None
 
 
 @torch.no_grad()
-def test_networks_are_chosen(tmp_path):
+def test_the_network_can_be_chosen(tmp_path):
     net = nvidia.network(state(small()))
     raw = import_file(nvidia.write(tmp_path / "g.pkl", {"G": net, "D": None}))
     assert raw.facts["network"] == "G" and "no G_ema" in raw.notes[0]
@@ -149,7 +149,7 @@ def test_a_label_becomes_part_of_the_weights(tmp_path):
         assert any("label" in result for _, _, result in found.rows)
         assert torch.equal(found.latent_avg, tensors["mapping.w_avg"]) and "over all labels" in found.notes[0]
         images.append(w)
-    assert not torch.allclose(images[0], images[1], atol=1e-2), "labels make a difference"
+    assert not torch.allclose(images[0], images[1], atol=1e-2), "labels must make a difference"
     for label, message in ((None, "label=0 to label=4"), (5, "classes are 0 to 4"), (-1, "classes are 0 to 4")):
         with pytest.raises(UserError, match=message):
             import_file(file, label=label)
@@ -163,7 +163,7 @@ def without(tensors, *names):
 
 
 def attribute(path, name, value):
-    """A change of the network: an attribute of a module."""
+    """Return a change of the network that sets an attribute of a module."""
 
     def change(network):
         module = network
@@ -187,7 +187,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
-def test_architectures_that_ours_is_not(tmp_path, name):
+def test_unsupported_architectures(tmp_path, name):
     arguments, change, message = BROKEN[name]
     network = nvidia.network(state(small()), **{"clamp": 256, **arguments})
     if change is not None:
@@ -240,7 +240,7 @@ def test_without_noise_and_average(tmp_path):
 
 @torch.no_grad()
 def test_state_dicts_in_the_layout(tmp_path):
-    """torch.save(G.state_dict()), with gains as the constructors make them."""
+    """Import files of torch.save(G.state_dict()), with the constructors' default gains."""
     net = small()
     tensors = state(net)
     for name, prefix in (("plain", ""), ("wrapped", "module."), ("inner", "G_ema.")):
@@ -251,7 +251,7 @@ def test_state_dicts_in_the_layout(tmp_path):
         assert "state dict in NVIDIA's layout" in found.source
 
 
-def test_stylegan3_is_named(tmp_path):
+def test_stylegan3_is_identified(tmp_path):
     network = nvidia.Persistent("Generator")
     network.child("mapping", "MappingNetwork")
     synthesis = network.child("synthesis", "SynthesisNetwork")
@@ -278,7 +278,7 @@ def asks_for(name: str) -> bytes:
         ("copyreg._reconstructor", "asks for copyreg._reconstructor"),
     ],
 )
-def test_other_pickles_are_named(tmp_path, name, message):
+def test_other_pickles_are_identified(tmp_path, name, message):
     (tmp_path / "n.pkl").write_bytes(asks_for(name))
     with pytest.raises(UserError, match=f"refused and nothing in it was run.*{message}"):
         import_file(tmp_path / "n.pkl")

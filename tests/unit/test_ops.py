@@ -1,4 +1,4 @@
-"""ops: against naive forms, in double precision, odd sizes, first and second derivatives."""
+"""The ops against naive forms in double precision, with odd sizes, first and second derivatives."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_autocast_does_not_lower_a_filter(op):
 
 
 def naive_upfirdn2d(x, fir, up, down, padding):
-    """Zero insertion, padding, flipped filter, one output pixel at a time."""
+    """Insert zeros, pad and apply the flipped filter, one output pixel at a time."""
     b, c, h, w = x.shape
     wide = x.new_zeros(b, c, h * up, w * up)
     wide[:, :, ::up, ::up] = x
@@ -65,13 +65,13 @@ def naive_upfirdn2d(x, fir, up, down, padding):
 
 
 def modulated_conv2d(x, weight, style, demodulate=True, up=False, fir=None):
-    """The two steps of a modulated convolution together, without noise, bias and activation."""
+    """Compute both steps of a modulated convolution, without noise, bias and activation."""
     x, factor = modulated_convolution(x, weight, style, demodulate, up)
     return modconv_epilogue(x, fir, (1, 1), factor, negative_slope=1, gain=1)
 
 
 def naive_modulated_conv2d(x, weight, style, demodulate, up, fir):
-    """The weight-side form of the paper: one set of weights for each sample."""
+    """Compute the paper's weight-side form, with one set of weights for each sample."""
     samples = []
     for one, s in zip(x, style, strict=True):
         w = weight * s[None, :, None, None]
@@ -90,7 +90,7 @@ def naive_modulated_conv2d(x, weight, style, demodulate, up, fir):
 @pytest.mark.parametrize("padding", [(0, 0), (2, 1), (1, 1), (3, 0), (-1, 2)])
 @pytest.mark.parametrize("size", [(7, 9), (8, 8)])
 def test_upfirdn2d_equals_naive(up, down, padding, size):
-    x, fir = rand(2, 3, *size), rand(4, 4)  # asymmetric, so a wrong flip shows
+    x, fir = rand(2, 3, *size), rand(4, 4)  # asymmetric, to reveal a wrong flip
     actual = upfirdn2d(x, fir, up, down, padding)
     torch.testing.assert_close(actual, naive_upfirdn2d(x, fir, up, down, padding))
 
@@ -187,7 +187,7 @@ def test_modulated_conv2d_gradients(up):
     assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, True, up, fir), inputs)
 
 
-def test_modulated_conv2d_keeps_a_batch_independent():
+def test_modulated_conv2d_treats_samples_independently():
     x, weight, style = rand(3, 4, 5, 5), rand(6, 4, 3, 3), rand(3, 4)
     whole = modulated_conv2d(x, weight, style)
     single = torch.cat([modulated_conv2d(x[i : i + 1], weight, style[i : i + 1]) for i in range(3)])

@@ -8,7 +8,7 @@ from psp_lightning.optim import Ranger, ranger
 from psp_lightning.utils.errors import UserError
 
 
-def test_closure_runs_once_with_gradients_and_its_value_returns():
+def test_closure_runs_once_with_gradients_and_its_value_is_returned():
     p = nn.Parameter(torch.ones(3))
     optimizer = Ranger([p], lr=0.1)
     calls = []
@@ -74,7 +74,7 @@ def test_unusable_options_are_named(options):
         Ranger([nn.Parameter(torch.ones(1))], **options)
 
 
-def test_options_of_radam_that_a_group_sets_hold():
+def test_radam_options_of_a_group_are_used():
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = Ranger([{"params": [p], "maximize": True}, {"params": [q]}], lr=0.1)
     for _ in range(9):
@@ -97,7 +97,7 @@ def test_complex_parameters_and_sparse_gradients():
 
 
 def run(parameters, gradients, **options):
-    """Parameters after a step with each of the gradients."""
+    """Return the parameters after a step with each of the gradients."""
     parameters = [nn.Parameter(p.clone()) for p in parameters]
     optimizer = Ranger(parameters, lr=1e-2, **options)
     for step in gradients:
@@ -109,8 +109,8 @@ def run(parameters, gradients, **options):
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
 @pytest.mark.parametrize("batch", [1, 1 << 20])
-def test_the_fused_step_is_radams(monkeypatch, options, batch):
-    """Also for gradients in another order in memory, for parameters that join late, and few parameters at a time."""
+def test_the_fused_step_equals_radams(monkeypatch, options, batch):
+    """This includes gradients in another memory format, parameters that join late, and few parameters at a time."""
     torch.manual_seed(0)
     last = {"memory_format": torch.channels_last}
     parameters = [torch.randn(4, 3, 3, 3).contiguous(**last), torch.randn(4, 3, 3, 3), torch.randn(5), torch.randn(2)]
@@ -144,8 +144,8 @@ def test_the_fused_step_copies_no_gradient():
     assert "aten::clone" not in names
 
 
-def test_the_fused_step_is_noticed():
-    """What was computed of a parameter before is out of date: PyTorch counts its changes."""
+def test_the_fused_step_increments_the_version_counter():
+    """PyTorch's version counter shows that values derived from a parameter before the step are outdated."""
     p = nn.Parameter(torch.randn(3))
     optimizer = Ranger([p], k=100)
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""Pairs by stem, and messages that name what does not pair up."""
+"""Pairing files by stem, and messages that name unpaired files."""
 
 import pytest
 from PIL import Image
@@ -55,7 +55,7 @@ def test_duplicates(tmp_path):
         pair(make(tmp_path / "s", "1.png", "1.jpg"), make(tmp_path / "t", "1.png"))
 
 
-def test_folders_that_are_none(tmp_path):
+def test_invalid_folders(tmp_path):
     with pytest.raises(UserError, match="source folder .* does not exist"):
         pair(tmp_path / "none", tmp_path)
     (tmp_path / "notes.txt").write_text("x")

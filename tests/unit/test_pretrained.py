@@ -46,7 +46,7 @@ def network(net, **source):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Shipped weights as the package has them: a generator, an embedding, a network that refers to the generator."""
+    """Make a folder of shipped weights: a generator, an embedding, and a network that refers to the generator."""
     monkeypatch.setattr(locate, "shipped_dir", lambda: tmp_path / "weights")
     monkeypatch.setitem(registry.EMBEDDINGS, "DummyEmbedding", DummyEmbedding)
     monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_every_loader_takes_names(folder):
+def test_every_loader_accepts_names(folder):
     net = PSP.from_pretrained("toyfaces/inversion")
     assert not net.training and net.source == {"kind": "rgb", "size": 32}
     x = torch.rand(2, 3, 32, 32)
@@ -71,7 +71,7 @@ def test_every_loader_takes_names(folder):
     assert average.shape == (16,) and torch.allclose(stored.input.input, generator().input.input, rtol=1e-3)
     assert type(load_embedding("toyfaces/identity")) is DummyEmbedding
     assert locate.find("toyfaces/generator") == folder / "generator.safetensors"
-    again, _ = load_generator("toyfaces/inversion")  # the network's generator, as from any checkpoint
+    again, _ = load_generator("toyfaces/inversion")  # the network's generator, loaded as from any checkpoint
     assert torch.equal(again.input.input, stored.input.input)
 
 
@@ -82,11 +82,11 @@ def test_a_network_refers_to_the_shipped_generator(folder):
     assert {name.partition(".")[0] for name in tensors} == {"encoder", "latent_avg"}
 
 
-def test_a_users_path_of_the_same_spelling_wins(folder, tmp_path):
+def test_a_path_with_the_same_name_takes_precedence(folder, tmp_path):
     own = network(generator(5), kind="sketch")
     save_psp(tmp_path / "toyfaces" / "inversion", own)
     assert load_psp("toyfaces/inversion").source["kind"] == "sketch"
-    assert PSP.from_pretrained("toyfaces/inversion").source["kind"] == "rgb", "from_pretrained takes names only"
+    assert PSP.from_pretrained("toyfaces/inversion").source["kind"] == "rgb", "from_pretrained must accept only names"
     (tmp_path / "toyfaces" / "identity").mkdir()
     with pytest.raises(UserError, match="without a checkpoint.*hides the shipped weights toyfaces/identity"):
         load_embedding("toyfaces/identity")
@@ -101,7 +101,7 @@ def test_unknown_names(folder, load):
             load(path)
 
 
-def test_from_pretrained_takes_networks_only(folder):
+def test_from_pretrained_accepts_only_networks(folder):
     for name in ("toyfaces/generator", "inversion", str(folder / "inversion.safetensors")):
         with pytest.raises(UserError, match="No shipped pSp network.*Known: toyfaces/inversion."):
             PSP.from_pretrained(name)
@@ -122,7 +122,7 @@ def test_another_generator_is_an_error(folder):
     assert not (folder / "new.safetensors").exists()
 
 
-def test_files_name_shipped_weights_only(folder):
+def test_files_refer_only_to_shipped_weights(folder):
     described = {**network(generator()).describe(), "generator": {"file": str(folder / "generator.safetensors")}}
     save_described(folder.parent / "x.safetensors", "psp", {"latent_avg": torch.zeros(8, 16)}, {"psp": described})
     with pytest.raises(UserError, match=r"x\.safetensors: There is no file or folder .*no weights of that name"):
@@ -154,7 +154,7 @@ def test_write_records(folder, capsys):
         write_records(folder.parent)
 
 
-def test_write_records_refuses_too_much(folder, monkeypatch):
+def test_write_records_rejects_too_many_bytes(folder, monkeypatch):
     monkeypatch.setattr("benchmarks.toyfaces.records.LIMIT", 1000)
     with pytest.raises(UserError, match="the package may ship at most 1000"):
         write_records(folder)
@@ -167,7 +167,7 @@ def test_shipped_files_and_records_agree():
     root = ROOT / "src" / "psp_lightning" / "weights"
     assert locate.shipped_dir() == root
     records = {entry.file: entry for entry in locate.shipped().values()}
-    # everything in the folder: what is there is shipped
+    # all files in the folder are shipped
     files = {file for file in root.rglob("*") if file.is_file() and file.name not in ("records.json", "README.md")}
     assert files == set(records), "run python -m benchmarks.toyfaces.records on the folder"
     for file, entry in records.items():
@@ -188,8 +188,8 @@ def test_shipped_networks_work():
 
 
 @pytest.mark.parametrize("target", ["wheel", "sdist"])
-def test_distributions_hold_the_weights(tmp_path, target):
-    """Asks hatchling, with the project's own settings, for the files of a tree with weights."""
+def test_distributions_contain_the_weights(tmp_path, target):
+    """Let hatchling list the files of a tree with weights, using the project's settings."""
     from hatchling.builders.sdist import SdistBuilder
     from hatchling.builders.wheel import WheelBuilder
 
@@ -204,4 +204,4 @@ def test_distributions_hold_the_weights(tmp_path, target):
     builder = {"wheel": WheelBuilder, "sdist": SdistBuilder}[target](str(tmp_path))
     held = {file.distribution_path for file in builder.recurse_included_files()}
     prefix = "src/" if target == "sdist" else ""
-    assert {prefix + name for name in weights} <= held, f"the {target} lacks the weights"
+    assert {prefix + name for name in weights} <= held, f"the {target} does not contain the weights"

@@ -1,4 +1,4 @@
-"""Descriptions of networks: recorded arguments, interfaces, registries, names of older files; the public names."""
+"""Descriptions of networks: recorded arguments, interfaces, registries, names in older files; the public names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OWN = {
 
 @pytest.mark.parametrize("name", OWN)
 def test_configs_of_encoders_are_those_of_version_0_1_0(name):
-    """Values and order, as version 0.1.0 wrote them into its checkpoints."""
+    """Values and order are those that version 0.1.0 wrote into its checkpoints."""
     cls, own = getattr(encoders, name), OWN[name]
     given = {key: value for key, value in own.items() if key == "n_styles"}
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def test_record_config():
     expected = [("depth", 4), ("width", 3), ("sides", [1, 2]), ("name", "y")]
     assert list(Derived(4, 3, name="y").config.items()) == expected
     for net in (Narrow(), Narrow(**Narrow().config)):
-        assert net.config == {"depth": 7, "size": 21}, "only its own arguments, as the constructor understood them"
+        assert net.config == {"depth": 7, "size": 21}, "only its own arguments, as the constructor resolved them"
     with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
         Derived(4, 3, widht=3)
     with pytest.raises(TypeError, match="missing a required argument: 'width'"):
@@ -108,7 +108,7 @@ def test_record_config():
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_encoders_have_their_interface(name):
+def test_encoders_implement_their_interface(name):
     styles = {"n_styles": 6} if OWN[name] else {}
     with torch.device("meta"):
         net = getattr(encoders, name)(**styles, **CHANGED)
@@ -117,7 +117,7 @@ def test_encoders_have_their_interface(name):
     assert not isinstance(nn.Identity(), Encoder)
 
 
-def test_other_networks_have_their_interfaces():
+def test_other_networks_implement_their_interfaces():
     assert isinstance(StyleGAN2(8, style_dim=4, n_mapping=1, max_channels=4), runtime_checkable(Generator))
     assert isinstance(ToyFaceEmbedding(4, (2, 2), 2), runtime_checkable(Embedding))
     assert not isinstance(nn.Linear(2, 2), Generator) and not isinstance(nn.Linear(2, 2), Embedding)
@@ -153,7 +153,7 @@ def test_a_name_belongs_to_one_class(monkeypatch):
         add = getattr(registry, f"register_{kind}")
         first, reloaded, imported = define("__main__"), define("__main__"), define("mine")
         for cls in (first, reloaded, imported):
-            assert add(cls) is cls and known["Mine"] is cls, "a reloaded module, or a script that is imported too"
+            assert add(cls) is cls and known["Mine"] is cls, "a reloaded module, or a script that is also imported"
         for other in (define("yours"), define("mine", "Outer.Mine")):
             with pytest.raises(UserError, match="'Mine' is registered already, by mine.Mine"):
                 add(other)
@@ -190,7 +190,7 @@ def test_an_embedding_of_version_0_1_0_has_another_class_name(tmp_path):
     assert read_described(new)[0]["embedding"] == {**node, "class": "ToyFaceEmbedding"}
 
 
-def test_old_names_lead_to_classes_and_do_not_hide_new_ones(monkeypatch):
+def test_old_names_refer_to_classes_and_do_not_hide_new_ones(monkeypatch):
     known = {name for table in registry.TABLES.values() for name in table}
     assert set(compat.CLASSES.values()) <= known and not set(compat.CLASSES) & known
     mine = type("FaceEmbedding", (nn.Identity,), {"__module__": "mine"})
@@ -199,13 +199,13 @@ def test_old_names_lead_to_classes_and_do_not_hide_new_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in shipped().values()])
-def test_shipped_descriptions_are_described_the_same(name):
-    """Files of version 0.1.0; a description may have left out what its default is."""
+def test_shipped_networks_give_their_stored_descriptions(name):
+    """The files are of version 0.1.0, whose descriptions may leave out default values."""
     description, _ = read_described(find(name))
     kind = description["kind"]
     if kind == "psp":
         expected, found = description["psp"], PSP.from_pretrained(name).describe()
-        expected.pop("generator"), found.pop("generator")  # the file refers to another
+        expected.pop("generator"), found.pop("generator")  # the file refers to another file
     else:
         expected = description[kind]
         net = registry.build_described(kind, expected)
@@ -231,7 +231,7 @@ def test_public_names():
         psp_lightning.PSPP  # noqa: B018
 
 
-def test_a_derived_generator_has_arguments_of_its_own():
+def test_a_derived_generator_has_its_own_arguments():
     class Own(StyleGAN2):
         @record_config
         def __init__(self, output_size: int, mode: str = "a", dropout: float = 0.0, **kwargs: Any) -> None:

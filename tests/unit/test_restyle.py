@@ -34,13 +34,13 @@ def network(cls=ReStyleEncoder, iterations: int = 3, size: int = 64, **generator
 def released(net: PSP, encoder_type: str = "BackboneEncoder", **opts) -> dict:
     state = {f"encoder.{k}": v for k, v in net.encoder.state_dict().items()}
     state |= {f"decoder.{k}": v for k, v in net.generator.state_dict().items()}
-    # what its training writes, whatever start_from_latent_avg says
+    # the options that its training writes, for any value of start_from_latent_avg
     opts = {"encoder_type": encoder_type, "input_nc": 6, "start_from_latent_avg": False, "n_iters_per_batch": 3} | opts
     return {"state_dict": state, "latent_avg": net.latent_avg.clone(), "opts": opts}
 
 
 def by_hand(net: PSP, x: torch.Tensor, iterations: int) -> torch.Tensor:
-    """ReStyle's passes, head by head."""
+    """Compute ReStyle's passes, head by head."""
     encoder = net.encoder
     codes = net.latent_avg.expand(len(x), -1, -1)
     for _ in range(iterations):
@@ -55,7 +55,7 @@ def by_hand(net: PSP, x: torch.Tensor, iterations: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_published_layout(cls):
-    """pSp's body with six input channels; 18 heads that all start at 16 px, as pSp's first; no pyramid."""
+    """pSp's body with six input channels and 18 heads, which all start at 16 px like pSp's first, without a pyramid."""
     psp = SHAPES["GradualStyleEncoder/n_styles=8/input_nc=3"]
     expected = {k: v for k, v in psp.items() if k.startswith(("input_layer.", "body."))}
     expected["input_layer.0.weight"] = [64, 6, 3, 3]
@@ -85,7 +85,7 @@ def test_passes(cls, iterations):
         assert fast.dtype == torch.float32 and (fast - expected).abs().max() < bound * expected.abs().max()
 
 
-def test_gradients_go_through_the_codes_of_all_passes():
+def test_gradients_flow_through_the_codes_of_all_passes():
     net, x = network(), torch.rand(2, 3, 32, 32)
     found, expected = [
         torch.autograd.grad(codes.square().sum(), list(net.encoder.parameters()))
@@ -132,7 +132,7 @@ def test_released_files_that_are_wrong(tmp_path, opts, change, message):
         import_file(tmp_path / "p.pt")
 
 
-def test_channels_of_a_released_file_stay(tmp_path):
+def test_channels_of_a_released_file_cannot_be_changed(tmp_path):
     torch.save(released(network()), tmp_path / "p.pt")
     with pytest.raises(UserError, match="in_channels=4 is not for ReStyle"):
         import_file(tmp_path / "p.pt", in_channels=4)
@@ -155,7 +155,7 @@ def test_wrong_sources_and_arguments():
             ReStyleEncoder(8, **arguments)
 
 
-def test_backbone_leaves_the_image_out_at_first(tmp_path):
+def test_backbone_gives_the_image_channels_zero_weights(tmp_path):
     state = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict()
     torch.save(state, tmp_path / "id.pth")
     encoder = ReStyleEncoder(2, style_dim=4, input_size=32)
@@ -169,7 +169,7 @@ def test_backbone_leaves_the_image_out_at_first(tmp_path):
 @pytest.mark.parametrize("what", ["encoder", "both"])
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 def test_exports(tmp_path, format, what):
-    """Compared with PyTorch at batch 1 and 3 by `export` itself; the encoder's file holds the generator too."""
+    """`export` compares with PyTorch at batch 1 and 3. The encoder's file also contains the generator."""
     if format == "onnx":
         pytest.importorskip("onnxruntime")
     done = export(network(iterations=2, size=32), tmp_path / f"x{SUFFIXES[format]}", format, what)

@@ -1,4 +1,4 @@
-"""Toy faces: deterministic, labels that agree with the picture, the folder layout."""
+"""Toy faces are deterministic, their labels agree with the picture, and the folder layout is correct."""
 
 import time
 
@@ -50,7 +50,7 @@ def test_identities_repeat():
     assert ToyFaces(48).identity(7) == 7
 
 
-def test_every_class_occurs_and_left_and_right_are_the_persons_own():
+def test_every_class_occurs_and_left_and_right_are_the_persons():
     seen = np.zeros(19, int)
     for index in range(120):
         labels = ToyFaces(64, seed=0).draw(index).labels
@@ -61,7 +61,7 @@ def test_every_class_occurs_and_left_and_right_are_the_persons_own():
 
 
 def test_picture_changes_where_labels_change():
-    """Across a border of two labels the colours differ more than within one label."""
+    """Colours differ more across the border of two labels than within one label."""
     across, within = [], []
     for index in range(10):
         drawing = ToyFaces(96, seed=4).draw(index)
@@ -73,7 +73,7 @@ def test_picture_changes_where_labels_change():
 
 
 def test_small_and_large_agree():
-    """The label at a pixel is the class at its centre: three times the size, every third pixel."""
+    """A label is the class at the pixel's centre, so every third pixel of a picture three times as large agrees."""
     small, large = ToyFaces(64, seed=5).draw(0).labels, ToyFaces(192, seed=5).draw(0).labels
     assert (small == large[1::3, 1::3]).mean() > 0.98
 
@@ -84,7 +84,7 @@ def test_frontal_and_toon():
         drawing, frontal, toon = faces.draw(index), faces.draw(index, frontal=True), faces.draw(index, toon=True)
         assert not np.array_equal(drawing.image, frontal.image) and not np.array_equal(drawing.image, toon.image)
         face = (frontal.labels > 0) & (frontal.labels < 13)
-        assert abs(np.nonzero(face)[1].mean() - 31.5) < 2, "a frontal face is in the middle"
+        assert abs(np.nonzero(face)[1].mean() - 31.5) < 2, "a frontal face must be in the middle"
     assert faces.frontal(0).shape == faces.toon(0).shape == (3, 64, 64)
 
 
@@ -97,7 +97,7 @@ def test_speed():
         for index in range(start, start + 30):
             faces[index]
         best = max(best, 30 / (time.process_time() - began))
-    assert best > 75, f"{best:.0f} faces a second of processor time; the aim is 150 on an idle core"
+    assert best > 75, f"{best:.0f} faces per second of processor time; the aim is 150 on an idle core"
 
 
 def test_write_dataset_in_celebamask_layout(tmp_path):

@@ -1,6 +1,6 @@
-"""Make this folder: `python tests/data/v0_1_0/make.py`, with version 0.1.0 of psp_lightning and no other.
+"""Make this folder: `python tests/data/v0_1_0/make.py`, only with version 0.1.0 of psp_lightning.
 
-Everything is made in /tmp/v0_1_0, because runs store absolute paths, and then copied here.
+Everything is made in /tmp/v0_1_0 and then copied here, because runs store absolute paths.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def stop(self, batch, index):
 pl.LightningModule.on_train_batch_start = stop
 main()
 """
-CTRL_C = {"step": 2, "how": "os.kill(os.getpid(), signal.SIGINT)"}  # the step is finished, last.ckpt written
-KILL = {"step": 3, "how": "os._exit(9)"}  # last.ckpt of step 3 is there, best.ckpt of step 2
+CTRL_C = {"step": 2, "how": "os.kill(os.getpid(), signal.SIGINT)"}  # the step is finished and last.ckpt is written
+KILL = {"step": 3, "how": "os._exit(9)"}  # last.ckpt is of step 3, best.ckpt of step 2
 NETWORKS = {  # name: encoder, its source
     "e4e_lowres": ("Encoder4Editing", {"kind": "lowres", "factors": [2, 4]}),
     "restyle_masked": ("ReStyleEncoder", {"kind": "masked", "mask": {"kind": "box"}}),
@@ -74,7 +74,7 @@ def command(module: str, *arguments: str, code: int = 0, stop: dict | None = Non
 
 
 def make_run(module: str, task: str, settings: list[str], stop: dict, code: int) -> dict:
-    """Stop a run at step 3, copy its folder, let it go on to step 6; return what it went on from and logged."""
+    """Stop a run at step 3, copy its folder, resume it to step 6; return the state it resumed from and its log."""
     command(module, *SHARED, *settings, stop=stop, code=code)
     run, kept = PLACE / "runs" / task / "old", HERE / f"{task}_run"
     shutil.copytree(run, kept, ignore=shutil.ignore_patterns(".hydra"))
@@ -92,7 +92,7 @@ def make_run(module: str, task: str, settings: list[str], stop: dict, code: int)
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     for row in rows:
         row.pop("train/images_per_second", None)
-    shutil.rmtree(run)  # now of step 6
+    shutil.rmtree(run)  # it is now at step 6
     shutil.copytree(kept, run)
     for path in (kept / "checkpoints").glob("*.ckpt"):
         path.unlink()
@@ -123,7 +123,7 @@ def make_networks() -> None:
             style_dim=4, in_channels=CHANNELS[source["kind"]], input_size=32, blocks=[1, 1, 1, 1], width=1,
             **styles, **passes,
         )  # fmt: skip
-        with torch.no_grad():  # as trained ones have
+        with torch.no_grad():  # as trained networks have
             for buffer in made.buffers():
                 if buffer.is_floating_point():
                     buffer.uniform_(0.5, 1.5)
