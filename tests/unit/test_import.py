@@ -408,7 +408,7 @@ def test_parity_needs_values_that_fit(tmp_path):
             parity(tmp_path / "g.safetensors", tmp_path / "v.npz")
     (tmp_path / "x.npz").write_bytes(b"PK nonsense")
     (tmp_path / "x.png").write_bytes(b"nonsense")
-    for name, message in (("x.npz", "not an .npz"), ("x.png", "as an image"), ("none.npz", "does not exist")):
+    for name, message in (("x.npz", "not an .npz"), ("x.png", "Cannot read image"), ("none.npz", "does not exist")):
         with pytest.raises(UserError, match=message):
             parity(tmp_path / "g.safetensors", tmp_path / name)
 

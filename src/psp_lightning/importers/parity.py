@@ -94,12 +94,9 @@ def parity(
 
 
 def _read_image(path: Path) -> np.ndarray:
-    try:
-        image = open_image(path)
-        grey = image.mode in ("L", "1", "F") or image.mode[0] == "I"
-        pixels = np.array(to_8bit(image, "L" if grey else "RGB"))
-    except UserError as error:
-        raise UserError(f"against={path}: {error}") from None
+    image = open_image(path)
+    grey = image.mode in ("L", "1", "F") or image.mode[0] == "I"
+    pixels = np.array(to_8bit(image, "L" if grey else "RGB"))
     return pixels[None, :, :, None] if grey else pixels[None]
 
 
