@@ -92,7 +92,7 @@ def naming(cfg: DictConfig, *sections: str, also: Sequence[str] = ()) -> Iterato
         raise UserError(f"{sections[-1]}: {error}") from error
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        node = OmegaConf.select(cfg, sections[-1]) or {}
+        node = OmegaConf.select(cfg, sections[-1]) or DictConfig({})
         if not unknown or unknown[1] not in node:  # not from the configuration
             raise UserError(f"{sections[-1]}: {_in_words(error)}") from error
         known = [name for name in dict.fromkeys([*_arguments(node), *also]) if name != unknown[1]]
