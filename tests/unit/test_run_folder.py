@@ -23,7 +23,7 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     )
     assert other.stdout is not None and other.stdout.readline() == "claimed\n"
     for resume in (False, True):
-        with pytest.raises(UserError, match="Another process is writing to .*run. When it has ended: do this"):
+        with pytest.raises(UserError, match="Another process is writing to .*run; wait until it ends. do this"):
             claim_run(run, resume, "do this")
     other.kill()
     other.communicate()

@@ -42,7 +42,7 @@ class ClaimFolder(Callback):
                     folder = new_folder(folder)
                     config.run = os.path.relpath(folder, home)
             resume = config.resume not in (None, "auto") and folder.resolve() in Path(config.resume).resolve().parents
-            self._claim(folder, resume, f"continue it with resume={folder}, or choose another run=NAME.")
+            self._claim(folder, resume, f"Continue it with resume={folder}, or choose another run=NAME.")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _reporting():
@@ -53,7 +53,7 @@ class ClaimFolder(Callback):
                     config.hydra.sweep.dir = os.fspath(folder)
                     config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(os.fspath(folder))}")
             # each job rejects a folder that contains a run
-            self._claim(folder, True, "choose another hydra.sweep.dir=DIR.")
+            self._claim(folder, True, "Choose another hydra.sweep.dir=DIR.")
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         self._release()

@@ -32,7 +32,7 @@ def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     try:
         claim.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"Another process is writing to {folder}. When it has ended: {hint}") from None
+        raise UserError(f"Another process is writing to {folder}; wait until it ends. {hint}") from None
     if not resume and contains_run(folder):
         claim.release()
         raise UserError(f"{folder} contains a run already. {hint}")
