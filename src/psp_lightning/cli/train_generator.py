@@ -54,7 +54,7 @@ def _run(cfg: DictConfig) -> Any:
 
 def main() -> None:
     """Entry point of `psp-train-generator`."""
-    guard(_run, functools.partial(with_resume, family="generator"))
+    guard(_run, functools.partial(with_resume, config="generator_training/train_generator"))
 
 
 if __name__ == "__main__":
