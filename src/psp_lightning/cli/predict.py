@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.settings import is_sweep, quote_text
@@ -69,6 +70,7 @@ def _command_line(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of `psp-predict`."""
+    answer("psp-predict")
     guard(_run, _command_line)
 
 

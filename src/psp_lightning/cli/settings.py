@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from psp_lightning import __version__
 from psp_lightning.cli.mistakes import guard
 from psp_lightning.utils.errors import UserError, suggest
 
@@ -110,8 +111,12 @@ def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool
     """Run a command and report a mistake in one message.
 
     --help prints the help. So does a call without arguments if the command needs some, which exits with status 1.
+    --version prints the version of this library.
     """
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(help.split()[0], __version__)
+        return
     if {"-h", "--help"} & set(arguments) or (needs_arguments and not arguments):
         print(help)
         sys.exit(0 if arguments else 1)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.fit import fit
+from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import LAST, with_resume
@@ -51,6 +52,7 @@ def _run(cfg: DictConfig) -> Any:
 
 def main() -> None:
     """Entry point of `psp-train`."""
+    answer("psp-train")
     guard(_run, with_resume)
 
 
