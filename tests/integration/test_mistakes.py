@@ -243,3 +243,11 @@ def test_a_run_keeps_the_name_that_was_typed(name: str, psp, tiny: list[str], tm
     predict = ["num_workers=0", "progress_bar=false", f"ckpt=runs/inversion/{name}", "input=1e3", "output=2024"]
     done = psp("predict", *predict)
     assert done.code == 0 and (tmp_path / "2024" / "0.png").is_file(), done.err
+
+
+def test_a_run_says_how_long_it_will_take(psp, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psp_lightning.lit.callbacks.Forecast.steps", 1)
+    monkeypatch.setattr("psp_lightning.lit.callbacks.forecast.LONG", 0)
+    done = psp("train", *tiny, "loss=[l2]", "trainer.max_steps=4", "run=r")
+    assert done.code == 0 and re.search(r"step 2 of 4: about \d+ s to go, at \S+ s per step\n", done.out), done.err
+    assert done.out.count(" to go, at") == 1 and "uses a CPU" in done.out and "encoder=gradual_small" in done.out

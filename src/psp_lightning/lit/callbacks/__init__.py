@@ -2,12 +2,13 @@
 
 from psp_lightning.lit.callbacks.batch_norm import AverageBatchNorm
 from psp_lightning.lit.callbacks.epoch_start import EpochStart
+from psp_lightning.lit.callbacks.forecast import Forecast
 from psp_lightning.lit.callbacks.image_grids import ImageGrids
 from psp_lightning.lit.callbacks.last_checkpoint import LastCheckpoint, step_checkpoints
 from psp_lightning.lit.callbacks.progress_bar import ProgressBar
 from psp_lightning.lit.callbacks.samples import ExportGenerator, SampleGrids
 
 __all__ = [
-    "AverageBatchNorm", "EpochStart", "ExportGenerator", "ImageGrids", "LastCheckpoint", "ProgressBar", "SampleGrids",
-    "step_checkpoints",
+    "AverageBatchNorm", "EpochStart", "ExportGenerator", "Forecast", "ImageGrids", "LastCheckpoint", "ProgressBar",
+    "SampleGrids", "step_checkpoints",
 ]  # fmt: skip
