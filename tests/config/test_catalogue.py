@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.mistakes import flat
 
 CONF = Path(config_root())
 GROUPS = [
@@ -101,6 +102,20 @@ def test_domains_keep_their_backbone(name: str) -> None:
     """A later entry of the defaults list must not override it."""
     assert composed(f"domain={name}").model.backbone == "ir_se50"
     assert composed("domain=toyfaces").model.backbone is None
+
+
+def test_every_setting_that_is_text_exists() -> None:
+    from psp_lightning.cli.settings import TEXT
+
+    training = composed(
+        "data=folder", "generator=file", "loss=[l2,id,lpips,lpips_crop,moco,perceptual]", "logger=wandb"
+    )
+    others = [composed("task=seg2face", "logger=tensorboard"), composed("task=inpainting"), composed_generator()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        others.append(compose("predict"))
+    known = {path.name for path in (*CONF.iterdir(), *MAKER.iterdir())}
+    known.update(key for cfg in (training, *others) for key in flat(OmegaConf.to_container(cfg)))
+    assert TEXT - known == {"hydra.run.dir", "hydra.sweep.dir"}
 
 
 def targets(node: object) -> list[str]:

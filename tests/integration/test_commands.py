@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
+
+from psp_lightning import __version__
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +60,50 @@ def predict(psp, *arguments: str):
 # --- help and configuration
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "data"])
-def test_help(command: str, psp) -> None:
+COMMANDS = ["train", "train_generator", "predict", "latents", "export", "weights", "data", "doctor", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen(command: str, psp) -> None:
     done = psp(command, "--help")
-    assert done.code == 0 and len(done.out) > 200, done.err
+    lines = done.out.splitlines()
+    assert done.code == 0 and f"psp-{command.replace('_', '-')} " in done.out, done.err
+    assert 10 <= len(lines) <= 50 and max(map(len, lines)) <= 120
+    assert psp(command, "task=inversion", "-h").out == done.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_version_is_the_one_of_this_library(command: str, psp) -> None:
+    done = psp(command, "--version")
+    assert (done.code, done.out) == (0, f"psp-{command.replace('_', '-')} {__version__}\n"), done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "settings"),
+    [
+        ("predict", "ckpt=...", ["output=predictions", "precision=32-true", "mix.latent_mask=null", "seed=0"]),
+        ("train", "task=inversion", ["data.root=null", "run", "trainer.max_steps=500", "loss=[l2,perceptual,id]"]),
+        ("train_generator", "data.root=null", ["network=auto", "trainer.max_steps=100000", "optimizer.lr=null"]),
+    ],
+)
+def test_help_explains_the_most_used_settings_first(command: str, first: str, settings: list[str], psp) -> None:
+    lines = [line.split(maxsplit=1) for line in psp(command, "--help").out.split("\n\n")[-2].splitlines()]
+    assert lines[0][0] == first and not {*settings} - {line[0] for line in lines}
+    groups = ("task", "domain", "data", "generator", "loss", "encoder", "experiment", "trainer")
+    for i, (setting, *comment) in enumerate(lines):
+        if "=" in setting or setting in ("run", "paths.runs"):
+            assert comment, f"{setting} has no comment in conf/"
+        else:  # the second line of a group's options
+            assert setting.endswith(",") or lines[i - 1][-1].endswith(","), setting
+            assert [name for name, *_ in lines[:i] if "=" in name][-1].startswith(groups)
+
+
+def test_help_of_predict_has_every_setting(psp) -> None:
+    from psp_lightning.cli.mistakes import flat
+
+    settings = flat(yaml.safe_load(psp("predict", "--cfg", "job").out))
+    shown = psp("predict", "--help").out
+    assert [key for key in settings if f"\n{key}=" not in shown] == []
 
 
 def test_cfg_job_answers_quickly_and_without_torch(shell) -> None:

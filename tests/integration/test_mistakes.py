@@ -223,3 +223,31 @@ def test_interrupting_two_ranks_leaves_a_resumable_state(shell, tiny: list[str],
     done = shell("train", f"resume={run}", f"trainer.max_steps={step + 1}")
     assert done.code == 0, done.err
     assert last(tmp_path)["global_step"] == step + 1
+
+
+@pytest.mark.parametrize("name", ["2024_01_05", "it's [1e3], é=1"])
+def test_a_run_keeps_the_name_that_was_typed(name: str, psp, tiny: list[str], tmp_path: Path) -> None:
+    tiny = [item for item in tiny if not item.startswith(("data.", "trainer.max_steps"))]
+    root = tmp_path / "1e3"
+    root.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(root / f"{i}.png")
+    common = [*tiny, "loss=[l2]", "data=folder", "data.num_workers=0", "data.batch_size=2", "data.root=1e3"]
+    done = psp("train", *common, f"run={name}", "trainer.max_steps=2")
+    assert done.code == 0, done.err
+    assert [path.name for path in (tmp_path / "runs" / "inversion").iterdir()] == [name]
+    done = psp("train", "resume=auto", f"run={name}", "trainer.max_steps=3")
+    assert done.code == 0 and last(tmp_path, name)["global_step"] == 3, done.err
+    done = psp("train", f"resume=runs/inversion/{name}", "trainer.max_steps=4")
+    assert done.code == 0 and last(tmp_path, name)["global_step"] == 4, done.err
+    predict = ["num_workers=0", "progress_bar=false", f"ckpt=runs/inversion/{name}", "input=1e3", "output=2024"]
+    done = psp("predict", *predict)
+    assert done.code == 0 and (tmp_path / "2024" / "0.png").is_file(), done.err
+
+
+def test_a_run_says_how_long_it_will_take(psp, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psp_lightning.lit.callbacks.Forecast.steps", 1)
+    monkeypatch.setattr("psp_lightning.lit.callbacks.forecast.LONG", 0)
+    done = psp("train", *tiny, "loss=[l2]", "trainer.max_steps=4", "run=r")
+    assert done.code == 0 and re.search(r"step 2 of 4: about \d+ s to go, at \S+ s per step\n", done.out), done.err
+    assert done.out.count(" to go, at") == 1 and "uses a CPU" in done.out and "encoder=gradual_small" in done.out

@@ -433,6 +433,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces: Path, psp) -> None:
     assert done.code == 1 and "became" in done.err and "optimizer.lr" in done.err, done.err
 
 
+def test_a_run_says_how_long_it_will_take(faces: Path, psp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psp_lightning.lit.callbacks.Forecast.steps", 1)
+    monkeypatch.setattr("psp_lightning.lit.callbacks.forecast.LONG", 0)
+    done = psp("train_generator", f"data.root={faces}", *CPU, "trainer.max_steps=3", "run=a")
+    assert done.code == 0 and "step 2 of 3: about " in done.out and "network=toyfaces" in done.out, done.err
+
+
 @pytest.mark.serial
 def test_help_and_settings_are_shown(shell) -> None:
     begun = time.monotonic()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from psp_lightning.data.datamodules import InversionDataModule
 from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.data.stores import ToyFacesStore
 from psp_lightning.lit import rng
-from psp_lightning.lit.callbacks import ImageGrids, LastCheckpoint
+from psp_lightning.lit.callbacks import Forecast, ImageGrids, LastCheckpoint, forecast
 from psp_lightning.lit.callbacks.image_grids import image_grid
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
@@ -255,3 +257,38 @@ def test_mixed_precision_follows_float32(precision: str, tmp_path: Path) -> None
         fit.fit(module(noise="const"), data())
         losses.append(float(fit.callback_metrics["val/loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+# --- the forecast
+
+
+@pytest.mark.parametrize(
+    ("pace", "accumulate", "start", "total", "said", "warned"),
+    [
+        (0.4, 1, 0, 100_000, "step 17 of 100000: about 11 hours to go, at 0.4 s per step", True),
+        (0.3, 1, 0, 500, "step 17 of 500: about 2 min to go, at 0.3 s per step", False),
+        (0.1, 4, 100, 500, "step 117 of 500: about 3 min to go, at 0.4 s per step", False),
+        (35.0, 1, 0, 20_000, "step 3 of 20000: about 8 days to go, at 35 s per step", True),
+        (1.0, 1, 0, 17, None, False),
+    ],
+)
+def test_the_length_of_a_run_is_forecast(
+    pace: float, accumulate: int, start: int, total: int, said: str | None, warned: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    clock = 0.0
+    monkeypatch.setattr(forecast, "monotonic", lambda: clock)
+    callback = Forecast("Use a smaller network.")
+    fake = SimpleNamespace(
+        global_step=start, max_steps=total, is_global_zero=True,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        callback.on_train_start(fake)
+        for batch in range(1, 25 * accumulate):
+            clock += 100 if batch == 1 else pace  # the first step is slow
+            fake.global_step = start + batch // accumulate
+            callback.on_train_batch_end(fake)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[:1] == ([said] if said else [])
+    assert len(messages) == bool(said) + warned and all("Use a smaller network." in text for text in messages[1:])

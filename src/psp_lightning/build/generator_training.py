@@ -14,6 +14,7 @@ from psp_lightning.build.trainer import Training, build_trainer, prepare, read_r
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.data.datamodules import ImageDataModule
+from psp_lightning.lit.callbacks import Forecast
 from psp_lightning.lit.distributed import UnwrappedDDP
 from psp_lightning.lit.generator import LitGenerator, Recipe
 from psp_lightning.loading import load_generator, restore_any_generator
@@ -30,6 +31,7 @@ UNSUPPORTED = {
     "max_epochs": " trainer.max_steps sets the length.",
     "val_every": " There is no validation.",
 }
+ADVICE = "network=toyfaces, a smaller domain.size or fewer trainer.max_steps take less; other networks need a GPU."
 HALF = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,7 +70,7 @@ def build_generator_training(cfg: DictConfig, resume: Path | None = None) -> Tra
     checkpoint = read_resumed(resume, "generator", "psp-train-generator")
     if checkpoint is None and cfg.init_from is not None:
         _start_from(module, str(cfg.init_from))
-    trainer = build_trainer(cfg, [], UnwrappedDDP(), checkpoint, limit_val_batches=0)
+    trainer = build_trainer(cfg, [Forecast(ADVICE)], UnwrappedDDP(), checkpoint, limit_val_batches=0)
     return Training(trainer, module, data, None if checkpoint is None else checkpoint["global_step"])
 
 

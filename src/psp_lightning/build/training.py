@@ -16,7 +16,7 @@ from psp_lightning.build.trainer import Training, build_trainer, prepare, read_r
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
-from psp_lightning.lit.callbacks import AverageBatchNorm
+from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
@@ -33,6 +33,8 @@ TOY_NETWORK = "toyfaces/identity"
 # Minimum number of channels for training an encoder in channels_last. With fewer, the gradient of a strided 1x1
 # convolution writes outside its memory in that format (oneDNN in torch 2.15, in_channels of 2 and 4, batch size 2).
 WIDE = 8
+
+ADVICE = "encoder=gradual_small, smaller domain.input_size and .target_size, or fewer trainer.max_steps take less."
 
 
 def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
@@ -51,7 +53,7 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     ddp = DDPStrategy(broadcast_buffers=False)
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
     sync = on_gpu and cfg.model.batch_norm == "sync"
-    trainer = build_trainer(cfg, [AverageBatchNorm()], ddp, checkpoint, sync_batchnorm=sync)
+    trainer = build_trainer(cfg, [AverageBatchNorm(), Forecast(ADVICE)], ddp, checkpoint, sync_batchnorm=sync)
     return Training(trainer, module, data, None if checkpoint is None else checkpoint["global_step"])
 
 

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> None:
     values = parse(arguments[1:], {"n": 1000, "size": 256, "seed": 0}, ["out"], USAGE)
     from psp_lightning.data.toyfaces import write_dataset
 
-    out = Path(values["out"])
+    out = Path(values["out"]).expanduser()
     write_dataset(out, n=values["n"], size=values["size"], seed=values["seed"])
     print(f"{values['n']} faces of {values['size']} px: {out}")
 

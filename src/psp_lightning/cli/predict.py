@@ -10,9 +10,10 @@ import hydra
 from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
-from psp_lightning.cli.settings import is_sweep, quote_paths
+from psp_lightning.cli.settings import is_sweep, quote_text
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError
 
@@ -63,11 +64,12 @@ def _run(cfg: DictConfig) -> None:
 def _command_line(arguments: list[str]) -> list[str]:
     if is_sweep(arguments):
         raise UserError("psp-predict does not sweep (-m). For several inputs, set input= to a folder or a glob.")
-    return quote_paths(arguments)
+    return quote_text(arguments)
 
 
 def main() -> None:
     """Entry point of `psp-predict`."""
+    answer("psp-predict")
     guard(_run, _command_line)
 
 

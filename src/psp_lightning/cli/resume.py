@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from psp_lightning._conf import config_root
 from psp_lightning.cli.mistakes import flat
-from psp_lightning.cli.settings import flags, is_sweep, quote, quote_paths, split
+from psp_lightning.cli.settings import flags, is_sweep, plain, quote, quote_text, split
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.compat import OVERRIDES
 from psp_lightning.utils.errors import UserError
@@ -23,8 +26,8 @@ ARITHMETIC = "arithmetic.yaml"
 # --- the command line
 
 
-def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
-    """Quote the paths on a command line and expand `resume=`.
+def with_resume(arguments: list[str], config: str = "train") -> list[str]:
+    """Quote the paths and names on a command line and expand `resume=`.
 
     `resume=RUN` or `resume=RUN/checkpoints/X.ckpt` continues RUN with the settings that it was started with; settings
     on the command line override them. `resume=auto` continues the newest run of the task, or the run named by `run=`.
@@ -32,12 +35,12 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
 
     Args:
         arguments: the command line.
-        family: first part of the run directories; None: the task.
+        config: the command's configuration below `config_root`.
 
     Raises:
         UserError: the run or checkpoint does not exist, or `resume=` is combined with `-m` or `hydra.run.dir=`.
     """
-    arguments = quote_paths(arguments)
+    arguments = quote_text(arguments)
     options = flags(arguments)
     settings = dict(split(argument) for argument in arguments if argument not in options)
     wanted = settings.pop("resume", None)
@@ -46,11 +49,12 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
     if is_sweep(options):
         raise UserError("resume= continues one run; leave out -m.")
     if wanted == "auto":
-        checkpoint = _newest(settings, family or settings.get("task") or "inversion")
+        arguments = [argument for argument in arguments if not argument.startswith("resume=")]
+        checkpoint = _newest(arguments, options, "run" in settings, config)
         if checkpoint is None:
-            return [argument for argument in arguments if not argument.startswith("resume=")]
+            return arguments
     else:
-        path = Path(str(wanted).strip("'\""))
+        path = Path(plain(wanted))
         checkpoint = path / LAST if path.is_dir() else path
         if not checkpoint.is_file():
             raise UserError(
@@ -60,25 +64,39 @@ def with_resume(arguments: list[str], family: str | None = None) -> list[str]:
         raise UserError("resume= continues in the run's own directory; leave out hydra.run.dir.")
     run = checkpoint.parent.parent
     if (run / "config.yaml").is_file():
-        settings["hydra.run.dir"] = quote(os.fspath(run.resolve()))
-    merged = {**_recorded_settings(run), **settings, "resume": quote(os.fspath(checkpoint.resolve()))}
+        settings["hydra.run.dir"] = _literal(run)
+    merged = {**_recorded_settings(run), **settings, "resume": _literal(checkpoint)}
     return [*options, *(key if value is None else f"{key}={value}" for key, value in merged.items())]
 
 
 def _recorded_settings(run: Path) -> dict[str, str | None]:
     """Return the settings that a run was started with, as this version spells them."""
     file = run / "overrides.yaml"
-    lines = yaml.safe_load(file.read_text()) if file.is_file() else None
+    lines = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     settings = dict(split(OVERRIDES.get(line, line)) for line in lines or ())
     settings.pop("init_from", None)  # the checkpoint contains the weights
     return settings
 
 
-def _newest(settings: dict[str, str | None], family: str) -> Path | None:
-    runs = Path(settings.get("paths.runs") or os.environ.get("PSP_RUNS") or "runs")
-    name = settings.get("run") or "*"
-    found = list((runs / family).glob(f"{name}/{LAST}"))
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def _literal(path: Path) -> str:
+    """Return a path for a command line of Hydra, without interpolation."""
+    return quote(os.fspath(path.resolve()).replace("${", "\\${"))
+
+
+def _newest(arguments: list[str], options: list[str], named: bool, config: str) -> Path | None:
+    """Return the newest checkpoint of the task that the settings compose to, or that of the run named by `run=`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    overrides = [argument for argument in arguments if argument not in options]
+    if own := parser.parse_known_args(options)[0].config_dir:
+        places = [quote(f"file://{os.path.abspath(place)}") for place in (own, config_root())]
+        overrides.append(f"hydra.searchpath=[{','.join(places)}]")
+    folder, name = os.path.split(os.path.join(config_root(), config))
+    with initialize_config_dir(folder, version_base="1.3"):
+        cfg = compose(name, overrides)
+    runs = Path(cfg.paths.runs, cfg.task.name)
+    found = [run / LAST for run in ([runs / str(cfg.run)] if named else runs.glob("*"))]
+    return max((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
 
 
 # --- the composed settings
@@ -98,7 +116,8 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     recorded = run / "config.yaml"
     if not recorded.is_file():
         return []
-    before, now = _settings(yaml.safe_load(recorded.read_text())), _settings(OmegaConf.to_container(cfg, resolve=True))
+    before = _settings(yaml.safe_load(recorded.read_text(encoding="utf-8")))
+    now = _settings(OmegaConf.to_container(cfg, resolve=True))
     keys = sorted({*before, *now} - {"resume", "init_from", "run"})
     if "callbacks.last._target_" not in before:  # recorded by version 0.1.0
         keys = [key for key in keys if (key in before and key in now) or not key.startswith(NEW_KEYS)]
@@ -116,7 +135,7 @@ def changed_arithmetic(run: Path) -> list[str]:
     recorded = run / ARITHMETIC
     if not recorded.is_file():
         return []
-    before, now = flat(yaml.safe_load(recorded.read_text())), arithmetic()
+    before, now = flat(yaml.safe_load(recorded.read_text(encoding="utf-8"))), arithmetic()
     return [f"{key}: {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
 
 
@@ -130,7 +149,7 @@ def record(run: Path, cfg: DictConfig) -> None:
     }
     for name, text in files.items():
         with replacing(run / name) as part:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
 
 
 def _settings(container: Any) -> dict[str, Any]:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from psp_lightning import __version__
 from psp_lightning.cli.mistakes import guard
 from psp_lightning.utils.errors import UserError, suggest
 
-# Settings whose values are paths or names: users write them as in a shell, without Hydra's quotes.
-PATHS = (
-    "ckpt", "input", "output", "init_from", "resume", "run", "generator.path", "paths.runs",
-    "mix.reference", "mask.dir",
+# Settings of Hydra's command lines that are paths or names. Their values are text, whatever Hydra's grammar makes of
+# them: 2024_01_05 would be the number 20240105, and a comma the start of a sweep.
+TEXT = {
+    "run", "resume", "init_from", "paths.runs", "hydra.run.dir", "hydra.sweep.dir",
+    "ckpt", "input", "output", "mask.dir", "mix.reference",
     "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
-)  # fmt: skip
+    "data.name", "data.licence", "domain.identity", "generator.path", "model.backbone",
+    "task.datamodule.label_map", "task.datamodule.mask_dir",
+    "loss.id.backbone", "loss.id.weights", "loss.lpips.weights", "loss.lpips_crop.weights", "loss.moco.weights",
+    "loss.perceptual.weights",
+    "callbacks.last.folder", "callbacks.best.dirpath", "callbacks.best.filename", "callbacks.every.folder",
+    "callbacks.images.folder", "callbacks.export.run",
+    "logger.csv.folder", "logger.tensorboard.save_dir", "logger.tensorboard.name", "logger.tensorboard.version",
+    "logger.wandb.project", "logger.wandb.name", "logger.wandb.group", "logger.wandb.save_dir",
+    # groups with one option, which may be a file of the user's
+    "task", "domain", "data", "encoder", "generator", "model", "network", "optimizer", "trainer", "callbacks", "paths",
+    "experiment", "debug",
+}  # fmt: skip
 
 
 def verb(name: str, arguments: Sequence[str], verbs: Sequence[str]) -> str:
@@ -97,8 +111,12 @@ def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool
     """Run a command and report a mistake in one message.
 
     --help prints the help. So does a call without arguments if the command needs some, which exits with status 1.
+    --version prints the version of this library.
     """
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(help.split()[0], __version__)
+        return
     if {"-h", "--help"} & set(arguments) or (needs_arguments and not arguments):
         print(help)
         sys.exit(0 if arguments else 1)
@@ -125,18 +143,42 @@ def flags(arguments: Sequence[str]) -> list[str]:
 
 
 def quote(value: str) -> str:
-    """Return a value in the quotes of Hydra's grammar."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Return a value in the quotes of Hydra's grammar, where backslashes count only in front of a quote."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), value) + "'"
 
 
-def quote_paths(arguments: list[str]) -> list[str]:
-    """Quote the values of `PATHS` that Hydra's grammar rejects otherwise; leave a sweep unchanged."""
-    if is_sweep(arguments):
-        return arguments
-    quoted = []
+def plain(value: str) -> str:
+    """Return the text of a setting in `TEXT`: without Hydra's quotes, if it has them, and with `~` expanded."""
+    found = _read_by_hydra(value) if re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL) else value
+    return os.path.expanduser(found if isinstance(found, str) else value)
+
+
+def quote_text(arguments: Sequence[str]) -> list[str]:
+    """Return a command line on which Hydra reads the values of `TEXT` as they were typed, with `~` expanded.
+
+    Only `null` keeps its meaning, and `${...}` is interpolated. In a sweep, commas separate values, and values with
+    quotes, brackets or functions stay as they are.
+    """
+    sweep, changed = is_sweep(arguments), []
     for argument in arguments:
         key, value = split(argument)
-        if value is not None and key in PATHS and not value.startswith(("'", '"', "[")):
-            argument = argument if re.fullmatch(r"[\w./:~-]*", value, re.ASCII) else f"{key}={quote(value)}"
-        quoted.append(argument)
-    return quoted
+        if value and key.lstrip("+") in TEXT and not (sweep and re.match(r"['\"\[{]|\w+\(", value)):
+            argument = f"{key}=" + ",".join(map(_as_text, value.split(",") if sweep else [value]))
+        changed.append(argument)
+    return changed
+
+
+def _as_text(value: str) -> str:
+    text = plain(value)
+    return text if value == "null" or _read_by_hydra(text) == text else quote(text)
+
+
+def _read_by_hydra(value: str) -> Any:
+    """Return what Hydra reads for a value, or None if it rejects the value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        return None

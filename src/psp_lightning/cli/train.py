@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.fit import fit
+from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import _fail, guard, user_errors
 from psp_lightning.cli.resume import LAST, with_resume
@@ -85,6 +86,7 @@ def _run_or_search() -> None:
 
 def main() -> None:
     """Entry point of `psp-train`."""
+    answer("psp-train")
     guard(_run_or_search, with_resume)
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.fit import fit
+from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
@@ -54,7 +55,8 @@ def _run(cfg: DictConfig) -> Any:
 
 def main() -> None:
     """Entry point of `psp-train-generator`."""
-    guard(_run, functools.partial(with_resume, family="generator"))
+    answer("psp-train-generator")
+    guard(_run, functools.partial(with_resume, config="generator_training/train_generator"))
 
 
 if __name__ == "__main__":
