@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from psp_lightning.cli.mistakes import _fail
+from psp_lightning.cli.mistakes import fail
 from psp_lightning.cli.settings import quote
 from psp_lightning.lit.run_folder import claim_run, is_first_rank, new_folder
 from psp_lightning.utils.errors import UserError
@@ -78,7 +78,7 @@ def _reporting() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except (OSError, OmegaConfBaseException):
         pass  # Hydra meets the same error and reports it; a file system without locks allows no claims
 

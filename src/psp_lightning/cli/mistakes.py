@@ -63,26 +63,26 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
             sys.argv[1:] = prepare(sys.argv[1:])
         run()
     except (UserError, Report) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(explain(error))
+        fail(explain(error))
     except ValueError as error:
         if "Config group override must be" not in str(error):  # Hydra has no exception class for logger=null
             raise
-        _fail(_wrong_option(sys.argv[1:]) or str(error))
+        fail(_wrong_option(sys.argv[1:]) or str(error))
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's error for a path with ~
             raise
-        _fail("~ in a path cannot be replaced, because this user has no home folder: set HOME or write the whole path.")
+        fail("~ in a path cannot be replaced, because this user has no home folder: set HOME or write the whole path.")
     except BrokenPipeError:  # the reader of a pipe, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(message(error))
+        fail(message(error))
 
 
 def message(error: Exception) -> str:
@@ -92,7 +92,7 @@ def message(error: Exception) -> str:
     return str(error)
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 

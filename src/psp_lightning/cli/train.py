@@ -14,7 +14,7 @@ from psp_lightning._conf import config_root
 from psp_lightning.cli.fit import fit
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
-from psp_lightning.cli.mistakes import _fail, guard, user_errors
+from psp_lightning.cli.mistakes import fail, guard, user_errors
 from psp_lightning.cli.resume import LAST, with_resume
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, plural
@@ -66,9 +66,9 @@ def _check_search(cfg: DictConfig) -> None:
     if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         return
     if cfg.objective is None:
-        _fail("a search needs an objective=NAME, such as val/loss.")
+        fail("a search needs an objective=NAME, such as val/loss.")
     if not cfg.trainer.limit_val_batches or cfg.trainer.val_every > cfg.trainer.max_steps:
-        _fail(
+        fail(
             f"objective={cfg.objective} would not be measured, because there is no validation: trainer.val_every="
             f"{cfg.trainer.val_every}, trainer.max_steps={cfg.trainer.max_steps}, trainer.limit_val_batches="
             f"{cfg.trainer.limit_val_batches}. Set trainer.val_every={cfg.trainer.max_steps} or less."
