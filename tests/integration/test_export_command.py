@@ -110,7 +110,7 @@ def test_a_second_run_completes_the_file(psp, place: Path) -> None:
     assert "1 written, 2 skipped" in predict(psp, ckpt="mine.safetensors", input="in", output="out", latents="true").out
     (place / "out" / "latents" / "1.safetensors").unlink()
     done = predict(psp, ckpt="theirs.safetensors", input="in", output="out", latents="true")
-    assert done.code == 1 and "generators differ" in done.err and "overwrite=true" in done.err
+    assert done.code == 1 and "another checkpoint, mine.safetensors" in done.err and "overwrite=true" in done.err
 
 
 def test_an_unreadable_image_has_no_latent(psp, place: Path) -> None:

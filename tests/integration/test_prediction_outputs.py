@@ -103,6 +103,29 @@ def test_an_output_that_cannot_be_written_is_recorded(psp, here: Path) -> None:
     assert "2 written, 1 skipped" in done.out and "1 failed" in done.out, "what failed is tried again"
 
 
+@pytest.mark.parametrize("settings", [["output=in"], ["output=link"], ["output=in/sub/.."]])
+def test_an_input_is_never_overwritten(settings: list[str], psp, here: Path) -> None:
+    draw("in/0.png", "in/sub/1.png")
+    Path("link").symlink_to("in")
+    before = Path("in/0.png").read_bytes()
+    for overwrite in ("false", "true"):
+        done = predict(psp, "input=in/0.png", *settings, f"overwrite={overwrite}")
+        assert done.code == 1 and "is an input and would be overwritten" in done.err, done.err
+        assert Path("in/0.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("sheet.png", "sheet=true"), ("latents.safetensors", "latents=true"), ("manifest.jsonl", "seed=0")],
+)
+def test_a_folder_with_the_name_of_a_common_file_is_named_first(name: str, setting: str, psp, here: Path) -> None:
+    draw("in/0.png")
+    Path("out", name).mkdir(parents=True)
+    done = predict(psp, "input=in", "output=out", setting)
+    assert done.code == 1 and f"out/{name} is a folder" in done.err and "Traceback" not in done.err, done.err
+    assert not list(Path("out").glob("0.png"))
+
+
 def test_full_disk_stops_and_keeps_a_record_of_what_was_written(psp, here: Path, monkeypatch) -> None:
     draw("in/0.png", "in/1.png", "in/2.png")
     original, calls = Image.Image.save, itertools.count()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -218,3 +219,28 @@ def test_pooling_as_matrices(height: int, width: int, size: int | tuple[int, int
         found = F.adaptive_avg_pool2d(x, size)
     assert torch.allclose(found, F.adaptive_avg_pool2d(x, size), atol=1e-6)
     assert torch.allclose(averages(height, 4).sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize("format", SUFFIX)
+def test_a_folder_whose_name_is_not_utf8(format: str, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has only UTF-8 names")
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+        with pytest.raises(UserError, match="needs a folder whose name is UTF-8"):
+            export(network(), folder / "net.onnx", format)
+        assert not list(folder.iterdir())
+        folder = tmp_path  # the name of the file may be any
+    path = folder / os.fsdecode(b"net\xe9." + SUFFIX[format].encode())
+    done = export(network(), path, format)
+    assert done.path.is_file() and "net\\udce9" in done.card.read_text(encoding="utf-8")
+
+
+def test_a_folder_in_place_of_the_card_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "net.pt.md").mkdir()
+    with pytest.raises(UserError, match="net.pt.md is a folder"):
+        export(network(), tmp_path / "net.pt", "torchscript")
+    assert not (tmp_path / "net.pt").exists()

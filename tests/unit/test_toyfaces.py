@@ -115,8 +115,15 @@ def test_write_dataset_in_celebamask_layout(tmp_path):
         write_dataset(tmp_path, n=3, size=32, progress=False)
 
 
+def test_a_file_instead_of_a_folder_is_reported_before_the_first_face(tmp_path):
+    (tmp_path / "sketch").write_text("")
+    with pytest.raises(UserError, match="Cannot make the folder .*sketch"):
+        write_dataset(tmp_path, n=3, size=32, progress=False)
+    assert not [path for path in tmp_path.rglob("*.*") if path.is_file()]
+
+
 def test_bad_arguments():
-    for options in ({"size": 8}, {"n": 0}, {"identities": 0}, {"seed": -1}):
+    for options in ({"size": 8}, {"size": 20_000}, {"n": 0}, {"identities": 0}, {"seed": -1}):
         with pytest.raises(UserError):
             ToyFaces(**options)
     with pytest.raises(IndexError):

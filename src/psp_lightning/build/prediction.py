@@ -29,7 +29,7 @@ from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
-from psp_lightning.lit.manifest import difference, read_manifest, save_manifest
+from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
 from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.models.psp import PSP
@@ -192,10 +192,18 @@ def _read_latents(cfg: DictConfig) -> Latents:
 
 
 def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
-    """Raise a UserError if two outputs have the same path, e.g. for an input called sheet or a folder side_by_side."""
-    taken = {outputs.folder / "sheet.png"} if sheet else set()
+    """Raise a UserError if an output would replace an input, another output or a folder that belongs to neither."""
+    common = [outputs.folder / MANIFEST, *[outputs.folder / "sheet.png"] * sheet]
+    common += [outputs.folder / "latents.safetensors"] * outputs.latents
+    for path in common:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file of this name is to be written. Rename it.")
+    sources = {os.path.realpath(file.path) for file in outputs.files}
+    taken = set(common)
     for index, file in enumerate(outputs.files):
         for path in outputs.all(index):
+            if os.path.realpath(path) in sources:
+                raise UserError(f"{path} is an input and would be overwritten. Set output= to another folder.")
             if path in taken:
                 raise UserError(
                     f"{path} would be written twice (for {file.path}): rename the input or change the options."

@@ -33,6 +33,7 @@ from psp_lightning.models.layers import HalfPrecision, freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.names import is_utf8
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 PARTS = ("encoder", "generator", "both")
@@ -171,6 +172,11 @@ def export(
     if format == "safetensors" and what == "encoder":
         raise UserError("what=encoder cannot be written as safetensors: set what=both, or choose another format.")
     path, facts = Path(path), dict(facts or {})
+    card = path.with_name(path.name + ".md")
+    if card.is_dir():
+        raise UserError(f"{card} is a folder, but the model card is written there. Rename it or choose another file.")
+    if format == "onnx" and not is_utf8(path.parent):
+        raise UserError(f"{path}: the ONNX exporter needs a folder whose name is UTF-8. Write to another folder.")
     generator = freeze(copy.deepcopy(plain_form(net.generator)))
     net = copy.deepcopy(net, {id(net.generator): generator}).float().cpu()  # the memo puts the plain form in the copy
     for module in net.modules():
@@ -183,11 +189,11 @@ def export(
         else:
             run = (_onnx if format == "onnx" else _torchscript)(part, example(net, what, TRACED), file)
         difference = compare(part, run, [example(net, what, batch) for batch in CHECKED])
-    card = path.with_name(path.name + ".md")
     runner = f"onnxruntime {version('onnxruntime')}" if format == "onnx" else "the file, read again,"
     checked = f"{runner} differs from PyTorch {torch.__version__} by at most {difference:.1g} at batch 1 and 3"
     with replacing(card) as file:
-        file.write_text(model_card(net, what, path, format, checked, facts), encoding="utf-8")
+        text = model_card(net, what, path, format, checked, facts)
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Exported(path, card, difference)
 
 
@@ -243,8 +249,11 @@ def _tracing(path: Path) -> Iterator[None]:
 
 def _torchscript(part: Part, x: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
     with _tracing(file):
-        torch.jit.save(torch.jit.trace(part, (x,), check_trace=False), file)
-        return torch.jit.load(file, map_location="cpu")
+        traced = torch.jit.trace(part, (x,), check_trace=False)
+        with file.open("wb") as stream:  # PyTorch takes only names that are UTF-8
+            torch.jit.save(traced, stream)
+        with file.open("rb") as stream:
+            return torch.jit.load(stream, map_location="cpu")
 
 
 def _onnx(part: Part, x: Tensor, file: Path) -> Callable[[Tensor], Tensor]:

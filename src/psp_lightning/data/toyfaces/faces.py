@@ -17,6 +17,8 @@ from psp_lightning.data.toyfaces.person import draw_person, draw_scene
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, save_atomic
 
+LARGEST = 8192  # pixels; a larger drawing fills the memory of most machines
+
 
 class Drawing(NamedTuple):
     """A drawn face."""
@@ -33,15 +35,15 @@ class ToyFaces(Dataset[dict[str, Any]]):
     ids, `sketch` float32 (1, size, size) in [0, 1] with paper at 1, `identity` int.
 
     Args:
-        size: height and width in pixels, at least 16.
+        size: height and width in pixels, 16 to 8192.
         seed: determines the people and pictures.
         n: number of samples.
         identities: number of people; sample i shows person `i % identities`. None: each sample shows a different one.
     """
 
     def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:
-        if size < 16:
-            raise UserError(f"toyfaces: {size} px is too small for a face. Use at least 16.")
+        if not 16 <= size <= LARGEST:
+            raise UserError(f"toyfaces: faces have 16 to {LARGEST} px, not {size}.")
         if n < 1 or (identities is not None and identities < 1) or seed < 0:
             raise UserError("toyfaces: n and identities must be at least 1, and seed at least 0.")
         self.size, self.seed, self.n, self.identities = size, seed, n, identities
@@ -121,6 +123,11 @@ def write_dataset(
     faces = ToyFaces(size, seed, n, identities)
     if taken := [folder for folder in FOLDERS if (out / folder).is_dir() and any((out / folder).iterdir())]:
         raise UserError(f"{out / taken[0]} already contains files. Choose an empty folder, or remove them first.")
+    for folder in FOLDERS:  # report a folder that cannot be made before the first face
+        try:
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the folder {out / folder}: {error.strerror or error}.") from None
     steps: Any = range(n)
     if progress:
         from rich.progress import track
