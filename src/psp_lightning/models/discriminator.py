@@ -22,6 +22,8 @@ from psp_lightning.utils.errors import UserError
 class EqualisedConv(nn.Module):
     """A convolution with an equalised learning rate and "same" padding."""
 
+    fir: FIRFilter | None
+
     def __init__(
         self,
         in_channels: int,

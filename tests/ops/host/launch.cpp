@@ -45,16 +45,16 @@ template <typename T, int V, bool LAST> void run(const EpilogueBackward& a) {
       A sums[N] = {};
       for (int row = 0; row < t.ty; ++row)
         epilogue_backward_thread<T, V, LAST>(a, t, block, row * t.tx + column, sums);
-      const Place at = find_place<V, LAST>(t, a.c, block, column);
+      const Place at = find_place<V, LAST>(t, a.c, a.pixels, block, column);
       if (a.partials && at.valid)
         for (int k = 0; k < N; ++k)
           static_cast<A*>(a.partials)[partial_index(t, a.c, at, k / 3) + k % 3] = sums[k];
     }
 }
 
-template <typename T, int V, int S, bool LAST> void run(const FirEpilogue& f) {
-  const RowTiling t = make_row_tiling(f.e.n, f.e.c, f.out_h, f.out_w, V, LAST, S);
-  each(t.blocks, t.threads, [&](uint32_t block, int i) { fir_epilogue_thread<T, V, S, LAST>(f, t, block, i); });
+template <typename T, int V, bool LAST> void run(const FirEpilogue& f) {
+  const RowTiling t = make_row_tiling(f.e.n, f.e.c, f.out_h, f.out_w, V, LAST, strip_rows(f.out_h));
+  each(t.blocks, t.threads, [&](uint32_t block, int i) { fir_epilogue_thread<T, V, LAST>(f, t, block, i); });
 }
 
 template <typename T, int V, bool LAST> void run(const Upfirdn& a) {
@@ -102,8 +102,8 @@ cudaError_t launch_fir_epilogue(const FirEpilogue& f, Kind kind, bool last, cuda
   const bool fit = last && packs_fit(kind, f.e.c, {f.e.x, f.e.out});
   with_type(kind, [&](auto value) {
     using T = decltype(value);
-    if (fit) run<T, 16 / sizeof(T), ROWS_OF_PACKS, true>(f);
-    else last ? run<T, 1, ROWS, true>(f) : run<T, 1, ROWS, false>(f);
+    if (fit) run<T, 16 / sizeof(T), true>(f);
+    else last ? run<T, 1, true>(f) : run<T, 1, false>(f);
   });
   return cudaSuccess;
 }

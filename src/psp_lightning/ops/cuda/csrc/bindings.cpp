@@ -165,6 +165,9 @@ void upfirdn2d(
   a.down_y = int_of(down[0]), a.down_x = int_of(down[1]);
   a.pad_y = int_of(pad[0]), a.pad_x = int_of(pad[1]);
   a.flip = flip, a.gain = gain;
+  int_of(up[0] * x.size(2)), int_of(up[1] * x.size(3));  // positions in both signals are counted in 32 bits
+  int_of(down[0] * out.size(2)), int_of(down[1] * out.size(3));
+  int_of(fir.numel());
   int_of(a.out_w * s.c);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(256) epilogue_backward(const EpilogueBackward 
     if (row < half)
       for (int k = 0; k < N; ++k) shared[thread * N + k] += shared[(thread + half * t.tx) * N + k];
   }
-  const Place at = find_place<V, LAST>(t, a.c, blockIdx.x, thread);
+  const Place at = find_place<V, LAST>(t, a.c, a.pixels, blockIdx.x, thread);
   if (row == 0 && at.valid)
     for (int k = 0; k < N; ++k)  // a thread of row 0 made the last write to these itself
       static_cast<A*>(a.partials)[partial_index(t, a.c, at, k / 3) + k % 3] = shared[thread * N + k];

@@ -56,20 +56,26 @@ template <int V, bool LAST> inline Tiling make_tiling(int64_t n, int64_t c, int6
 }
 
 struct Place {  // of one thread
-  int64_t n, c, first, end;  // sample, first channel, first pack of pixels, end of the chunk
+  int64_t n, c;    // sample and first channel
+  int64_t pixel;   // first pixel
+  int64_t offset;  // of that pixel and channel in a tensor (N, C, P)
+  int rounds;      // packs of this thread
   bool valid;
   uint32_t chunk;
 };
 
-template <int V, bool LAST> PSP_INLINE Place find_place(const Tiling& t, int64_t c, uint32_t block, int thread) {
+template <int V, bool LAST>
+PSP_INLINE Place find_place(const Tiling& t, int64_t c, int64_t pixels, uint32_t block, int thread) {
   Place p;
   p.chunk = block % t.chunks;
   const uint32_t rest = block / t.chunks, tile = rest % t.tiles;
   p.n = rest / t.tiles;
   p.c = LAST ? (static_cast<int64_t>(tile) * t.tx + thread % t.tx) * V : tile;
-  p.first = p.chunk * t.chunk + thread / t.tx;
-  const int64_t end = (p.chunk + int64_t(1)) * t.chunk;
-  p.end = end < t.packs ? end : t.packs;
+  const int64_t first = p.chunk * t.chunk + thread / t.tx, left = t.packs - first;
+  const int here = static_cast<int>(t.chunk) - thread / t.tx;  // packs up to the end of the chunk
+  p.rounds = ((left < here ? static_cast<int>(left) : here) + t.ty - 1) / t.ty;  // ty is a power of two; may be 0
+  p.pixel = LAST ? first : first * V;
+  p.offset = LAST ? (p.n * pixels + p.pixel) * c + p.c : (p.n * c + p.c) * pixels + p.pixel;
   p.valid = p.c < c;
   return p;
 }
@@ -91,30 +97,45 @@ template <typename A> PSP_INLINE A derivative(A y, A slope, A gain, A clamp) {
   return y > 0 ? gain : gain * slope;
 }
 
+// The noise of the pixels of a pack: one value if its items are channels.
+template <typename A, int COUNT> struct Noise { A of[COUNT]; };
+template <typename A, int COUNT> PSP_INLINE Noise<A, COUNT> load_noise(const A* from) {
+  Noise<A, COUNT> noise;
+PSP_UNROLL
+  for (int k = 0; k < COUNT; ++k) noise.of[k] = from ? from[k] : A(0);
+  return noise;
+}
+
 template <typename T, int V, bool LAST>
 PSP_INLINE void epilogue_thread(const Epilogue& a, const Tiling& t, uint32_t block, int thread) {
   using A = Wide<T>;
   constexpr int G = LAST ? V : 1;  // channels of this thread
-  const Place at = find_place<V, LAST>(t, a.c, block, thread);
+  const Place at = find_place<V, LAST>(t, a.c, a.pixels, block, thread);
   if (!at.valid) return;
   const A slope = A(a.slope), gain = A(a.gain), clamp = bound<T>(a.clamp);
   const A strength = a.strength ? *static_cast<const A*>(a.strength) : A(1);
   A scale[G], shift[G];
+PSP_UNROLL
   for (int g = 0; g < G; ++g) {
     scale[g] = a.demod ? static_cast<const A*>(a.demod)[at.n * a.c + at.c + g] : A(1);
     shift[g] = a.bias ? static_cast<const A*>(a.bias)[at.c + g] : A(0);
   }
-  for (int64_t p = at.first; p < at.end; p += t.ty) {
-    const int64_t pixel = LAST ? p : p * V;
-    const int64_t i = LAST ? (at.n * a.pixels + pixel) * a.c + at.c : (at.n * a.c + at.c) * a.pixels + pixel;
-    const A* noise = a.noise ? static_cast<const A*>(a.noise) + at.n * a.noise_step + pixel : nullptr;
-    Pack<T, V> pack = load<T, V>(static_cast<const T*>(a.x) + i);
+  const int pixels = t.ty * (LAST ? 1 : V);  // from one round to the next
+  const int64_t step = LAST ? pixels * a.c : pixels;
+  const T* x = static_cast<const T*>(a.x) + at.offset;
+  T* out = static_cast<T*>(a.out) + at.offset;
+  const A* map = a.noise ? static_cast<const A*>(a.noise) + at.n * a.noise_step + at.pixel : nullptr;
+  for (int round = 0; round < at.rounds; ++round, x += step, out += step) {
+    const Pack<T, V> given = load<T, V>(x);
+    const Noise<A, V / G> noise = load_noise<A, V / G>(map);
+    if (map) map += pixels;
+    Pack<T, V> result;
+PSP_UNROLL
     for (int v = 0; v < V; ++v) {
-      A u = widen(pack.item[v]) * scale[LAST ? v : 0];
-      if (noise) u += strength * noise[LAST ? 0 : v];
-      pack.item[v] = narrow<T>(activate(u + shift[LAST ? v : 0], slope, gain, clamp));
+      const A u = widen(given.item[v]) * scale[LAST ? v : 0] + strength * noise.of[LAST ? 0 : v];
+      result.item[v] = narrow<T>(activate(u + shift[LAST ? v : 0], slope, gain, clamp));
     }
-    store<T, V>(static_cast<T*>(a.out) + i, pack);
+    store<T, V>(out, result);
   }
 }
 
@@ -124,36 +145,42 @@ PSP_INLINE void epilogue_backward_thread(
     const EpilogueBackward& a, const Tiling& t, uint32_t block, int thread, Wide<T>* sums) {
   using A = Wide<T>;
   constexpr int G = LAST ? V : 1;
-  const Place at = find_place<V, LAST>(t, a.c, block, thread);
+  const Place at = find_place<V, LAST>(t, a.c, a.pixels, block, thread);
   if (!at.valid) return;
   const A slope = A(a.slope), gain = A(a.gain), clamp = bound<T>(a.clamp);
   A scale[G];
+PSP_UNROLL
   for (int g = 0; g < G; ++g) scale[g] = a.demod ? static_cast<const A*>(a.demod)[at.n * a.c + at.c + g] : A(1);
-  for (int64_t p = at.first; p < at.end; p += t.ty) {
-    const int64_t pixel = LAST ? p : p * V;
-    const int64_t i = LAST ? (at.n * a.pixels + pixel) * a.c + at.c : (at.n * a.c + at.c) * a.pixels + pixel;
-    const A* noise = a.noise ? static_cast<const A*>(a.noise) + at.n * a.noise_step + pixel : nullptr;
-    Pack<T, V> pack = load<T, V>(static_cast<const T*>(a.dy) + i);
+  const bool with_sums = a.partials, with_y = a.y, with_x = a.x && with_sums;
+  const int pixels = t.ty * (LAST ? 1 : V);
+  const int64_t step = LAST ? pixels * a.c : pixels;
+  int64_t i = at.offset;
+  const A* map = a.noise && with_sums ? static_cast<const A*>(a.noise) + at.n * a.noise_step + at.pixel : nullptr;
+  for (int round = 0; round < at.rounds; ++round, i += step) {
+    const Pack<T, V> dy = load<T, V>(static_cast<const T*>(a.dy) + i);
+    const Pack<T, V> y = load_if<T, V>(with_y, static_cast<const T*>(a.y) + i);
+    const Pack<T, V> x = load_if<T, V>(with_x, static_cast<const T*>(a.x) + i);
+    const Noise<A, V / G> noise = load_noise<A, V / G>(map);
+    if (map) map += pixels;
     A du[V];
-    for (int v = 0; v < V; ++v) du[v] = widen(pack.item[v]);
-    if (a.y) {
-      const Pack<T, V> y = load<T, V>(static_cast<const T*>(a.y) + i);
+PSP_UNROLL
+    for (int v = 0; v < V; ++v) du[v] = widen(dy.item[v]);
+    if (with_y)
+PSP_UNROLL
       for (int v = 0; v < V; ++v) du[v] *= derivative(A(widen(y.item[v])), slope, gain, clamp);
-    }
-    if (a.partials) {
-      if (a.x) {
-        const Pack<T, V> x = load<T, V>(static_cast<const T*>(a.x) + i);
-        for (int v = 0; v < V; ++v) sums[(LAST ? v : 0) * 3] += du[v] * widen(x.item[v]);
-      }
+    if (with_sums)
+PSP_UNROLL
       for (int v = 0; v < V; ++v) {
-        sums[(LAST ? v : 0) * 3 + 1] += du[v];
-        if (noise) sums[(LAST ? v : 0) * 3 + 2] += du[v] * noise[LAST ? 0 : v];
+        A* sum = sums + (LAST ? v : 0) * 3;
+        sum[0] += du[v] * widen(x.item[v]);
+        sum[1] += du[v];
+        sum[2] += du[v] * noise.of[LAST ? 0 : v];
       }
-    }
-    if (a.g) {
-      for (int v = 0; v < V; ++v) pack.item[v] = narrow<T>(du[v] * scale[LAST ? v : 0]);
-      store<T, V>(static_cast<T*>(a.g) + i, pack);
-    }
+    if (!a.g) continue;
+    Pack<T, V> result;
+PSP_UNROLL
+    for (int v = 0; v < V; ++v) result.item[v] = narrow<T>(du[v] * scale[LAST ? v : 0]);
+    store<T, V>(static_cast<T*>(a.g) + i, result);
   }
 }
 

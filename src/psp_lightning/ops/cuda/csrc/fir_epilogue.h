@@ -1,15 +1,18 @@
 // The work of one thread for the epilogue after a separable 4x4 FIR filter:
 //   u[oy, ox] = sum over i, j of fy[i] * fx[j] * x[oy + i - pad_y, ox + j - pad_x],  0 outside of x.
 //
-// A thread walks down a strip of S output rows in one column. It filters each input row along x once and adds it to the
-// outputs that use it, four at most, all in registers. So it fetches a pixel four times instead of sixteen.
+// A thread walks down a strip of output rows in one column. It filters each input row along x once and adds it to the
+// outputs that use it. Four of them are unfinished at a time, in a ring of registers, so a strip can have any length and
+// fetches a pixel four times, plus the three rows that it shares with the next strip, instead of sixteen times.
 #pragma once
 #include "epilogue.h"
 
 namespace psp {
 
 constexpr int TAPS = 4;
-constexpr int ROWS = 8, ROWS_OF_PACKS = 4;  // of a strip; 4 rows of 8 channels are 32 sums in registers
+
+// Rows of a strip: long ones fetch less twice, short ones give small maps more threads.
+inline int strip_rows(int out_h) { return out_h >= 64 ? 16 : 4; }
 
 struct FirEpilogue {
   Epilogue e;  // e.pixels = out_h * out_w
@@ -20,13 +23,14 @@ struct FirEpilogue {
 
 // Each block handles a plane or sample, a strip of rows, and a tile of the row's lanes. Shared with upfirdn2d.h.
 struct RowTiling {
-  int threads;
+  int threads, rows;       // rows of a strip
   uint32_t lanes, tiles, strips;  // a lane is a column, times a pack of channels if LAST
   int64_t blocks;
 };
 
 inline RowTiling make_row_tiling(int64_t n, int64_t c, int out_h, int out_w, int v, bool last, int rows) {
   RowTiling t;
+  t.rows = rows;
   t.lanes = static_cast<uint32_t>(last ? out_w * (c / v) : out_w);
   t.threads = power_of_two(t.lanes, 256);
   if (t.threads < 32) t.threads = 32;
@@ -56,69 +60,74 @@ template <int V, bool LAST> PSP_INLINE RowPlace find_row(const RowTiling& t, int
   return p;
 }
 
-template <typename T, int V, int S, bool LAST>
+template <typename T, int V, bool LAST>
 PSP_INLINE void fir_epilogue_thread(const FirEpilogue& f, const RowTiling& t, uint32_t block, int thread) {
   using A = Wide<T>;
   const Epilogue& a = f.e;
   const RowPlace at = find_row<V, LAST>(t, a.c, block, thread);
   if (!at.valid) return;
-  const int64_t step = LAST ? a.c : 1;  // from one pixel to the next
-  const int64_t in_pixels = static_cast<int64_t>(f.in_h) * f.in_w;
-  const T* in = static_cast<const T*>(a.x) + (LAST ? at.n * in_pixels * a.c + at.c : (at.n * a.c + at.c) * in_pixels);
-  A fx[TAPS], fy[TAPS];
+  const A slope = A(a.slope), gain = A(a.gain), clamp = bound<T>(a.clamp);
+  const A strength = a.strength ? *static_cast<const A*>(a.strength) : A(1);
+  A fx[TAPS], fy[TAPS], scale[V], shift[V];
 PSP_UNROLL
   for (int i = 0; i < TAPS; ++i) {
     fx[i] = static_cast<const A*>(f.fx)[i];
     fy[i] = static_cast<const A*>(f.fy)[i];
   }
-  A sum[S][V];
-PSP_UNROLL
-  for (int s = 0; s < S; ++s)
-PSP_UNROLL
-    for (int v = 0; v < V; ++v) sum[s][v] = 0;
-
-  const int first = static_cast<int>(at.strip) * S;
-PSP_UNROLL
-  for (int r = 0; r < S + TAPS - 1; ++r) {
-    const int iy = first + r - f.pad_y;
-    if (iy < 0 || iy >= f.in_h) continue;
-    A row[V];
-PSP_UNROLL
-    for (int v = 0; v < V; ++v) row[v] = 0;
-PSP_UNROLL
-    for (int j = 0; j < TAPS; ++j) {
-      const int ix = at.x + j - f.pad_x;
-      if (ix < 0 || ix >= f.in_w) continue;
-      const Pack<T, V> pack = load<T, V>(in + (static_cast<int64_t>(iy) * f.in_w + ix) * step);
-PSP_UNROLL
-      for (int v = 0; v < V; ++v) row[v] += fx[j] * widen(pack.item[v]);
-    }
-PSP_UNROLL
-    for (int s = 0; s < S; ++s)
-      if (r - s >= 0 && r - s < TAPS)
-PSP_UNROLL
-        for (int v = 0; v < V; ++v) sum[s][v] += fy[r - s] * row[v];
-  }
-
-  const A slope = A(a.slope), gain = A(a.gain), clamp = bound<T>(a.clamp);
-  const A strength = a.strength ? *static_cast<const A*>(a.strength) : A(1);
-  A scale[V], shift[V];
 PSP_UNROLL
   for (int v = 0; v < V; ++v) {  // V is 1 for planes
     scale[v] = a.demod ? static_cast<const A*>(a.demod)[at.n * a.c + at.c + v] : A(1);
     shift[v] = a.bias ? static_cast<const A*>(a.bias)[at.c + v] : A(0);
   }
-  T* out = static_cast<T*>(a.out) + (LAST ? at.n * a.pixels * a.c + at.c : (at.n * a.c + at.c) * a.pixels);
+
+  const int first = static_cast<int>(at.strip) * t.rows;
+  const int rows = f.out_h - first < t.rows ? f.out_h - first : t.rows;
+  const int64_t step = LAST ? a.c : 1;  // from one pixel to the next
+  const int64_t in_pixels = static_cast<int64_t>(f.in_h) * f.in_w, plane = LAST ? at.n : at.n * a.c + at.c;
+  const int64_t channel = LAST ? at.c : 0, all = LAST ? a.c : 1;
+  const int64_t in_pixel = static_cast<int64_t>(first - f.pad_y) * f.in_w + at.x - f.pad_x;
+  const int64_t out_pixel = static_cast<int64_t>(first) * f.out_w + at.x;
+  const T* in = static_cast<const T*>(a.x) + (plane * in_pixels + in_pixel) * all + channel;  // may be outside
+  T* out = static_cast<T*>(a.out) + (plane * a.pixels + out_pixel) * all + channel;
+  const A* noise = a.noise ? static_cast<const A*>(a.noise) + at.n * a.noise_step + out_pixel : nullptr;
+  const int64_t in_line = f.in_w * step, out_line = f.out_w * step;
+  bool inside[TAPS];
 PSP_UNROLL
-  for (int s = 0; s < S; ++s) {
-    if (first + s >= f.out_h) break;
-    const int64_t pixel = static_cast<int64_t>(first + s) * f.out_w + at.x;
-    const A noise = a.noise ? strength * static_cast<const A*>(a.noise)[at.n * a.noise_step + pixel] : A(0);
-    Pack<T, V> pack;
+  for (int j = 0; j < TAPS; ++j)
+    inside[j] = static_cast<unsigned>(at.x + j - f.pad_x) < static_cast<unsigned>(f.in_w);
+
+  A ring[TAPS][V] = {};  // row r of the strip is kept in ring[r % TAPS] until it is finished
+  for (int group = 0; group < rows + TAPS - 1; group += TAPS) {
 PSP_UNROLL
-    for (int v = 0; v < V; ++v)
-      pack.item[v] = narrow<T>(activate(sum[s][v] * scale[v] + noise + shift[v], slope, gain, clamp));
-    store<T, V>(out + pixel * step, pack);
+    for (int k = 0; k < TAPS; ++k, in += in_line) {
+      const int r = group + k, finished = r - (TAPS - 1);  // the input row, and the output row whose last tap it is
+      const bool there = static_cast<unsigned>(first + r - f.pad_y) < static_cast<unsigned>(f.in_h);
+      const bool ends = static_cast<unsigned>(finished) < static_cast<unsigned>(rows);
+      Pack<T, V> taps[TAPS];
+PSP_UNROLL
+      for (int j = 0; j < TAPS; ++j) taps[j] = load_if<T, V>(there && inside[j], in + j * step);
+      const A extra = load_if<A, 1>(noise && ends, noise).item[0];
+      A row[V];
+PSP_UNROLL
+      for (int v = 0; v < V; ++v) {
+        row[v] = 0;
+PSP_UNROLL
+        for (int j = 0; j < TAPS; ++j) row[v] += fx[j] * widen(taps[j].item[v]);
+        ring[k][v] = fy[0] * row[v];  // a new output
+PSP_UNROLL
+        for (int i = 1; i < TAPS; ++i) ring[(k + TAPS - i) % TAPS][v] += fy[i] * row[v];
+      }
+      if (!ends) continue;
+      Pack<T, V> pack;
+PSP_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const A u = ring[(k + 1) % TAPS][v] * scale[v] + strength * extra;
+        pack.item[v] = narrow<T>(activate(u + shift[v], slope, gain, clamp));
+      }
+      store<T, V>(out, pack);
+      out += out_line;
+      if (noise) noise += f.out_w;
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Number types and 16-byte loads. Everything here also compiles as plain C++, for the tests on the CPU.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -34,11 +35,35 @@ template <> PSP_INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __f
 // V neighbours in memory, read and written by one instruction; the address must be a multiple of their size.
 template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T item[V]; };
 
-template <typename T, int V> PSP_INLINE Pack<T, V> load(const T* from) {
-  return *reinterpret_cast<const Pack<T, V>*>(from);
+// A pack of 16 bytes is copied as one vector: the compiler would split a struct that it has assembled from parts.
+#ifdef __CUDACC__
+template <typename P, size_t SIZE = sizeof(P)> struct RawOf { using type = P; };
+template <typename P> struct RawOf<P, 16> { using type = uint4; };
+#else
+template <typename P> struct RawOf { using type = P; };
+#endif
+
+// The pack at `from`, or zeros if it is not `there`: one load under a condition, not a branch.
+template <typename T, int V> PSP_INLINE Pack<T, V> load_if(bool there, const T* from) {
+  using Raw = typename RawOf<Pack<T, V>>::type;
+  Raw raw{};
+  if (there) raw = *reinterpret_cast<const Raw*>(from);
+  Pack<T, V> pack;
+  memcpy(&pack, &raw, sizeof pack);
+  return pack;
 }
+template <typename T, int V> PSP_INLINE Pack<T, V> load(const T* from) { return load_if<T, V>(true, from); }
 template <typename T, int V> PSP_INLINE void store(T* to, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  using Raw = typename RawOf<Pack<T, V>>::type;
+  Raw raw;
+  memcpy(&raw, &pack, sizeof raw);
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(Raw) == 16) {
+    __stwb(reinterpret_cast<Raw*>(to), raw);  // an assignment may be split too
+    return;
+  }
+#endif
+  *reinterpret_cast<Raw*>(to) = raw;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

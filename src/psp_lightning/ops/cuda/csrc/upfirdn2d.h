@@ -23,20 +23,12 @@ struct Taps {
   int tap, pixel;
 };
 
-PSP_INLINE Taps first_tap(int64_t out, int down, int pad, int up) {
-  const int64_t start = out * down - pad;  // in the upsampled signal
-  const int over = static_cast<int>(start % up);  // has the sign of start
-  Taps t;
-  t.tap = over > 0 ? up - over : -over;
-  int64_t pixel = (start + t.tap) / up;  // exact
-  int64_t tap = t.tap;
-  if (pixel < 0) {
-    tap -= pixel * up;
-    pixel = 0;
-  }
-  t.tap = tap > 1000000 ? 1000000 : static_cast<int>(tap);  // beyond any FIR filter
-  t.pixel = static_cast<int>(pixel < 2147483647 ? pixel : 2147483647);
-  return t;
+// All in 32 bits: bindings.cpp bounds the sizes of both signals.
+PSP_INLINE Taps first_tap(int out, int down, int pad, int up) {
+  const int start = out * down - pad;  // in the upsampled signal
+  const uint32_t here = start > 0 ? start : 0, factor = up;
+  const uint32_t pixel = factor == 1 ? here : (here + factor - 1) / factor;
+  return {static_cast<int>(pixel * factor) - start, static_cast<int>(pixel)};
 }
 
 template <typename T, int V, bool LAST>
@@ -44,27 +36,32 @@ PSP_INLINE void upfirdn_thread(const Upfirdn& a, const RowTiling& t, uint32_t bl
   using A = Wide<T>;
   const RowPlace at = find_row<V, LAST>(t, a.c, block, thread);
   if (!at.valid) return;
-  const int64_t step = LAST ? a.c : 1;
-  const int64_t in_pixels = static_cast<int64_t>(a.in_h) * a.in_w, out_pixels = static_cast<int64_t>(a.out_h) * a.out_w;
-  const T* in = static_cast<const T*>(a.x) + (LAST ? at.n * in_pixels * a.c + at.c : (at.n * a.c + at.c) * in_pixels);
-  const A* fir = static_cast<const A*>(a.fir);
-  const Taps rows = first_tap(at.strip, a.down_y, a.pad_y, a.up_y);
+  const Taps rows = first_tap(static_cast<int>(at.strip), a.down_y, a.pad_y, a.up_y);
   const Taps columns = first_tap(at.x, a.down_x, a.pad_x, a.up_x);
+  const int64_t step = LAST ? a.c : 1;  // from one pixel to the next
+  const int64_t in_pixels = static_cast<int64_t>(a.in_h) * a.in_w, out_pixels = static_cast<int64_t>(a.out_h) * a.out_w;
+  const int64_t plane = LAST ? at.n : at.n * a.c + at.c, channel = LAST ? at.c : 0, all = LAST ? a.c : 1;
+  const int64_t in_pixel = static_cast<int64_t>(rows.pixel) * a.in_w + columns.pixel, in_line = a.in_w * step;
+  const int64_t out_pixel = static_cast<int64_t>(at.strip) * a.out_w + at.x;
+  const T* line = static_cast<const T*>(a.x) + (plane * in_pixels + in_pixel) * all + channel;
+  const int last = a.kh * a.kw - 1, turn = a.flip ? 1 : -1;  // unless flip, the taps are read backwards
+  const A* fir = static_cast<const A*>(a.fir) + (a.flip ? 0 : last);
   A sum[V];
+PSP_UNROLL
   for (int v = 0; v < V; ++v) sum[v] = 0;
-  for (int i = rows.tap, iy = rows.pixel; i < a.kh && iy < a.in_h; i += a.up_y, ++iy) {
-    const A* taps = fir + (a.flip ? i : a.kh - 1 - i) * a.kw;
-    for (int j = columns.tap, ix = columns.pixel; j < a.kw && ix < a.in_w; j += a.up_x, ++ix) {
-      const A f = taps[a.flip ? j : a.kw - 1 - j];
-      const Pack<T, V> pack = load<T, V>(in + (static_cast<int64_t>(iy) * a.in_w + ix) * step);
+  for (int i = rows.tap, iy = rows.pixel; i < a.kh && iy < a.in_h; i += a.up_y, ++iy, line += in_line) {
+    const T* from = line;
+    for (int j = columns.tap, ix = columns.pixel; j < a.kw && ix < a.in_w; j += a.up_x, ++ix, from += step) {
+      const A f = fir[(i * a.kw + j) * turn];
+      const Pack<T, V> pack = load<T, V>(from);
+PSP_UNROLL
       for (int v = 0; v < V; ++v) sum[v] += f * widen(pack.item[v]);
     }
   }
   Pack<T, V> pack;
+PSP_UNROLL
   for (int v = 0; v < V; ++v) pack.item[v] = narrow<T>(sum[v] * A(a.gain));
-  const int64_t pixel = static_cast<int64_t>(at.strip) * a.out_w + at.x;
-  T* out = static_cast<T*>(a.out) + (LAST ? at.n * out_pixels * a.c + at.c : (at.n * a.c + at.c) * out_pixels);
-  store<T, V>(out + pixel * step, pack);
+  store<T, V>(static_cast<T*>(a.out) + (plane * out_pixels + out_pixel) * all + channel, pack);
 }
 
 }  // namespace psp

@@ -1,0 +1,185 @@
+"""Check the CUDA kernels on a GPU for the first time, in about 20 minutes, and write one report.
+
+    python -m benchmarks.gpu_check [FOLDER]
+
+The steps are in the order in which a failure is cheapest to understand. All run, whatever fails before them. They need
+PyTorch with CUDA, nvcc, g++, ninja and pytest; what else is missing is left out and named in the report. FOLDER
+(default: gpu_check) receives report.md and the whole output of each step.
+
+Status 0: all steps passed. 1: a step failed. 2: there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SHOWN = 60  # last lines of each step's output in the report
+METRICS = (
+    "gpu__time_duration.sum,dram__bytes.sum,sm__warps_active.avg.pct_of_peak_sustained_active,"
+    "smsp__issue_active.avg.pct_of_peak_sustained_active,l1tex__t_requests_pipe_lsu_mem_global_op_st.sum,"
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum,lts__t_sectors_op_write.sum,smsp__inst_executed.sum"
+)
+DOCTOR = [sys.executable, "-m", "psp_lightning.cli.doctor", "ops"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+SELF = [sys.executable, "-m", "benchmarks.gpu_check"]
+PROGRAM = "import sys; from tests.ops.test_gpu import SANITISED as s; sys.argv[1:] = ['.']; exec(s)"
+SANITISED = [sys.executable, "-c", PROGRAM]
+MACHINE = """
+import os, subprocess, torch
+for command in ("nvidia-smi", "nvcc --version", "g++ --version"):
+    print(subprocess.run(command, shell=True, capture_output=True, text=True).stdout)
+print("torch", torch.__version__, "capability", torch.cuda.get_device_capability())
+listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+print("TORCH_CUDA_ARCH_LIST", listed or "is not set")
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, its time limit in seconds, what to look for in its output, and the programs or modules it needs."""
+
+    name: str
+    command: list[str]
+    limit: int
+    look: str
+    needs: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+    def missing(self) -> str:
+        """Return the first need that is not here, or an empty string."""
+        here = (n for n in self.needs if not shutil.which(n) and importlib.util.find_spec(n) is None)
+        return next(here, "")
+
+
+def steps() -> list[Step]:
+    """Return the steps in their order."""
+    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read outside a tensor is outside an allocation
+    sanitisers = [
+        Step(tool, ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9", *SANITISED], 200,
+             "ERROR SUMMARY: 0 errors", ("compute-sanitizer",), no_cache)
+        for tool, options in (
+            ("memcheck", ("--report-api-errors", "no")),
+            ("racecheck", ()),  # the tree in shared memory
+            ("initcheck", ("--kernel-regex", "kns=psp")),
+        )
+    ]  # fmt: skip
+    profiler = ["ncu", "--kernel-name", "regex:epilogue|upfirdn", "--launch-skip", "20", "--launch-count", "12",
+                "--clock-control", "none", "--metrics", METRICS, *SELF, "kernels"]  # fmt: skip
+    return [
+        Step("machine", [sys.executable, "-c", MACHINE], 60, "TORCH_CUDA_ARCH_LIST is not set or lists this GPU"),
+        Step("build", [*DOCTOR, "build=true", "check=false"], 300, "built yes, in use CUDA kernels"),
+        Step("agreement", DOCTOR, 240, "all agree; an error names the case", env={"CUDA_LAUNCH_BLOCKING": "1"}),
+        *sanitisers,
+        Step("tests", [*PYTEST, "-m", "gpu and not slow", "tests/ops"], 300, "all pass", ("pytest",)),
+        Step("times", [*SELF, "kernels"], 240, "epilogue and bias_act at 85 % of the copy bandwidth or more"),
+        Step("profile", profiler, 200,
+             "16 sectors per request of a pack's store; issue_active above 80 %: too many instructions; bytes against "
+             "the expected passes in docs/kernels.md", ("ncu",)),
+        Step("graph", [*SELF, "graph"], 200, "no warning, difference 0, faster than eager at batch 1"),
+        Step("slow tests", [*PYTEST, "-m", "gpu and slow", "tests/ops"], 600, "all pass", ("pytest",)),
+        Step("training", [*PYTEST, "tests/integration/test_gpu.py"], 600, "all pass", ("pytest", "hydra", "lpips")),
+    ]  # fmt: skip
+
+
+def has_gpu() -> bool:
+    """Return whether PyTorch finds a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run(folder: Path, plan: list[Step]) -> bool:
+    """Run the steps, write the report after each, and return whether all passed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report, good = ["# The kernels on a GPU", ""], True
+    for number, step in enumerate(plan):
+        if missing := step.missing():
+            result, output, seconds = f"left out: {missing} is not here", "", 0.0
+        else:
+            code, output, seconds = _call(step)
+            result = {0: "passed", None: f"stopped after {step.limit} s"}.get(code, f"failed (status {code})")
+            good = good and code == 0
+        (folder / f"{number}_{step.name.replace(' ', '_')}.txt").write_text(output)
+        print(f"{step.name}: {result} ({seconds:.0f} s)", flush=True)
+        report += [f"## {number}. {step.name}: {result}", "", f"Look for: {step.look}. {seconds:.0f} s.", ""]
+        report += ["```", *output.splitlines()[-SHOWN:], "```", ""]
+        (folder / "report.md").write_text("\n".join(report))
+    return good
+
+
+def _call(step: Step) -> tuple[int | None, str, float]:
+    path = os.pathsep.join(["src", ".", *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **step.env}
+    start = time.monotonic()
+    try:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(step.command, env=env, timeout=step.limit, **pipes)  # type: ignore[call-overload]
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as stopped:
+        code, output = None, stopped.stdout or b""
+    return code, output.decode(errors="replace"), time.monotonic() - start
+
+
+def kernels(device: str = "cuda", size: int = 1024) -> None:
+    """Print the time of each kernel at the generator's largest shapes, for batches of 1 and 8."""
+    from benchmarks.compare.kernels import measure_kernels
+    from benchmarks.compare.report import kernel_table
+    from benchmarks.compare.rows import FLOAT32, Job
+
+    for batch in (1, 8):
+        print(kernel_table(measure_kernels(Job("kernels", size, batch, FLOAT32, device, {}))["kernels"]), flush=True)
+
+
+def graph(device: str = "cuda", size: int = 1024, count: int = 200) -> None:
+    """Compare the network as a CUDA graph with eager calls while a DataLoader pins memory in another thread."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from benchmarks.compare.floor import best
+    from psp_lightning import PSP
+    from psp_lightning.inference.fixed_batch import FixedBatch
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.stylegan2 import Generator
+
+    torch.manual_seed(0)
+    generator = Generator(size)
+    encoder = GradualStyleEncoder(generator.n_styles)
+    net = PSP(encoder, generator, torch.randn(512) / 2, source={"kind": "rgb"}).to(device).eval()
+    pictures = [torch.rand(3, 256, 256) * 2 - 1 for _ in range(8)] * (count // 8)
+    for batch in (1, 8):
+        eager = net.for_inference(torch.bfloat16)
+        replayed = FixedBatch(eager, batch, compile=False, graph=True)
+        worst, loader = 0.0, DataLoader(pictures, batch, num_workers=2, pin_memory=device == "cuda")
+        with torch.inference_mode():
+            for i, x in enumerate(loader):
+                x = x.to(device, non_blocking=True)
+                y = replayed(x)
+                if i < 3:
+                    worst = max(worst, float((y - eager(x)).abs().max()))
+            times = [1e3 * best(lambda f=f, x=x: f(x), device, 3) for f in (eager, replayed)]
+        print(f"batch {batch}: difference {worst:.1e}, eager {times[0]:.2f} ms, graph {times[1]:.2f} ms", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the check, or one of its measurements; return the status."""
+    if not has_gpu():
+        print("gpu-check: PyTorch finds no GPU, so nothing was checked. Run it on a machine with an NVIDIA GPU.")
+        return 2
+    if arguments in (["kernels"], ["graph"]):
+        {"kernels": kernels, "graph": graph}[arguments[0]]()
+        return 0
+    folder = Path(arguments[0] if arguments else "gpu_check")
+    good = run(folder, steps())
+    print(f"report: {folder / 'report.md'}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
