@@ -238,7 +238,7 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
                 assert done.code == 0, f"line {block.line}: {name} {' '.join(arguments)} --cfg job\n{done.err}"
             continue
         if block.language == "python":
-            exec(compile(block.text, f"README.md:{block.line}", "exec"), {"__name__": "readme"})
+            exec(compile(quick(block.text), f"README.md:{block.line}", "exec"), {"__name__": "readme"})
             continue
         if block.language != "bash":
             continue
@@ -253,7 +253,6 @@ def test_readme(psp, shell, tiny: list[str], place: Path, monkeypatch: pytest.Mo
                     continue
                 run_block(Block("bash", "", text, block.line, False), psp, tiny)
     assert len(list((place / "out").glob("*.png"))) == 2
-    assert Image.open(place / "output.png").size == (256, 256)
     jobs = [path.parent.parent for path in (place / "runs" / "multirun").glob("*/*/checkpoints/last.ckpt")]
     assert sorted(path.name for path in jobs) == ["0", "0", "1", "1", "2", "3"], "a grid has four jobs, Optuna two"
     from psp_lightning.data.labels import load_label_map
