@@ -46,7 +46,7 @@ def test_predict(shipped, psp, tmp_path: Path) -> None:
     assert line["status"] == "ok" and line["checkpoint"] == name
     psp("predict", f"ckpt={name}", "input=x.png", "output=out", *QUIET)
     (line,) = [json.loads(text) for text in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert line["status"] == "skipped" and "checkpoint" not in line, "the checkpoint of an existing output is unknown"
+    assert line["status"] == "skipped" and line["checkpoint"] == name
 
 
 def test_predict_mixes_styles(shipped, psp, tmp_path: Path) -> None:

@@ -399,7 +399,7 @@ def contents():
         "average_is_text": ({**good, "latent_avg": "zero"}, "'latent_avg' is a str, not a tensor"),
         "average_is_list_of_text": ({**good, "latent_avg": ["zero"]}, "'latent_avg' is a list, .* list of numbers"),
         "average_is_short": ({**good, "latent_avg": [1.0]}, "p.pt"),
-        "average_is_nested": ({**good, "latent_avg": nested()}, "more values in its latent_avg"),
+        "average_is_nested": ({**good, "latent_avg": nested()}, "latent_avg contains more values than any network"),
         "average_shape": ({**good, "latent_avg": torch.zeros(3, 5)}, "p.pt"),
         "factors": (
             {**good, "opts": {**good["opts"], "dataset_type": "celebs_super_resolution", "resize_factors": "a"}},
