@@ -133,8 +133,13 @@ def own_encoder(**more: int) -> nn.Module:
 
 def test_passes_of_an_encoder():
     generator = StyleGAN2(8, style_dim=4, n_mapping=1, max_channels=4)
-    once = PSP(own_encoder(), generator)
-    assert once.passes == once.encoder.iterations == 0 and once.encode(torch.rand(2, 3, 8, 8)).shape == (2, 4, 4)
+    own = own_encoder()
+    given = set(vars(own))
+    once = PSP(own, generator)
+    assert once.passes == 0 and once.encode(torch.rand(2, 3, 8, 8)).shape == (2, 4, 4)
+    assert set(vars(own)) == given, "the user's module is not changed"
+    once.encoder = own_encoder()
+    assert once.passes == 0, "an encoder may be replaced"
     assert once.for_inference().passes == 0
     net = PSP(encoders.ReStyleEncoder(4, 4, input_size=32, blocks=(1, 1, 1, 1), width=4, iterations=2), generator)
     assert net.passes == 2 and net.for_inference().passes == 2

@@ -33,7 +33,7 @@ class IRSEEncoder(IRSEBody):
 
     smallest_input = 16
     image_channels = 0  # channels of an image that is an input besides the source
-    iterations = 0  # see `models.protocols.Encoder`
+    iterations = 0  # see `models.protocols.RefiningEncoder`
 
     @record_config
     def __init__(

@@ -22,13 +22,11 @@ class Encoder(Protocol):
         config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.
         in_channels: channels of the source.
         input_size: side of the source.
-        iterations: number of passes of a `RefiningEncoder`, 0 for others. `PSP` sets it to 0 if it is missing.
     """
 
     config: dict[str, Any]
     in_channels: int
     input_size: int
-    iterations: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, input_size, input_size) to codes relative to the average latent.
@@ -38,7 +36,13 @@ class Encoder(Protocol):
 
 
 class RefiningEncoder(Encoder, Protocol):
-    """An encoder that refines its codes in `iterations` passes, see `PSP.encode_delta`."""
+    """An encoder that refines its codes in several passes, see `PSP.encode_delta`.
+
+    Attributes:
+        iterations: number of passes; `PSP` calls an encoder without it, or with 0, as an `Encoder`.
+    """
+
+    iterations: int
 
     def __call__(self, x: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
         """Return the update (B, n_styles, style_dim) of the codes so far.

@@ -54,8 +54,6 @@ class PSP(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = cast(EncoderModule, encoder)
-        if not hasattr(encoder, "iterations"):
-            self.encoder.iterations = 0
         self.generator = cast(GeneratorModule, freeze(generator))
         self.n_styles, self.style_dim = self.generator.n_styles, self.generator.style_dim
         self.start_from_latent_avg = bool(start_from_latent_avg)
@@ -78,7 +76,7 @@ class PSP(nn.Module):
     @property
     def passes(self) -> int:
         """The number of passes of an encoder that refines its codes; 0 for an encoder that only sees the source."""
-        return self.encoder.iterations
+        return getattr(self.encoder, "iterations", 0)
 
     def encode_delta(self, x: Tensor) -> Tensor:
         """Map a source (B, C, input_size, input_size) to codes (B, n_styles, style_dim), without the average latent.
