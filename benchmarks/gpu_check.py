@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 SHOWN = 60  # last lines of each step's output in the report
 METRICS = (
@@ -137,8 +138,15 @@ def kernels(device: str = "cuda", size: int = 1024) -> None:
         print(kernel_table(measure_kernels(Job("kernels", size, batch, FLOAT32, device, {}))["kernels"]), flush=True)
 
 
-def graph(device: str = "cuda", size: int = 1024, count: int = 200) -> None:
-    """Compare the network as a CUDA graph with eager calls while a DataLoader pins memory in another thread."""
+def graph(device: str = "cuda", size: int = 1024, count: int = 200, **encoder: Any) -> None:
+    """Compare the network as a CUDA graph with eager calls while a DataLoader pins memory in another thread.
+
+    Args:
+        device: cuda; cpu makes the same calls without a graph.
+        size: side of the generator's images.
+        count: number of pictures, a multiple of 8.
+        **encoder: arguments of the encoder; default: the published one.
+    """
     import torch
     from torch.utils.data import DataLoader
 
@@ -150,9 +158,9 @@ def graph(device: str = "cuda", size: int = 1024, count: int = 200) -> None:
 
     torch.manual_seed(0)
     generator = Generator(size)
-    encoder = GradualStyleEncoder(generator.n_styles)
-    net = PSP(encoder, generator, torch.randn(512) / 2, source={"kind": "rgb"}).to(device).eval()
-    pictures = [torch.rand(3, 256, 256) * 2 - 1 for _ in range(8)] * (count // 8)
+    made = GradualStyleEncoder(generator.n_styles, **encoder)
+    net = PSP(made, generator, torch.randn(512) / 2, source={"kind": "rgb"}).to(device).eval()
+    pictures = [torch.rand(3, made.input_size, made.input_size) * 2 - 1 for _ in range(8)] * (count // 8)
     for batch in (1, 8):
         eager = net.for_inference(torch.bfloat16)
         replayed = FixedBatch(eager, batch, compile=False, graph=True)

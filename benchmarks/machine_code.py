@@ -124,7 +124,7 @@ def _readable(mangled: str) -> str:
 
 
 def _instructions(code: str) -> Iterator[tuple[int, str, str]]:
-    """Yield address, operation and operands of each instruction up to the padding behind the code."""
+    """Yield address, operation and operands of each instruction up to the padding after the code."""
     for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", code):
         _, operation, operands = re.match(r"(@!?U?P\w+ )?(\S+)\s*(.*)", text.strip()).groups()  # type: ignore[union-attr]
         yield int(address, 16), operation, operands
@@ -162,15 +162,15 @@ def _read(name: str, code: str) -> Kernel:
 
 def table(found: dict[str, Kernel]) -> str:
     """Return a table of the kernels, in Markdown."""
-    lines = ["| Kernel | Instructions | Loop | Per output | Stores | Loads | Registers | Blocks per SM |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| Kernel | Instructions | Loop | Per output | Stores | Loads | Registers | Blocks per SM | Branches |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for kernel in found.values():
         widths = (
             " ".join(f"{n}x{bits}" for bits, n in sorted(count.items(), reverse=True))
             for count in (kernel.stores, kernel.loads)
         )
         row = (kernel.name, kernel.instructions, kernel.loop or "", f"{kernel.per_output:.0f}", *widths)
-        lines.append("| " + " | ".join(map(str, (*row, kernel.registers, kernel.blocks))) + " |")
+        lines.append("| " + " | ".join(map(str, (*row, kernel.registers, kernel.blocks, kernel.branches))) + " |")
     return "\n".join(lines)
 
 

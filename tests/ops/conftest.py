@@ -42,8 +42,11 @@ HOST = Path(__file__).parent / "host"
 BUILD = """
 import sys
 from torch.utils import cpp_extension
+# an address that a GPU would reject, or an overflow, ends the process; the traceback names the test
+traps = ["-fsanitize=alignment,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
 cpp_extension.load("psp_lightning_host", sys.argv[3:], extra_include_paths=[sys.argv[1], sys.argv[2]],
-    extra_cflags=["-O1", "-fno-strict-aliasing"], build_directory=sys.argv[2], is_python_module=False, with_cuda=False)
+    extra_cflags=["-O1", "-fno-strict-aliasing", *traps], build_directory=sys.argv[2], is_python_module=False,
+    with_cuda=False)
 """
 
 

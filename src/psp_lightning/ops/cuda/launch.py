@@ -132,7 +132,7 @@ def epilogue_backward(
     order = memory_format(dy if y is None else y)
     dy = dy.contiguous(memory_format=order)
     y, x = (t if t is None else t.contiguous(memory_format=order) for t in (y, x))
-    g = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device, memory_format=order)
+    g = empty(dy if y is None else y, dy.shape)
     wide = torch.promote_types(dy.dtype, torch.float32)
     if g.numel() == 0:
         return g, dy.new_zeros((*dy.shape[:2], 3) if sums else (0,), dtype=wide)

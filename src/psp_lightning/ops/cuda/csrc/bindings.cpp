@@ -121,7 +121,7 @@ void epilogue(
 }
 
 Tensor epilogue_backward(
-    const MaybeTensor& g, const Tensor& dy, const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& demod,
+    const Tensor& g, const Tensor& dy, const MaybeTensor& y, const MaybeTensor& x, const MaybeTensor& demod,
     const MaybeTensor& noise, double slope, double gain, double clamp, bool sums) {
   const Shape s(dy);
   Order order;
@@ -182,7 +182,7 @@ TORCH_LIBRARY(psp_lightning_cuda, m) {
       "Tensor? strength, Tensor? bias, float slope, float gain, float clamp) -> ()",
       &epilogue);
   m.def(
-      "epilogue_backward(Tensor(a!)? g, Tensor dy, Tensor? y, Tensor? x, Tensor? demod, Tensor? noise, float slope, "
+      "epilogue_backward(Tensor(a!) g, Tensor dy, Tensor? y, Tensor? x, Tensor? demod, Tensor? noise, float slope, "
       "float gain, float clamp, bool sums) -> Tensor",
       &epilogue_backward);
   m.def(

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(256) epilogue_backward(const EpilogueBackward 
 
   // Threads of one column (equal thread % tx) have the same channels. Their rows are reduced by a tree in a fixed
   // order, so equal inputs give equal bits.
-  extern __shared__ unsigned char memory[];
+  extern __shared__ __align__(16) unsigned char memory[];
   A* shared = reinterpret_cast<A*>(memory);  // (ty, tx, N)
   const int thread = threadIdx.x, row = thread / t.tx;
   for (int k = 0; k < N; ++k) shared[thread * N + k] = sums[k];

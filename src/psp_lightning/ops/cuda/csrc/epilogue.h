@@ -73,7 +73,7 @@ PSP_INLINE Place find_place(const Tiling& t, int64_t c, int64_t pixels, uint32_t
   p.c = LAST ? (static_cast<int64_t>(tile) * t.tx + thread % t.tx) * V : tile;
   const int64_t first = p.chunk * t.chunk + thread / t.tx, left = t.packs - first;
   const int here = static_cast<int>(t.chunk) - thread / t.tx;  // packs up to the end of the chunk
-  p.rounds = ((left < here ? static_cast<int>(left) : here) + t.ty - 1) / t.ty;  // ty is a power of two; may be 0
+  p.rounds = ((left < here ? static_cast<int>(left) : here) + t.ty - 1) / t.ty;  // 0 after the last pack
   p.pixel = LAST ? first : first * V;
   p.offset = LAST ? (p.n * pixels + p.pixel) * c + p.c : (p.n * c + p.c) * pixels + p.pixel;
   p.valid = p.c < c;
@@ -165,10 +165,11 @@ PSP_UNROLL
     A du[V];
 PSP_UNROLL
     for (int v = 0; v < V; ++v) du[v] = widen(dy.item[v]);
-    if (with_y)
+    if (with_y) {
 PSP_UNROLL
       for (int v = 0; v < V; ++v) du[v] *= derivative(A(widen(y.item[v])), slope, gain, clamp);
-    if (with_sums)
+    }
+    if (with_sums) {
 PSP_UNROLL
       for (int v = 0; v < V; ++v) {
         A* sum = sums + (LAST ? v : 0) * 3;
@@ -176,7 +177,7 @@ PSP_UNROLL
         sum[1] += du[v];
         sum[2] += du[v] * noise.of[LAST ? 0 : v];
       }
-    if (!a.g) continue;
+    }
     Pack<T, V> result;
 PSP_UNROLL
     for (int v = 0; v < V; ++v) result.item[v] = narrow<T>(du[v] * scale[LAST ? v : 0]);

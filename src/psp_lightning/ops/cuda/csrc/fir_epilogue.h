@@ -3,7 +3,8 @@
 //
 // A thread walks down a strip of output rows in one column. It filters each input row along x once and adds it to the
 // outputs that use it. Four of them are unfinished at a time, in a ring of registers, so a strip can have any length and
-// fetches a pixel four times, plus the three rows that it shares with the next strip, instead of sixteen times.
+// fetches a pixel four times instead of sixteen. Four rows come on top: three that its last outputs need, and one in
+// vain, because rows are fetched in fours. Not to fetch it would take registers that there are not.
 #pragma once
 #include "epilogue.h"
 
