@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 SHOWN = 60  # last lines of each step's output in the report
 METRICS = (
     "gpu__time_duration.sum,dram__bytes.sum,sm__warps_active.avg.pct_of_peak_sustained_active,"
@@ -68,11 +69,11 @@ def steps() -> list[Step]:
         for tool, options in (
             ("memcheck", ("--report-api-errors", "no")),
             ("racecheck", ()),  # the tree in shared memory
-            ("initcheck", ("--kernel-regex", "kns=psp")),
+            ("initcheck", ()),
         )
     ]  # fmt: skip
-    profiler = ["ncu", "--kernel-name", "regex:epilogue|upfirdn", "--launch-skip", "20", "--launch-count", "12",
-                "--clock-control", "none", "--metrics", METRICS, *SELF, "kernels"]  # fmt: skip
+    profiler = ["ncu", "--kernel-name", "regex:epilogue|upfirdn", "--clock-control", "none", "--metrics", METRICS,
+                *SELF, "launches"]  # fmt: skip
     return [
         Step("machine", [sys.executable, "-c", MACHINE], 60, "TORCH_CUDA_ARCH_LIST is not set or lists this GPU"),
         Step("build", [*DOCTOR, "build=true", "check=false"], 300, "built yes, in use CUDA kernels"),
@@ -116,7 +117,7 @@ def run(folder: Path, plan: list[Step]) -> bool:
 
 
 def _call(step: Step) -> tuple[int | None, str, float]:
-    path = os.pathsep.join(["src", ".", *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **step.env}
     start = time.monotonic()
     try:
@@ -136,6 +137,18 @@ def kernels(device: str = "cuda", size: int = 1024) -> None:
 
     for batch in (1, 8):
         print(kernel_table(measure_kernels(Job("kernels", size, batch, FLOAT32, device, {}))["kernels"]), flush=True)
+
+
+def launches(device: str = "cuda", size: int = 1024) -> None:
+    """Run each kernel once at the generator's largest shape, for a profiler."""
+    import torch
+
+    from benchmarks.compare.kernels import kernels_at, sizes
+
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for kernel in kernels_at(8, *sizes(size)[-1], dtype, device):
+                kernel.run()
 
 
 def graph(device: str = "cuda", size: int = 1024, count: int = 200, **encoder: Any) -> None:
@@ -180,8 +193,9 @@ def main(arguments: list[str]) -> int:
     if not has_gpu():
         print("gpu-check: PyTorch finds no GPU, so nothing was checked. Run it on a machine with an NVIDIA GPU.")
         return 2
-    if arguments in (["kernels"], ["graph"]):
-        {"kernels": kernels, "graph": graph}[arguments[0]]()
+    measurements = {"kernels": kernels, "launches": launches, "graph": graph}
+    if len(arguments) == 1 and arguments[0] in measurements:
+        measurements[arguments[0]]()
         return 0
     folder = Path(arguments[0] if arguments else "gpu_check")
     good = run(folder, steps())

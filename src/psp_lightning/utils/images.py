@@ -22,8 +22,8 @@ def from_uint8(image: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """Convert float (3, H, W) or (1, H, W) in [-1, 1] to a PIL image of mode RGB or L."""
-    array = to_uint8(image).cpu().permute(1, 2, 0).numpy()
+    """Convert (3, H, W) or (1, H, W), float in [-1, 1] or uint8, to a PIL image of mode RGB or L."""
+    array = (image if image.dtype == torch.uint8 else to_uint8(image)).cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
