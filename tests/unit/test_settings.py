@@ -120,6 +120,7 @@ def test_auto_looks_where_the_settings_put_runs(tmp_path: Path, monkeypatch: pyt
         "runs/sketch2face/a": ["experiment=toyfaces_sketch2face"],
         "runs/superres/a": ["--config-dir", "own", "experiment=1e3"],
         "more/superres/a": ["--config-dir=own", "experiment=1e3", "paths.runs=more"],
+        "runs/seg2face/a": ["-c", "job", "task=seg2face"],
     }
     for place, arguments in cases.items():
         checkpoint = make_run(tmp_path / place, [])

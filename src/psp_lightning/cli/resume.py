@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
-from psp_lightning.cli.mistakes import flat
+from psp_lightning.cli.mistakes import config_dir, flat
 from psp_lightning.cli.settings import flags, is_sweep, plain, quote, quote_text, split
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.compat import OVERRIDES
@@ -85,10 +84,8 @@ def _literal(path: Path) -> str:
 
 def _newest(arguments: list[str], options: list[str], named: bool, config: str) -> Path | None:
     """Return the newest checkpoint of the task that the settings compose to, or that of the run named by `run=`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd")
     overrides = [argument for argument in arguments if argument not in options]
-    if own := parser.parse_known_args(options)[0].config_dir:
+    if own := config_dir(options):
         places = [quote(f"file://{os.path.abspath(place)}") for place in (own, config_root())]
         overrides.append(f"hydra.searchpath=[{','.join(places)}]")
     folder, name = os.path.split(os.path.join(config_root(), config))
