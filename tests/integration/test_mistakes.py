@@ -121,6 +121,25 @@ def test_invalid_settings(arguments: list[str], message: str, psp, tiny: list[st
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["loss=[mine]", "loss.mine.weihgt=2"],
+            "no configuration key 'loss.mine.weihgt'. Did you mean 'loss.mine.weight'",
+        ),
+        (["loss=[l2]", "loss.mine.weight=2"], "'mine' is not selected: add it to the list, loss=[...,mine]"),
+        (["loss=[l2]", "loss.min.weight=2"], "there is no loss 'min'. Did you mean 'mine'"),
+        (["loss=[l2]", "loss.l2.weihgt=2"], "'loss.l2.weihgt'. Did you mean 'loss.l2.weight'"),
+    ],
+)
+def test_settings_of_options_in_a_list(settings: list[str], message: str, psp, tmp_path: Path) -> None:
+    (tmp_path / "own" / "loss").mkdir(parents=True)
+    (tmp_path / "own" / "loss" / "mine.yaml").write_text("# @package loss\nmine:\n  weight: 1.0\n")
+    done = psp("train", "--config-dir", "own", *settings)
+    assert done.code == 1 and message in done.err, done.err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("trainer", ["gpu", "ddp", "mps"])
 def test_a_missing_device(trainer: str, psp, tiny: list[str]) -> None:

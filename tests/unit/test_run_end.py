@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,43 +23,65 @@ from psp_lightning.data.stores import ToyFacesStore
 from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ValidateEvery
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
+from psp_lightning.lit.run_folder import last_checkpoint
 from psp_lightning.losses import CompositeLoss
 from psp_lightning.losses.l2 import L2Loss
-from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.optim import Ranger
 
+SIZE = 32  # pixels
+
 
 def module() -> LitPSP:
     torch.manual_seed(0)
-    generator = Generator.seeded(0, output_size=32, style_dim=32, n_mapping=2, max_channels=8)
-    encoder = GradualStyleEncoder(generator.n_styles, 32, 3, 32, blocks=(1, 1, 1, 1), width=8)
-    net = PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": 32})
+    generator = Generator.seeded(0, output_size=SIZE, style_dim=8, n_mapping=1, channel_multiplier=1, max_channels=8)
+    for name, parameter in generator.named_parameters():
+        if name.endswith("noise.weight"):
+            torch.nn.init.ones_(parameter)  # a resume that draws other noise computes other losses
+    encoder = EncoderIntoW(8, input_size=SIZE, blocks=(1, 1, 1, 1), width=4)
+    net = PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": SIZE})
     losses = CompositeLoss({"l2": L2Loss()}, {"l2": 1.0})
     return LitPSP(net, losses, lambda params: Ranger(params, lr=1e-3), log_every=1)
 
 
+@functools.cache
+def faces(seed: int, n: int) -> ToyFacesStore:
+    return ToyFacesStore(SIZE, seed=seed, n=n, cache=True)
+
+
 def fit(folder: Path, steps: int, n: int = 8, val_every: int = 100, callbacks: Any = (), **options: Any) -> pl.Trainer:
-    """Train on n images in batches of two; resume if there is a last.ckpt."""
-    last = folder / "checkpoints" / "last.ckpt"
-    resume = last if last.exists() else None
+    """Train on n images in batches of two; resume if there is a checkpoint."""
+    checkpoints, resume = folder / "checkpoints", last_checkpoint(folder)
     log = CsvLog(folder)
     if resume:
         log.keep_until(torch.load(resume, weights_only=True)["global_step"])
-    best = ModelCheckpoint(last.parent, "best", monitor="val/loss", enable_version_counter=False)
+    best = ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=options.pop("max_epochs", -1), logger=log,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[EpochStart(), ValidateEvery(val_every), best, *callbacks, LastCheckpoint(last.parent, None)],
+        callbacks=[EpochStart(), ValidateEvery(val_every), best, *callbacks, LastCheckpoint(checkpoints, None)],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1,
         check_val_every_n_epoch=None, **options,
     )  # fmt: skip
-    train, val = ToyFacesStore(32, seed=1, n=n), ToyFacesStore(32, seed=2, n=2)
     pl.seed_everything(0, verbose=False)
-    data = InversionDataModule(train, val, input_size=32, target_size=32, batch_size=2)
+    data = InversionDataModule(faces(1, n), faces(2, 2), input_size=SIZE, target_size=SIZE, batch_size=2)
     trainer.fit(module(), data, ckpt_path=resume)
     return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that trains without a break, once for the same arguments, and returns the folder."""
+
+    @functools.cache
+    def train(steps: int, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        fit(folder, steps, **options)
+        return folder
+
+    return train
 
 
 def final(folder: Path) -> dict[str, Any]:
@@ -105,13 +129,22 @@ def test_validates_every_n_steps(
 
 # an epoch has 4 batches and 2 steps
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_validates_every_n_steps_after_a_resume(cut: int, tmp_path: Path) -> None:
+def test_validates_every_n_steps_after_a_resume(cut: int, whole: Callable[..., Path], tmp_path: Path) -> None:
     options = {"val_every": 2, "accumulate_grad_batches": 3}
-    fit(tmp_path / "whole", 6, **options)
-    fit(tmp_path / "cut", cut, **options)
-    fit(tmp_path / "cut", 6, **options)
-    assert validated(tmp_path / "cut") == validated(tmp_path / "whole") == [2, 4, 6]
-    assert_equal(final(tmp_path / "whole")["state_dict"], final(tmp_path / "cut")["state_dict"])
+    fit(tmp_path, cut, **options)
+    fit(tmp_path, 6, **options)
+    assert validated(tmp_path) == validated(whole(6, **options)) == [2, 4, 6]
+    assert_equal(final(whole(6, **options))["state_dict"], final(tmp_path)["state_dict"])
+
+
+def test_a_run_that_was_killed_before_its_first_last_ckpt_goes_on_from_best_ckpt(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    fit(tmp_path, 3, val_every=3)
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    fit(tmp_path, 5, val_every=3)
+    assert rows(tmp_path) == rows(whole(5, val_every=3)) and len(rows(tmp_path)) == 6
+    assert_equal(final(whole(5, val_every=3))["state_dict"], final(tmp_path)["state_dict"])
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -123,16 +156,16 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("batches", "accumulate", "step"), [(2, 1, 2), (4, 1, 4), (None, 1, 4), (1, 3, 1), (3, 3, 1), (5, 3, 3)]
 )
-def test_a_stopped_run_goes_on_where_it_ended(batches: int | None, accumulate: int, step: int, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_where_it_ended(
+    batches: int | None, accumulate: int, step: int, whole: Callable[..., Path], tmp_path: Path
+) -> None:
     options = {"accumulate_grad_batches": accumulate}
-    fit(tmp_path / "whole", 7, **options)
-    fit(tmp_path / "cut", 7, callbacks=[StopAt(batches)], **options)
-    assert final(tmp_path / "cut")["global_step"] == step
-    fit(tmp_path / "cut", 7, **options)
-    a, b = final(tmp_path / "whole"), final(tmp_path / "cut")
-    assert_equal(a["state_dict"], b["state_dict"])
-    assert [row["train/loss"] for row in rows(tmp_path / "whole") if row["train/loss"]] == [
-        row["train/loss"] for row in rows(tmp_path / "cut") if row["train/loss"]
+    fit(tmp_path, 7, callbacks=[StopAt(batches)], **options)
+    assert final(tmp_path)["global_step"] == step
+    fit(tmp_path, 7, **options)
+    assert_equal(final(whole(7, **options))["state_dict"], final(tmp_path)["state_dict"])
+    assert [row["train/loss"] for row in rows(whole(7, **options)) if row["train/loss"]] == [
+        row["train/loss"] for row in rows(tmp_path) if row["train/loss"]
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank, new_folder
+from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank, last_checkpoint, new_folder
 from psp_lightning.utils.errors import UserError
 
 CLAIM = "import sys, pathlib; from psp_lightning.lit.run_folder import claim_run; "
@@ -28,6 +29,17 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     other.kill()
     other.communicate()
     claim_run(run, False, "").release()
+
+
+def test_a_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert last_checkpoint(tmp_path) is None
+    for time, name in enumerate(["step_1.ckpt", "best.ckpt", ".half.ckpt", "last.ckpt", "step_2.ckpt"]):
+        (folder / name).touch()
+        os.utime(folder / name, (time, time))
+        expected = {"step_1.ckpt": "step_1.ckpt", "best.ckpt": "best.ckpt", ".half.ckpt": "best.ckpt"}
+        assert last_checkpoint(tmp_path) == folder / expected.get(name, "last.ckpt")
 
 
 @pytest.mark.parametrize("file", ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "generator_00000010.safetensors"])

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from psp_lightning.cli.resume import LAST, with_resume
+from psp_lightning.cli.resume import with_resume
 from psp_lightning.cli.settings import plain, quote, quote_text
+from psp_lightning.lit.run_folder import LAST
 
 NUMBERS = ["2024_01_05", "1.10", "1e3", "007", "0x1f", "1_000", "true", "nan", "inf", "12:30"]
 GRAMMAR = [
@@ -120,6 +121,7 @@ def test_auto_looks_where_the_settings_put_runs(tmp_path: Path, monkeypatch: pyt
         "runs/sketch2face/a": ["experiment=toyfaces_sketch2face"],
         "runs/superres/a": ["--config-dir", "own", "experiment=1e3"],
         "more/superres/a": ["--config-dir=own", "experiment=1e3", "paths.runs=more"],
+        "runs/seg2face/a": ["-c", "job", "task=seg2face"],
     }
     for place, arguments in cases.items():
         checkpoint = make_run(tmp_path / place, [])

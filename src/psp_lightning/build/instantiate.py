@@ -66,7 +66,7 @@ def not_selected(group: str, name: str) -> str:
     """Return the message for a setting of an option that is not in the list of its group."""
     return (
         f"{group}.{name} is set but '{name}' is not selected: add it to the list, {group}=[...,{name}] "
-        f"(its file is conf/{group}/{name}.yaml)."
+        f"(its file is {group}/{name}.yaml, in conf/ or in your --config-dir)."
     )
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from psp_lightning.cli.resume import LAST, changed_arithmetic, record, refuse_changes
+from psp_lightning.cli.resume import changed_arithmetic, record, refuse_changes
+from psp_lightning.lit.run_folder import LAST, contains_run
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,9 +43,8 @@ def fit(
 
     log = logging.getLogger(command.replace("-", "_"))
     run = Path(cfg.paths.output_dir)
-    last = run / LAST
     resume = None if cfg.resume in (None, "auto") else Path(cfg.resume)
-    if resume is None and last.exists():
+    if resume is None and contains_run(run):
         raise UserError(f"{run} contains a run already. Continue it with resume={run}, or choose another run=NAME.")
     differences = refuse_changes(run, cfg) if resume else []
     training = build(cfg, resume)
@@ -66,7 +66,7 @@ def fit(
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     if stopped or training.interrupted:
-        if last.exists():
+        if (run / LAST).exists():
             log.info("stopped at step %d; continue with: %s resume=%s", trainer.global_step, command, run)
         raise KeyboardInterrupt
     return training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import os
@@ -104,11 +105,8 @@ def explain(error: Exception) -> str:
         return _unknown_option(match[1], match[2], match[3].split())
     if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
         return _unknown_option(match[1], match[2])
-    if match := re.search(r"Could not override '(loss|metric)\.(\w+)(?:\.[\w.]+)?'", text):
-        return _unselected(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
-        key, close = match[1], _closest_key(match[1], error.__cause__)
-        return f"there is no configuration key '{key}'.{close} --cfg job lists all keys; +{key}=... adds a new one."
+        return _unknown_key(match[1], _composed(error.__cause__))
     if match := re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text):
         key, values = match.groups()
         return f"{key}={values} is ambiguous. Write a list as {key}=[{values}]; add -m to run one job for each value."
@@ -119,13 +117,22 @@ def explain(error: Exception) -> str:
     return text
 
 
-def _unselected(group: str, name: str) -> str:
-    """Return the message for a setting of an option that is not in the list of its group."""
-    from psp_lightning.build.instantiate import not_selected
+def _unknown_key(key: str, composed: dict[str, Any]) -> str:
+    """Return the message for a key that the composed configuration does not contain."""
+    from psp_lightning.build.instantiate import LISTS, not_selected
 
-    if name in (options := _options(group)):
-        return not_selected(group, name)
-    return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
+    group, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    if group in LISTS and name and name not in (composed.get(group) or {}):
+        if name in (options := _options(group)):
+            return not_selected(group, name)
+        return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
+    leaves = flat(composed)
+    known = {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)}
+    return (
+        f"there is no configuration key '{key}'.{suggest(key, known)} --cfg job lists all keys; +{key}=... adds a new "
+        "one."
+    )
 
 
 def _unknown_option(group: str, name: str, options: list[str] | None = None) -> str:
@@ -142,26 +149,31 @@ def _wrong_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def config_dir(arguments: Sequence[str]) -> str | None:
+    """Return the folder that `--config-dir` gives."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--cfg", "-c")  # otherwise -c is read as an abbreviation of -cd
+    return parser.parse_known_args(arguments)[0].config_dir
+
+
 def _options(group: str) -> list[str]:
     """Return the options of a group."""
     from psp_lightning._conf import config_root
 
-    folders = [os.path.join(config_root(), group)]
+    folders = [os.path.join(folder, group) for folder in (config_root(), config_dir(sys.argv[1:])) if folder]
     if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
         folders.append(os.path.join(config_root(), "generator_training", group))
     names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
     return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 
 
-def _closest_key(key: str, error: BaseException | None) -> str:
-    """Return a suggestion from the keys of the composed configuration, which OmegaConf's error refers to."""
+def _composed(error: BaseException | None) -> dict[str, Any]:
+    """Return the composed configuration, which OmegaConf's error refers to."""
     from omegaconf import OmegaConf
 
     node = getattr(error, "parent_node", None)
-    if node is None:
-        return ""
-    leaves = flat(OmegaConf.to_container(node._get_root(), resolve=False))
-    return suggest(key, {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)})
+    return {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:

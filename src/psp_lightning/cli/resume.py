@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
-from psp_lightning.cli.mistakes import flat
+from psp_lightning.cli.mistakes import config_dir, flat
 from psp_lightning.cli.settings import flags, is_sweep, plain, quote, quote_text, split
+from psp_lightning.lit.run_folder import LAST, last_checkpoint
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.compat import OVERRIDES
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.reproducibility import arithmetic
 
-LAST = Path("checkpoints") / "last.ckpt"
 ARITHMETIC = "arithmetic.yaml"
 
 # --- the command line
@@ -55,10 +54,11 @@ def with_resume(arguments: list[str], config: str = "train") -> list[str]:
             return arguments
     else:
         path = Path(plain(wanted))
-        checkpoint = path / LAST if path.is_dir() else path
-        if not checkpoint.is_file():
+        checkpoint = path if path.is_file() else last_checkpoint(path)
+        if checkpoint is None:
             raise UserError(
-                f"resume={path}: there is no {checkpoint}. Give a run directory, one of its checkpoints, or auto."
+                f"resume={path}: there is no {path / LAST if path.is_dir() else path}. Give a run directory, one of "
+                "its checkpoints, or auto."
             )
     if "hydra.run.dir" in settings:
         raise UserError("resume= continues in the run's own directory; leave out hydra.run.dir.")
@@ -84,19 +84,17 @@ def _literal(path: Path) -> str:
 
 
 def _newest(arguments: list[str], options: list[str], named: bool, config: str) -> Path | None:
-    """Return the newest checkpoint of the task that the settings compose to, or that of the run named by `run=`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config-dir", "-cd")
+    """Return the last checkpoint of the task's newest run, or of the run named by `run=`; the settings are composed."""
     overrides = [argument for argument in arguments if argument not in options]
-    if own := parser.parse_known_args(options)[0].config_dir:
+    if own := config_dir(options):
         places = [quote(f"file://{os.path.abspath(place)}") for place in (own, config_root())]
         overrides.append(f"hydra.searchpath=[{','.join(places)}]")
     folder, name = os.path.split(os.path.join(config_root(), config))
     with initialize_config_dir(folder, version_base="1.3"):
         cfg = compose(name, overrides)
     runs = Path(cfg.paths.runs, cfg.task.name)
-    found = [run / LAST for run in ([runs / str(cfg.run)] if named else runs.glob("*"))]
-    return max((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+    found = map(last_checkpoint, [runs / str(cfg.run)] if named else runs.glob("*"))
+    return max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
 
 
 # --- the composed settings
@@ -125,7 +123,7 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     if fixed := [line for key, line in lines.items() if key.startswith(FIXED) and key not in FREE]:
         raise UserError(
             f"resume= cannot change {'; '.join(fixed)}. Leave this out, or start a new run from the weights with "
-            f"init_from={run / LAST}."
+            f"init_from={cfg.resume}."
         )
     return list(lines.values())
 

@@ -15,7 +15,8 @@ from psp_lightning.cli.fit import fit
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import fail, guard, user_errors
-from psp_lightning.cli.resume import LAST, with_resume
+from psp_lightning.cli.resume import with_resume
+from psp_lightning.lit.run_folder import LAST
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, plural
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,6 +12,7 @@ from filelock import FileLock, Timeout
 from psp_lightning.utils.errors import UserError
 
 CLAIM = ".claim"
+LAST = Path("checkpoints") / "last.ckpt"
 
 
 def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
@@ -53,8 +55,22 @@ def new_folder(folder: Path) -> Path:
 
 def contains_run(folder: Path) -> bool:
     """Return whether a folder contains checkpoints or exported generators, without those that a crash left half."""
-    files = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("generator*.safetensors")]
-    return any(not file.name.startswith(".") for file in files)
+    return any(_complete(folder, "checkpoints/*.ckpt")) or any(_complete(folder, "generator*.safetensors"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint from which the run in a folder resumes, or None if there is none.
+
+    This is `last.ckpt`, or the newest checkpoint of a run that was killed before it wrote `last.ckpt`.
+    """
+    if (folder / LAST).is_file():
+        return folder / LAST
+    return max(_complete(folder, "checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _complete(folder: Path, pattern: str) -> Iterator[Path]:
+    """Return the files that match a pattern; the name of an incomplete one starts with a dot."""
+    return (file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def is_first_rank() -> bool:
