@@ -213,6 +213,7 @@ def test_codes_without_the_average(psp, place: Path) -> None:
     [
         (["in=wp.npy", "out=x.safetensors"], "Give ckpt=..."),
         (["in=gone.npy", "out=x.pt"], "gone.npy do not exist"),
+        (["in=in", "out=x.pt"], "in are a folder, not a file"),
         (["in=wp.npy", "out=x.txt"], "must end in"),
         (["in=wp.npy", "out=wp.npy"], "overwrite=true"),
         (["in=wp.npy"], "out=... must be given"),
