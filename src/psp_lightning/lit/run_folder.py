@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -55,9 +54,3 @@ def contains_run(folder: Path) -> bool:
     """Return whether a folder contains checkpoints or exported generators, without those that a crash left half."""
     files = [*folder.glob("checkpoints/*.ckpt"), *folder.glob("generator*.safetensors")]
     return any(not file.name.startswith(".") for file in files)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the first rank, as torchrun, srun and Lightning number them."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank), "0") == "0"
