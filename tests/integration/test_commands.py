@@ -237,6 +237,9 @@ def test_existing_outputs_are_skipped(psp, small: Path, tmp_path: Path) -> None:
     assert "0 written, 2 skipped" in predict(psp, f"ckpt={small}", "input=in", "output=out", "sheet=true").out
     assert (tmp_path / "out" / "sheet.png").read_bytes() == sheet, "it does not depend on what was computed now"
     assert (tmp_path / "out" / "0.png").stat().st_mtime_ns == mark
+    (tmp_path / "out" / "0.png").unlink()
+    assert "1 written, 1 skipped" in predict(psp, f"ckpt={small}", "input=in", "output=out", "sheet=true").out
+    assert (tmp_path / "out" / "sheet.png").read_bytes() == sheet, "it is in the order of the inputs"
     done = predict(psp, f"ckpt={small}", "input=in", "output=out", "overwrite=true")
     assert "2 written, 0 skipped" in done.out
 

@@ -98,6 +98,11 @@ def test_latents_are_mixed_and_resized_like_images(psp, place: Path) -> None:
     assert done.code == 0 and same(place / "c", place / "d"), done.err
     done = predict(psp, ckpt="g.safetensors", input="out/latents.safetensors", output="e", **reference)
     assert done.code == 1 and "mix.reference needs an encoder" in done.err
+    net = load_psp(place / "mine.safetensors")
+    net.source = {}
+    save_psp(place / "bare.safetensors", net)
+    done = predict(psp, ckpt="bare.safetensors", input="out/latents.safetensors", output="f", **reference)
+    assert done.code == 1 and "bare.safetensors does not say what its encoder takes" in done.err
 
 
 def test_a_second_run_completes_the_file(psp, place: Path) -> None:
@@ -140,7 +145,7 @@ def test_latents_of_another_generator(psp, place: Path) -> None:
         ({"input": "gone.safetensors"}, "do not exist"),
         ({"input": "mine.safetensors"}, "of kind 'psp', not 'latents'"),
         ({"input": "w.npy"}, "psp-latents in=w.npy"),
-        ({"output": "out", "latents": "true"}, "another output folder"),
+        ({"output": "out", "latents": "true"}, "latents.safetensors is an input and would be overwritten"),
     ],
 )
 def test_mistakes_with_latents(settings: dict, message: str, psp, place: Path) -> None:
@@ -208,6 +213,7 @@ def test_codes_without_the_average(psp, place: Path) -> None:
     [
         (["in=wp.npy", "out=x.safetensors"], "Give ckpt=..."),
         (["in=gone.npy", "out=x.pt"], "gone.npy do not exist"),
+        (["in=in", "out=x.pt"], "in are a folder, not a file"),
         (["in=wp.npy", "out=x.txt"], "must end in"),
         (["in=wp.npy", "out=wp.npy"], "overwrite=true"),
         (["in=wp.npy"], "out=... must be given"),

@@ -114,6 +114,29 @@ def test_an_input_is_never_overwritten(settings: list[str], psp, here: Path) -> 
         assert Path("in/0.png").read_bytes() == before
 
 
+def test_the_sheet_never_replaces_an_input(psp, here: Path) -> None:
+    draw("out/sheet.png")
+    before = Path("out/sheet.png").read_bytes()
+    done = predict(psp, "input=out/sheet.png", "output=out", "format=jpg", "sheet=true")
+    assert done.code == 1 and "sheet.png is an input and would be overwritten" in done.err, done.err
+    assert Path("out/sheet.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["resize=20000"], "resize=20000 must be a whole number, from 1 to 8192"),
+        (["resize=8192", "side_by_side=true", "format=webp"], "16384 pixels wide, but format=webp allows 16383"),
+        (["mix.latent_mask=[8]", "mix.n_outputs=1023", "side_by_side=true", "format=jpg"], "65536 pixels wide"),
+    ],
+)
+def test_outputs_that_are_too_large_are_reported_first(settings: list[str], message: str, psp, here: Path) -> None:
+    draw("in/0.png")
+    done = predict(psp, "input=in", "output=out", *settings)
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
+    assert not list(here.glob("out/**/0*"))
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [("sheet.png", "sheet=true"), ("latents.safetensors", "latents=true"), ("manifest.jsonl", "seed=0")],

@@ -120,6 +120,10 @@ def test_label_map_errors(tmp_path):
         ("a: 1", "not a label map"),
         ("classes: [{id: 1, name: a}, {id: 1, name: b}]", "id 1 is given twice"),
         ("classes: [{id: 1, name: a}]\nmirror: [[1, 2]]", "id 2"),
+        ("classes: [{id: 1.5, name: a}]", "1.5 is not a whole number"),
+        ("classes: [{id: 1, name: a, color: [0, 0, 0.5]}]", "0.5 is not a whole number"),
+        ("classes: [{id: 1, name: a}]\nmirror: [[1, 1.2]]", "1.2 is not a whole number"),
+        ("classes: [{id: 1, name: a}]\nignore: [254.9]", "254.9 is not a whole number"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message) as error:

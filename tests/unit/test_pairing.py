@@ -124,7 +124,7 @@ def test_what_pillow_reads_is_listed(tmp_path):
     assert len(list_images(tmp_path)) == 10
 
 
-def test_files_left_out_are_counted(tmp_path, caplog):
+def test_files_left_out_are_counted(tmp_path, caplog, monkeypatch):
     make(tmp_path, "a.png")
     list_images(tmp_path)
     assert not caplog.messages
@@ -136,3 +136,8 @@ def test_files_left_out_are_counted(tmp_path, caplog):
     assert len(caplog.messages) == 1
     assert "5 files left out" in caplog.messages[0]
     assert "(3 .heic, 1 without a suffix, 1 .txt)" in caplog.messages[0]
+    make(tmp_path, "other/a.png")
+    (tmp_path / "other" / "note.md").write_text("x")
+    monkeypatch.setenv("RANK", "1")
+    list_images(tmp_path / "other")
+    assert len(caplog.messages) == 1, "the first rank says it for all"

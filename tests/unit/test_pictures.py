@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,29 @@ def test_16_bits_per_channel_have_a_transparent_colour_of_16_bits() -> None:
     image.info["transparency"] = (0, 128 * 257, 0)  # as Pillow reads it from such a PNG
     alpha = opacity(image)
     assert alpha is not None and np.array_equal(alpha < 128, HOLE)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("opened", [False, True])
+def test_grey_of_2_and_4_bits(bits: int, opened: bool, tmp_path: Path) -> None:
+    """The transparent value in the file has as many bits as the pixels. Pillow does not write such files."""
+    value, size = 2**bits - 1, HOLE.shape[0]
+    samples = np.unpackbits(np.where(HOLE, value, 1).astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :]
+    rows = np.packbits(samples.reshape(size, -1), axis=-1)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", size, size, bits, 0, 0, 0, 0),
+        b"tRNS": struct.pack(">H", value),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)),
+        b"IEND": b"",
+    }
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, content in chunks.items():
+            file.write(struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content)))
+    source = load_source(
+        Image.open(file.name) if opened else file.name, InputSpec("masked", size, mask={"kind": "box"})
+    )
+    assert np.array_equal(source[3].numpy(), HOLE)
 
 
 # --- a mask

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank, last_checkpoint, new_folder
+from psp_lightning.lit.run_folder import claim_run, contains_run, last_checkpoint, new_folder
+from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError
 
 CLAIM = "import sys, pathlib; from psp_lightning.lit.run_folder import claim_run; "

@@ -34,7 +34,7 @@ from psp_lightning.lit.callbacks import (
 )  # fmt: skip
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
-from psp_lightning.lit.run_folder import claim_run, contains_run, is_first_rank
+from psp_lightning.lit.run_folder import claim_run, contains_run
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.losses import LOSSES, CompositeLoss, LossTerm
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
@@ -42,6 +42,7 @@ from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.optim.ranger import Ranger
 from psp_lightning.utils.arguments import whole
+from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.memory import computes_on_cpu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build.instantiate import import_plugins, naming
@@ -42,6 +44,8 @@ from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
+LARGEST = 8192  # pixels per side; Pillow takes larger pictures for attacks when the sheet, or anyone else, reads them
+FORMAT_LIMITS = {"jpg": 65500, "webp": 16383}  # pixels per side
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 
@@ -170,8 +174,8 @@ def _check_settings(cfg: DictConfig) -> None:
         choice("mask.kind", cfg.mask.kind, SHAPES)
     for key, low, high in (("batch_size", 1, math.inf), ("num_workers", 0, 1024), ("seed", 0, math.inf)):
         cfg[key] = whole(key, cfg[key], low, high)
-    for key in ("resize", "factor"):
-        cfg[key] = whole(key, cfg[key], 1, 2**15, optional=True)
+    cfg.resize = whole("resize", cfg.resize, 1, LARGEST, optional=True)
+    cfg.factor = whole("factor", cfg.factor, 1, 2**15, optional=True)
     cfg.mix.n_outputs = whole("mix.n_outputs", cfg.mix.n_outputs, 1)
     cfg.mix.seed = whole("mix.seed", cfg.mix.seed, 0)
     number("mix.alpha", cfg.mix.alpha)
@@ -184,26 +188,23 @@ def _read_latents(cfg: DictConfig) -> Latents:
     image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
     if given := [key for key, value in image.items() if value]:
         raise UserError(f"{given[0]} is for images; input={cfg.input} contains latents.")
-    latents = read_latents(path)
-    results = {Path(cfg.output) / f"latents{suffix}" for suffix in DESCRIBED}
-    if cfg.latents and path.resolve() in {result.resolve() for result in results}:
-        raise UserError(f"latents={cfg.latents} would overwrite input={cfg.input}. Choose another output folder.")
-    return latents
+    return read_latents(path)
 
 
 def _refuse_clashes(outputs: Outputs, sheet: bool) -> None:
     """Raise a UserError if an output would replace an input, another output or a folder that belongs to neither."""
     common = [outputs.folder / MANIFEST, *[outputs.folder / "sheet.png"] * sheet]
     common += [outputs.folder / "latents.safetensors"] * outputs.latents
+    sources = {os.path.realpath(file.path) for file in outputs.files}
+    for path in itertools.chain(common, *map(outputs.all, range(len(outputs.files)))):
+        if os.path.realpath(path) in sources:
+            raise UserError(f"{path} is an input and would be overwritten. Set output= to another folder.")
     for path in common:
         if path.is_dir():
             raise UserError(f"{path} is a folder, and a file of this name is to be written. Rename it.")
-    sources = {os.path.realpath(file.path) for file in outputs.files}
     taken = set(common)
     for index, file in enumerate(outputs.files):
         for path in outputs.all(index):
-            if os.path.realpath(path) in sources:
-                raise UserError(f"{path} is an input and would be overwritten. Set output= to another folder.")
             if path in taken:
                 raise UserError(
                     f"{path} would be written twice (for {file.path}): rename the input or change the options."
@@ -231,15 +232,15 @@ def build_prediction(
         latents = plan.latents.of(net.generator, str(cfg.ckpt), cfg.any_generator)
         space, average = latents.space, latents.lacking(net)
         dataset = LatentDataset(latents.codes)
-        spec = _spec(cfg, net) if net.source else None  # for mix.reference
     else:
         net = load_psp(cfg.ckpt)
         spec = _spec(cfg, net)
         _warn_of_photographs(cfg, spec, plan)
         dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
+    _check_width(cfg, net)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
-        frozen, reference = freeze_psp_generator(net), _reference(cfg, spec)
+        frozen, reference = freeze_psp_generator(net), _reference(cfg, net)
         with naming(cfg, "mix"):
             inject = make_inject(frozen, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     digest = generator_hash(net.generator) if cfg.latents else None
@@ -293,6 +294,17 @@ def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     return net
 
 
+def _check_width(cfg: DictConfig, net: PSP) -> None:
+    """Raise a UserError if the images of `side_by_side` are wider than their format allows."""
+    size: int = cfg.resize or net.generator.output_size  # type: ignore[assignment]
+    width, limit = size * (1 + cfg.mix.n_outputs), FORMAT_LIMITS.get(cfg.format, math.inf)
+    if cfg.side_by_side and width > limit:
+        raise UserError(
+            f"side_by_side=true needs images that are {width} pixels wide, but format={cfg.format} allows {limit}. Use "
+            "format=png, a smaller resize or fewer outputs."
+        )
+
+
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
     """Return the network's input specification; raise a UserError if a setting is for another kind of source."""
     values = dict(net.source)
@@ -326,10 +338,10 @@ def _warn_of_photographs(cfg: DictConfig, spec: InputSpec, plan: PredictionPlan)
             rank_zero_warn(f"{cfg.ckpt} takes line sketches, but {file} is in colour: its output will be poor.")
 
 
-def _reference(cfg: DictConfig, spec: InputSpec | None) -> torch.Tensor | None:
+def _reference(cfg: DictConfig, net: PSP) -> torch.Tensor | None:
     """Return the source whose styles are injected."""
     if cfg.mix.reference is None:
         return None
-    if spec is None:
+    if isinstance(net.encoder, nn.Identity):
         raise UserError(f"mix.reference needs an encoder; {cfg.ckpt} contains only a generator.")
-    return load_source(cfg.mix.reference, spec)
+    return load_source(cfg.mix.reference, _spec(cfg, net))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.web_page import is_web_page
 
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before it wrote zip archives
 MAX_HEADER = 1 << 27  # bytes of a safetensors header
@@ -59,7 +60,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 def _other_kind(head: bytes, suffix: str) -> str:
     if suffix in BY_SUFFIX:
         return BY_SUFFIX[suffix]
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+    if is_web_page(head):
         return WEB_PAGE
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first."

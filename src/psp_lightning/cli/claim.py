@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from psp_lightning.cli.mistakes import fail
 from psp_lightning.cli.settings import quote
-from psp_lightning.lit.run_folder import claim_run, is_first_rank, new_folder
+from psp_lightning.lit.run_folder import claim_run, new_folder
+from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError
 
 

@@ -39,12 +39,13 @@ def _run(cfg: DictConfig) -> None:
     from psp_lightning.lit.prediction import save_sheet
 
     plan = plan_prediction(cfg)
-    records = plan.skipped
+    records = list(plan.skipped)
     if plan.todo:
         wanted = count_devices(cfg.accelerator, cfg.devices)
         if wanted > len(plan.todo):  # more ranks would have no input
             wanted = cfg.devices = len(plan.todo)
         records += launch(partial(predict_job, plan), cfg, wanted)
+    records.sort(key=lambda record: record["index"])  # ranks and threads return them in any order
     folder = plan.outputs.folder
     save_manifest(folder, records)
     if cfg.sheet:

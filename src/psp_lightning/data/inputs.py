@@ -22,6 +22,7 @@ from psp_lightning.data.spec import InputSpec, load_source, source_to_rgb
 from psp_lightning.data.transforms import rgb
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import to_pil
+from psp_lightning.utils.pictures import open_image
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,10 @@ class InputDataset(Dataset[dict[str, Any]]):
                     raise UserError(
                         f"{file.path}: mask.dir has no mask named {file.path.stem}.* (if names repeat: {below}.*)"
                     )
-            item["source"] = load_source(file.path, self.spec, rng=rng, factor=self.factor, mask=mask)
+            picture = open_image(file.path) if masked else file.path  # decode once for source and known pixels
+            item["source"] = load_source(picture, self.spec, rng=rng, factor=self.factor, mask=mask)
             if masked:
-                item["known"] = rgb(file.path, self.spec.size)
+                item["known"] = rgb(picture, self.spec.size)
         except UserError as error:
             item["error"] = str(error)
         return {**item, "seconds": time.perf_counter() - start}

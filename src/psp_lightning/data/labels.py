@@ -57,13 +57,13 @@ class LabelMap:
         """
         try:
             rows = values["classes"]
-            ids = tuple(int(row["id"]) for row in rows)
+            ids = tuple(_whole(row["id"]) for row in rows)
             if not ids:
                 raise ValueError("it has no classes")
             names = tuple(str(row["name"]) for row in rows)
-            given = [tuple(int(c) for c in row["color"]) if "color" in row else None for row in rows]
-            mirror = tuple((int(a), int(b)) for a, b in values.get("mirror") or ())
-            ignore = tuple(int(i) for i in values.get("ignore") or ())
+            given = [tuple(_whole(c) for c in row["color"]) if "color" in row else None for row in rows]
+            mirror = tuple((_whole(a), _whole(b)) for a, b in values.get("mirror") or ())
+            ignore = tuple(_whole(i) for i in values.get("ignore") or ())
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{origin}: not a label map ({type(error).__name__}: {error}). It needs a list 'classes' with entries "
@@ -102,6 +102,13 @@ class LabelMap:
         table[list(self.ignore)] = IGNORED
         table[list(self.ids)] = np.arange(len(self.ids))
         return table
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, float) and value != number:  # `int` drops the fraction
+        raise ValueError(f"{value} is not a whole number")
+    return number
 
 
 def load_label_map(path: str | os.PathLike[str] = CELEBAMASK_HQ) -> LabelMap:

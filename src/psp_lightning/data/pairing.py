@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError, plural
 
 # Formats that Pillow registers but reads without pixels, on some systems only, or by running another program.
@@ -91,7 +92,8 @@ def _list(folder: str | os.PathLike[str], what: str) -> dict[Path, str]:
 
 @functools.lru_cache(maxsize=64)  # a folder may be listed for training and again for validation
 def _say_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
+    if is_first_rank():
+        logging.getLogger(__name__).warning(message)
 
 
 def list_images(folder: str | os.PathLike[str], what: str = "image folder") -> list[Path]:

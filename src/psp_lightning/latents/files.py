@@ -64,7 +64,7 @@ def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
 def _existing(path: str | os.PathLike[str]) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"Latents {path} do not exist.")
+        raise UserError(f"Latents {path} {'are a folder, not a file' if path.is_dir() else 'do not exist'}.")
     return path
 
 
@@ -72,7 +72,7 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
     """Return whether a file contains only numbers, according to its suffix or, for `.npz`, its entries.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, or is a folder.
     """
     path = _existing(path)
     if path.suffix != ".npz":

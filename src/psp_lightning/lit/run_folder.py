@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,9 +70,3 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _complete(folder: Path, pattern: str) -> Iterator[Path]:
     """Return the files that match a pattern; the name of an incomplete one starts with a dot."""
     return (file for file in folder.glob(pattern) if not file.name.startswith("."))
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the first rank, as torchrun, srun and Lightning number them."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank), "0") == "0"

@@ -1,4 +1,4 @@
-"""Device settings, resolved on this machine."""
+"""Device settings, resolved on this machine, and the ranks that they start."""
 
 from __future__ import annotations
 
@@ -53,6 +53,12 @@ def count_devices(accelerator: str, devices: Any) -> int:
     """Return the number of processes that the settings ask for; raise the errors of `resolve_devices`."""
     chosen = resolve_devices(accelerator, devices)[1]
     return chosen if isinstance(chosen, int) else len(chosen)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the first rank, as torchrun, srun and Lightning number them."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank), "0") == "0"
 
 
 def check_launched(local: int) -> None:

@@ -1,7 +1,7 @@
-"""Decode pictures: everything here opens them the same way, upright, and converts them to 8-bit RGB or grey.
+"""Decode pictures, always in the same way: upright, and as 8-bit RGB or grey.
 
 The EXIF orientation is applied, 16-bit values are divided by 257, palettes are resolved, transparency is composited
-over white, and Pillow converts CMYK and other modes. Of an animation the first frame counts.
+over white, and Pillow converts CMYK and other modes. Only the first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def open_image(source: ImageLike, what: str = "image") -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
+            _scale_transparent_value(source)
             picture = ImageOps.exif_transpose(source)
             picture.format = source.format
         else:
             with Image.open(source) as image:
+                _scale_transparent_value(image)
                 image.load()
                 picture = ImageOps.exif_transpose(image)
                 picture.format = image.format
@@ -41,6 +43,13 @@ def open_image(source: ImageLike, what: str = "image") -> Image.Image:
         raise UserError(f"Cannot read {what} {name_of(source)}: {error}. Replace or remove the file.") from None
     picture.filename = name_of(source)  # type: ignore[attr-defined]
     return picture
+
+
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Scale the transparent value of a grey PNG with 2 or 4 bits to 8 bits; Pillow's decoder scales only the pixels."""
+    tile = getattr(image, "tile", None)  # empty once the pixels are decoded
+    if tile and image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(tile[0][3], 1)
 
 
 def name_of(source: ImageLike) -> str:

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.web_page import is_web_page
 from psp_lightning.zoo import locate
 from psp_lightning.zoo.records import Record
 
@@ -187,13 +188,12 @@ class _Download:
         """Delete the partial file and raise if it is empty or a web page."""
         with open(self.part, "rb") as file:
             head = file.read(PAGE_LIMIT)
-        start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-        if head and not start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        if head and not is_web_page(head):
             return
         self._drop()
         if not head:
             raise self.failure("the server sent an empty file")
-        if any(word.encode() in start for word in QUOTA):
+        if any(word.encode() in head.lower() for word in QUOTA):
             raise self.failure("the server says that too many people have downloaded the file; try again in a day")
         raise self.failure("the server sent a web page instead of the file (a login or a confirmation)")
 
