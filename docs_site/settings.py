@@ -269,7 +269,7 @@ def render_index() -> str:
         "",
         "- `KEY=VALUE` sets a key, `GROUP=NAME` selects another file of a group, `+KEY=VALUE` adds a key that does "
         "not exist.",
-        "- `--cfg job` prints every key with its value and runs nothing. `--help` lists the files of each group.",
+        "- `--cfg job` prints every key with its value and runs nothing. `--help` explains the most used ones.",
         "- `???` as a default means that the key must be given, `null` that it is not set, `${other.key}` that it "
         "takes the value of another key.",
         "- A key that starts and ends with `_`, such as `_target_`, tells Hydra which class a group builds.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 import shlex
@@ -14,6 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -98,14 +102,14 @@ def plugin_modules():
     for table, content in zip((LOSSES, ENCODERS), before, strict=True):
         table.clear()
         table.update(content)
-    for name in ("my_losses", "my_encoder", "my_task"):
+    for name in ("my_losses", "my_encoder", "my_task", "my_callbacks"):
         sys.modules.pop(name, None)
 
 
 # --- docs/extending.md
 
 
-@pytest.mark.parametrize("title", ["A loss", "An encoder", "A task"])
+@pytest.mark.parametrize("title", ["A loss", "An encoder", "A task", "A callback"])
 def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules) -> None:
     text = (DOCS / "extending.md").read_text(encoding="utf-8")
     start = text.count("\n", 0, text.index(f"## {title}\n"))
@@ -123,8 +127,9 @@ def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules
     for block in section:
         if block.language == "bash":
             run_block(block, psp, tiny)
-    if title == "A loss":
-        columns = (place / "runs/inversion/edges/csv/metrics.csv").read_text().splitlines()[0].split(",")
+    if title in ("A loss", "A callback"):
+        run = {"A loss": "edges", "A callback": "gradients"}[title]
+        columns = (place / f"runs/inversion/{run}/csv/metrics.csv").read_text().splitlines()[0].split(",")
         promised = re.findall(r"`((?:train|val)/\w+)`", "\n".join(text.splitlines()[start:end]))
         lacking = set(promised) - set(columns)
         assert promised and not lacking, f"the page names {sorted(lacking)}, but the log only has {columns}"
@@ -294,11 +299,13 @@ def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
         if folder.is_dir() and (folder / "__init__.py").exists():
             assert f"{folder.name}/" in text, f"docs/architecture.md does not describe {folder.name}/"
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r"^dependencies = (\[.*?^\])", project, re.MULTILINE | re.DOTALL)
-    assert found
-    for requirement in ast.literal_eval(found[1]):
-        name = re.split(r"[<>=!]", requirement)[0]
-        assert f"`{name}`" in text, f"docs/architecture.md gives no reason for {name}"
+    found = tomllib.loads(project)["project"]
+    extras = found["optional-dependencies"]
+    for extra in extras:
+        assert f"extra `{extra}`" in text, f"docs/architecture.md does not explain the extra {extra}"
+    for requirement in [*found["dependencies"], *(item for items in extras.values() for item in items)]:
+        name = re.split(r"[<>=!\[]", requirement)[0]
+        assert name == "psp-lightning" or f"`{name}`" in text, f"docs/architecture.md gives no reason for {name}"
 
 
 # --- docs/train_from_python.md

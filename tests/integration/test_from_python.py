@@ -52,7 +52,7 @@ def test_prediction_reads_the_run_folder(psp, tmp_path: Path) -> None:
     assert done.code == 0 and (tmp_path / "out/a.png").is_file() and "in colour" not in done.err, done.err
     Image.new("RGB", (40, 40), (200, 150, 90)).save(tmp_path / "in/a.png")
     Image.new("RGB", (40, 40), (200, 150, 90)).save(tmp_path / "in/b.png")
-    with pytest.warns(UserWarning, match="run takes line sketches, but .*a.png is in colour") as warned:
+    with pytest.warns(UserWarning, match="run takes grey pictures, but .*a.png is in colour") as warned:
         psp("predict", "ckpt=run", "input=in", "output=photos", "progress_bar=false", "accelerator=cpu")
     assert sum("in colour" in str(warning.message) for warning in warned) == 1
 

@@ -75,13 +75,14 @@ def test_nothing_outside_is_touched(device, dtype, order, shift, monkeypatch):
         for padding in (None, (2, 1), (7, 9), (-1, 5)):
             size = [side if padding is None else side + sum(padding) - 3 for side in (h, w)]
             noise = torch.randn(b, 1, *size, generator=source)
+            here = memory.copy(noise.to(device)).detach()
             both = () if padding is None else (*padding, *padding)
 
             def reference(x, d, s, e, both=both, noise=noise):
                 x = upfirdn2d_ref(x, FIR.double(), padding=both) if both else x
                 return epilogue_ref(x, d, noise.double(), s, e, 0.2, 1.4, None)
 
-            def function(x, d, s, e, padding=padding, noise=memory.copy(noise.to(device)).detach()):
+            def function(x, d, s, e, padding=padding, noise=here):
                 return modconv_epilogue(x, fir if padding else None, padding or (0, 0), d, noise, s, e, gain=1.4)
 
             check(function, reference, x, *small)

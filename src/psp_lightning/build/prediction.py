@@ -328,14 +328,16 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
 
 
 def _warn_of_photographs(cfg: DictConfig, spec: InputSpec, plan: PredictionPlan) -> None:
-    """Warn once if a network for sketches gets a coloured picture first."""
+    """Warn once if the first input of a network for one channel is in colour; most such networks take line sketches."""
     if spec.kind != "sketch" or not plan.todo:
         return
     file = plan.outputs.files[plan.todo[0]].path
     with contextlib.suppress(UserError):  # an unreadable input becomes a record
         colours = np.asarray(open_image(file).convert("RGB").resize((64, 64)), dtype=np.float32)
         if np.ptp(colours, axis=-1).mean() > COLOURED:
-            rank_zero_warn(f"{cfg.ckpt} takes line sketches, but {file} is in colour: its output will be poor.")
+            rank_zero_warn(
+                f"{cfg.ckpt} takes grey pictures, but {file} is in colour; the output of a sketch network will be poor."
+            )
 
 
 def _reference(cfg: DictConfig, net: PSP) -> torch.Tensor | None:

@@ -173,7 +173,8 @@ def _composed(error: BaseException | None) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     node = getattr(error, "parent_node", None)
-    return {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
+    found: Any = {} if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
+    return found
 
 
 def flat(node: Any, key: str = "") -> dict[str, Any]:
