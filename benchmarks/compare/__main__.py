@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {time.monotonic() - start:.0f} s", flush=True)
     if given.update:
         results, wanted = report.updated(kept, results), every
-    on_gpu = rows(scale_for("cuda", False, None), "cuda") if device == "cpu" else []
+    measured = device == "cuda" or (RESULTS / "compare_cuda.json").is_file()
+    on_gpu = [] if measured else rows(scale_for("cuda", False, None), "cuda")
     text = report.markdown(results, wanted, [row for row in on_gpu if row.aims or row.kind == "kernels"])
     print("\n" + text)
     whole = given.update or given.only is None and not given.quick and clone is not None
