@@ -313,8 +313,8 @@ class LitGenerator(pl.LightningModule):
         name = next(key for key, value in row.items() if not torch.isfinite(value))
         raise UserError(
             f"'{name}' became {float(row[name].detach())} at step {self._step + 1}. Files of the batch: "
-            f"{', '.join(map(str, batch['path'][:4]))}, ... The last checkpoint is intact. Check these "
-            "files, or start a new run from its weights with init_from=RUN, and lower optimizer.lr or raise "
+            f"{', '.join(map(str, batch['path'][:4]))}, ... Earlier checkpoints are valid. Check "
+            "these files, or start a new run from its weights with init_from=RUN, and lower optimizer.lr or raise "
             "model.r1_gamma."
         )
 

@@ -186,8 +186,8 @@ class LitPSP(pl.LightningModule):
         name = next((k for k, v in values.items() if not torch.isfinite(v)), "sum of the terms")
         raise UserError(
             f"the loss term '{name}' became {float(values.get(name, total))} at step {self.global_step + 1}. "
-            f"Files of the batch: {', '.join(map(str, batch['path']))}. The last checkpoint is intact: check these "
-            "files, lower optimizer.lr or set trainer.gradient_clip_val, then continue with resume=RUN."
+            f"Files of the batch: {', '.join(map(str, batch['path']))}. Check these files, lower optimizer.lr or set "
+            "trainer.gradient_clip_val. Earlier checkpoints are valid: resume=RUN continues from the last one."
         )
 
     # --- optimizer
