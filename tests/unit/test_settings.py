@@ -132,6 +132,8 @@ def test_auto_looks_where_the_settings_put_runs(tmp_path: Path, monkeypatch: pyt
         checkpoint = make_run(tmp_path / place, [])
         found = [argument for argument in with_resume(["resume=auto", *arguments]) if argument.startswith("resume=")]
         assert settings(found) == {"resume": str(checkpoint)}, place
+    checkpoint = make_run(tmp_path / "runs" / "inversion" / "newer" / "b" / "c", [])
+    assert settings(with_resume(["resume=auto"]))["resume"] == str(checkpoint), "a name with slashes"
     assert with_resume(["resume=auto", "run=new one"]) == ["run=new one"], "there is no such run"
     assert with_resume(["resume=auto", "task=toonify"]) == ["task=toonify"]
     import psp_lightning.cli.train_generator  # noqa: F401  # registers the resolver of the search path
