@@ -146,5 +146,6 @@ def test_error_in_a_rank_is_reported_once_and_the_sweep_continues(shell, tiny: l
     )
     assert done.code == 1
     assert "loss term 'l2'" in done.err and "Traceback" not in done.err.split("error: ")[-1], done.err
+    assert "Terminating process" not in done.err, "torch reports the same failure"
     second = next((tmp_path / "runs" / "multirun").iterdir()) / "1"
     assert torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
