@@ -54,6 +54,7 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
     elastic = "distributed.elastic"
     for name in (elastic, f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "multiprocessing.spawn"):
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # the failure is reported below, once
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # ranks print names too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
