@@ -115,7 +115,7 @@ def test_every_setting_that_is_text_exists() -> None:
         others.append(compose("predict"))
     known = {path.name for path in (*CONF.iterdir(), *MAKER.iterdir())}
     known.update(key for cfg in (training, *others) for key in flat(OmegaConf.to_container(cfg)))
-    assert TEXT - known == {"hydra.run.dir", "hydra.sweep.dir"}
+    assert TEXT - known == {"hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"}
 
 
 def targets(node: object) -> list[str]:

@@ -66,7 +66,8 @@ def shell(tmp_path: Path) -> Command:
     def call(command: str, *arguments: str, timeout: int = 300, cwd: Path = tmp_path, **env: str) -> Result:
         done = subprocess.run(
             [sys.executable, "-m", f"psp_lightning.cli.{command}", *map(str, arguments)],
-            cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env},
+            cwd=cwd, capture_output=True, text=True, errors="surrogateescape", timeout=timeout,
+            env={**os.environ, **env},
         )  # fmt: skip
         return Result(done.returncode, done.stdout, done.stderr)
 

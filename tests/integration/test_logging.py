@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ def test_checkpoints_every_n_steps(psp, tiny: list[str], tmp_path: Path) -> None
     names = ["best.ckpt", "last.ckpt", "step_00000001.ckpt", "step_00000002.ckpt"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert torch.load(folder / names[2], weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_the_log_of_a_run_of_any_name(locale: dict[str, str], shell, tiny: list[str], tmp_path: Path) -> None:
+    name = "é".encode() if locale else b"caf\xe9"
+    done = shell("train", *tiny, f"run={os.fsdecode(name)}", **locale)
+    assert done.code == 0 and "Logging error" not in done.err, done.err
+    log = os.path.join(os.fsencode(tmp_path), b"runs/inversion", name, b"train.log")
+    assert b"/inversion/" + name in Path(os.fsdecode(log)).read_bytes()
 
 
 def test_tensorboard(psp, tiny: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psp_lightning.checkpoints.weight_files import save_psp
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.loading import load_generator
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils import images as image_files
 from psp_lightning.utils.errors import UserError
 
@@ -227,6 +232,26 @@ def test_changed_inputs_are_processed_again(psp, here: Path) -> None:
     assert "2 skipped" in predict(psp, *codes).out
     assert predict(psp, "input=in", "output=out", "latents=true", "overwrite=true").code == 0
     assert "2 written" in predict(psp, *codes).out
+
+
+def test_a_changed_mask_and_a_changed_reference_are_noticed(psp, here: Path) -> None:
+    generator, average = load_generator("toyfaces/generator")
+    shape = {"n_styles": generator.n_styles, "style_dim": generator.style_dim, "in_channels": 4, "input_size": 64}
+    encoder = GradualStyleEncoder(blocks=(1, 1, 1, 1), width=8, **shape)
+    save_psp("net.safetensors", PSP(encoder, generator, average, source=InputSpec("masked", 64).to_dict()))
+    draw("in/0.png", "in/1.png", "mask/0.png")
+    for number in (0, 1):
+        Image.new("L", (40, 40), 255).save(f"mask/{number}.png")
+    masked = ["input=in", "output=out", "mask.dir=mask"]
+    assert "2 written" in predict(psp, *masked, ckpt="net.safetensors").out
+    Image.new("L", (40, 40), 0).save("mask/1.png")
+    assert "1 written, 1 skipped" in predict(psp, *masked, ckpt="net.safetensors").out
+    mixed = ["input=in/0.png", "output=mixed", "mix.latent_mask=[4]", "mix.reference=in/1.png"]
+    assert predict(psp, *mixed).code == 0
+    assert "1 skipped" in predict(psp, *mixed).out
+    draw("in/1.png")
+    done = predict(psp, *mixed)
+    assert done.code == 1 and "reference_sha256" in done.err and "overwrite=true" in done.err, done.err
 
 
 def test_more_outputs_and_other_inputs_in_the_same_folder(psp, here: Path) -> None:

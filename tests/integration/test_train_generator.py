@@ -260,7 +260,8 @@ def test_ctrl_c_keeps_everything_and_prints_the_resume_command(faces: Path, psp,
 @pytest.mark.slow
 def test_resume_rejects_changed_settings(faces: Path, psp, tmp_path: Path) -> None:
     settings = [f"data.root={faces}", *CPU, "trainer.max_steps=1", "run=a"]
-    assert psp("train_generator", *settings).code == 0
+    done = psp("train_generator", *settings)
+    assert done.code == 0 and ", 1 step of " in done.out, done.out + done.err
     run = tmp_path / "runs" / "generator" / "a"
     done = psp("train_generator", *settings)
     assert done.code == 1 and "contains a run already" in done.err

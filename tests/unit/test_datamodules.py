@@ -236,7 +236,8 @@ def test_two_gloo_ranks(tmp_path):
 def test_fewer_validation_images_than_devices_are_refused(n: int, devices: int) -> None:
     data = DATAMODULES["inversion"](ToyFacesStore(32, 0, 8), ToyFacesStore(32, 1, n), **options())
     data.trainer = SimpleNamespace(global_rank=0, world_size=devices)
-    with pytest.raises(UserError, match=rf"fewer validation images \({n}\) than devices \({devices}\).*devices={n} or"):
+    images = "1 validation image" if n == 1 else f"{n} validation images"
+    with pytest.raises(UserError, match=f"^{images}, fewer than {devices} devices.*devices={n} or"):
         data.val_dataloader()
     data.trainer.world_size = n
     assert len(data.val_dataloader()) == 1

@@ -1,5 +1,7 @@
 """Specs, decoding of odd images, label maps, stores and the dataset's augmentation."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -195,6 +197,15 @@ def test_folder_store_names_what_is_missing(tmp_path):
         FolderStore(folder).prepare(PairLayout("sketch2face", "sketch"))
     with pytest.raises(UserError, match="inpainting makes the holes itself"):
         FolderStore(source=folder, target=folder).prepare(PairLayout("inpainting"))
+
+
+def test_names_that_are_not_utf8_are_split(tmp_path):
+    folder = photos_folder(tmp_path / "a")
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(next(folder.iterdir()).read_bytes())
+    parts = [FolderStore(folder, part=part) for part in ("train", "val")]
+    for store in parts:
+        store.prepare(PairLayout("inversion"))
+    assert sum(map(len, parts)) == len(list(folder.iterdir()))
 
 
 def test_toy_store_has_everything():

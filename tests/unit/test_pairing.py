@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from psp_lightning.data.pairing import list_images, pair
+from psp_lightning.data.pairing import expand, list_images, pair
 from psp_lightning.utils.errors import UserError
 
 
@@ -122,6 +122,16 @@ def test_what_pillow_reads_is_listed(tmp_path):
     for name in ("a.eps", "b.h5", "c.mpg", "d.pdf"):
         (tmp_path / name).write_bytes(b"x")
     assert len(list_images(tmp_path)) == 10
+
+
+def test_matches_left_out_are_counted(tmp_path, caplog):
+    make(tmp_path, "a.png")
+    for name in ("b.heic", "c.HEIC", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert len(expand(str(tmp_path / "*.png"))[1]) == 1 and not caplog.messages
+    assert len(expand(str(tmp_path / "**" / "*"))[1]) == 1
+    assert "3 files left out" in caplog.text and "(2 .heic, 1 .txt)" in caplog.text
 
 
 def test_files_left_out_are_counted(tmp_path, caplog, monkeypatch):

@@ -191,6 +191,12 @@ def test_pictures_without_a_reading_are_named(image: Image.Image, message: str, 
         open_8bit(tmp_path / "p.tif", "RGB")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_lab_is_a_picture(mode: str, tmp_path: Path) -> None:
+    Image.new("LAB", (4, 4), (255, 128, 128)).save(tmp_path / "p.tif")
+    assert np.asarray(open_8bit(tmp_path / "p.tif", mode)).min() > 250
+
+
 def test_opener_keeps_format_and_name(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "p.png")
     image = open_image(tmp_path / "p.png")

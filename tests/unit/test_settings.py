@@ -66,6 +66,11 @@ def test_commas_separate_the_values_of_a_sweep(monkeypatch: pytest.MonkeyPatch) 
     assert values("run=2024_01_05,1.10,it's") == ["2024_01_05", "1.10", "it's"]
     assert values("data.root=~/a b,é") == ["/home/zoe/a b", "é"]
     assert values("data.root='a,b',c") == ["a,b", "c"]
+    assert values("data.root='~/a',\"~/b,c\"") == ["/home/zoe/a", "/home/zoe/b,c"]
+    assert values("data.root=photos (1),[2] photos,{3}") == ["photos (1)", "[2] photos", "{3}"]
+    assert values("hydra.sweep.subdir=2024_01,b[1]") == ["2024_01", "b[1]"]
+    for name in ("photos(1)", "[x]", "{x}", "~/x", "'~/x'", "2024_01"):  # one value
+        assert read(quote_text(["-m", f"run={name}"])[1]) == plain(name)
     assert values("run=choice(a,b)") == ["a", "b"]
     assert values("task=inversion,superres") == ["inversion", "superres"]
 
@@ -127,6 +132,8 @@ def test_auto_looks_where_the_settings_put_runs(tmp_path: Path, monkeypatch: pyt
         checkpoint = make_run(tmp_path / place, [])
         found = [argument for argument in with_resume(["resume=auto", *arguments]) if argument.startswith("resume=")]
         assert settings(found) == {"resume": str(checkpoint)}, place
+    checkpoint = make_run(tmp_path / "runs" / "inversion" / "newer" / "b" / "c", [])
+    assert settings(with_resume(["resume=auto"]))["resume"] == str(checkpoint), "a name with slashes"
     assert with_resume(["resume=auto", "run=new one"]) == ["run=new one"], "there is no such run"
     assert with_resume(["resume=auto", "task=toonify"]) == ["task=toonify"]
     import psp_lightning.cli.train_generator  # noqa: F401  # registers the resolver of the search path

@@ -25,7 +25,7 @@ from psp_lightning.build.instantiate import import_plugins, naming
 from psp_lightning.build.trainer import quiet
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
-from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, list_inputs
+from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, input_masks, list_inputs
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
@@ -92,6 +92,7 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         files = [InputFile(Path(str(cfg.input)).expanduser(), native(name)) for name in latents.names]
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
+    masks = {} if cfg.mask.dir is None else input_masks(files, cfg.mask.dir)
     made = _made(cfg, latents is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         raise UserError(f"output={folder} cannot be written: {error.strerror}.") from None
     outputs = Outputs(
         folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents), named=latents is not None,
-        checkpoint=str(cfg.ckpt), made=made,
+        checkpoint=str(cfg.ckpt), made=made, masks=masks,
     )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
     skipped = [] if cfg.overwrite else _existing(outputs)
@@ -118,6 +119,8 @@ def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
     digest = sha256(resolve(str(cfg.ckpt), generator=decoder))
+    if cfg.mix.reference is not None and os.path.isfile(cfg.mix.reference):  # reading it reports that it is missing
+        settings["mix.reference_sha256"] = sha256(cfg.mix.reference)
     return {
         "sha256": digest,
         **{key: value for key, value in settings.items() if value is not None and value is not False},

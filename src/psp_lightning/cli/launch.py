@@ -51,8 +51,10 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
 
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("spawn", force=True)  # a joblib worker has set 'loky', unknown to torch
-    for part in ("", ".multiprocessing.api", ".agent.server.api"):  # the failure is reported below, once
-        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
+    elastic = "distributed.elastic"
+    for name in (elastic, f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "multiprocessing.spawn"):
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # the failure is reported below, once
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # ranks print names too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

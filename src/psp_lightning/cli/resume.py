@@ -93,7 +93,8 @@ def _newest(arguments: list[str], options: list[str], named: bool, config: str) 
     with initialize_config_dir(folder, version_base="1.3"):
         cfg = compose(name, overrides)
     runs = Path(cfg.paths.runs, cfg.task.name)
-    found = map(last_checkpoint, [runs / str(cfg.run)] if named else runs.glob("*"))
+    nested = (path.parent for path in runs.rglob("checkpoints"))  # a name may be exp/a
+    found = map(last_checkpoint, [runs / str(cfg.run)] if named else {*runs.glob("*"), *nested})
     return max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
 
 

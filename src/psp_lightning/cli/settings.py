@@ -16,7 +16,7 @@ from psp_lightning.utils.errors import UserError, suggest
 # Settings of Hydra's command lines that are paths or names. Their values are text, whatever Hydra's grammar makes of
 # them: 2024_01_05 would be the number 20240105, and a comma the start of a sweep.
 TEXT = {
-    "run", "resume", "init_from", "paths.runs", "hydra.run.dir", "hydra.sweep.dir",
+    "run", "resume", "init_from", "paths.runs", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir",
     "ckpt", "input", "output", "mask.dir", "mix.reference",
     "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
     "data.name", "data.licence", "domain.identity", "generator.path", "model.backbone",
@@ -125,6 +125,9 @@ def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool
 
 # --- Hydra's command lines
 
+SWEEP = r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)"  # functions that give a sweep its values
+VALUE = r"""('|").*?(?<!\\)\1(?=,|\Z)|[^,]+"""  # a value of a sweep, in quotes or without
+
 
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether Hydra will run one job for each combination of values."""
@@ -156,14 +159,15 @@ def plain(value: str) -> str:
 def quote_text(arguments: Sequence[str]) -> list[str]:
     """Return a command line on which Hydra reads the values of `TEXT` as they were typed, with `~` expanded.
 
-    Only `null` keeps its meaning, and `${...}` is interpolated. In a sweep, commas separate values, and values with
-    quotes, brackets or functions stay as they are.
+    Only `null` keeps its meaning, and `${...}` is interpolated. In a sweep, commas outside quotes separate values, and
+    Hydra's functions for sweeps, such as `choice(a,b)`, stay as they are.
     """
     sweep, changed = is_sweep(arguments), []
     for argument in arguments:
         key, value = split(argument)
-        if value and key.lstrip("+") in TEXT and not (sweep and re.match(r"['\"\[{]|\w+\(", value)):
-            argument = f"{key}=" + ",".join(map(_as_text, value.split(",") if sweep else [value]))
+        if value and key.lstrip("+") in TEXT and not (sweep and re.fullmatch(SWEEP, value)):
+            values = [match[0] for match in re.finditer(VALUE, value)] if sweep else [value]
+            argument = f"{key}=" + ",".join(map(_as_text, values))
         changed.append(argument)
     return changed
 

@@ -17,6 +17,7 @@ from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
 from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.errors import plural
 
 if TYPE_CHECKING:
     from psp_lightning.build.trainer import Training
@@ -35,8 +36,9 @@ def train_generator_job(cfg: DictConfig) -> None:
         module: Any = training.module
         data: Any = training.data
         log.info(
-            "%d px on %s (%d images), %d steps of %d images per device; run directory %s", module.generator.output_size,
-            cfg.data.name, len(data.images), training.trainer.max_steps, data.batch_size, run,
+            "%d px on %s (%s), %s of %s per device; run directory %s", module.generator.output_size, cfg.data.name,
+            plural(len(data.images), "image"), plural(training.trainer.max_steps, "step"),
+            plural(data.batch_size, "image"), run,
         )  # fmt: skip
 
     training = fit(cfg, build_generator_training, announce, "psp-train-generator")

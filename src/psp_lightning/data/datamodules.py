@@ -150,7 +150,7 @@ class TaskDataModule(_DataModule):
         dataset = self.dataset("val")
         if len(dataset) < (devices := self._ranks()[1]):
             raise UserError(
-                f"there are fewer validation images ({len(dataset)}) than devices ({devices}). Add images, or set "
+                f"{plural(len(dataset), 'validation image')}, fewer than {devices} devices. Add images, or set "
                 f"trainer.devices={len(dataset)} or trainer.limit_val_batches=0."
             )
         loading = self._loading(len(dataset), train=False)

@@ -78,6 +78,11 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
     return [InputFile(file, name, root) for file, name in zip(files, names, strict=True)]
 
 
+def input_masks(files: list[InputFile], folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the mask of each input that has one in `folder`, by the input's path; see `pair_masks`."""
+    return pair_masks([os.fspath(file.path) for file in files], files[0].root, folder) if files else {}
+
+
 class InputDataset(Dataset[dict[str, Any]]):
     """Input images as tensors. A file that cannot be read becomes an item with `error` instead of an exception.
 
@@ -101,9 +106,7 @@ class InputDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
     ) -> None:
         self.files, self.spec, self.factor, self.seed = files, spec, factor, seed
-        self.masks: dict[str, Path] | None = None
-        if masks is not None and files:
-            self.masks = pair_masks([os.fspath(file.path) for file in files], files[0].root, masks)
+        self.masks = None if masks is None else input_masks(files, masks)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -74,20 +74,31 @@ def _list(folder: str | os.PathLike[str], what: str) -> dict[Path, str]:
                 here = os.path.join(real, entry.name)
                 found[base / entry.name] = os.path.realpath(here) if entry.is_symlink() else here
             else:
-                others[Path(entry.name).suffix.lower() or "without a suffix"] += 1
-    left_out = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5)) + (", ..." if len(others) > 5 else "")
+                others[_kind(entry)] += 1
     if not found:
         raise UserError(
             f"The {what} {folder} and its subfolders contain no images"
-            + (f", but {plural(others.total(), 'other file')} ({left_out})." if others else ".")
+            + (f", but {plural(others.total(), 'other file')} ({_counted(others)})." if others else ".")
             + " Images have a suffix that Pillow can read, such as .png, .jpg, .webp or .tif. Convert others."
         )
+    _say_left_out(f"The {what} {folder}", others)
+    return {path: found[path] for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix())}
+
+
+def _kind(file: Path | os.DirEntry[str]) -> str:
+    return Path(file.name).suffix.lower() or "without a suffix"
+
+
+def _counted(others: Counter[str]) -> str:
+    return ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5)) + (", ..." if len(others) > 5 else "")
+
+
+def _say_left_out(where: str, others: Counter[str]) -> None:
     if others:
         _say_once(
-            f"The {what} {folder}: {plural(others.total(), 'file')} left out because Pillow reads no images with such "
-            f"a suffix ({left_out})."
+            f"{where}: {plural(others.total(), 'file')} left out because Pillow reads no images with such a suffix "
+            f"({_counted(others)})."
         )
-    return {path: found[path] for path in sorted(found, key=lambda path: path.relative_to(folder).as_posix())}
 
 
 @functools.lru_cache(maxsize=64)  # a folder may be listed for training and again for validation
@@ -121,7 +132,8 @@ def once(real: dict[Path, str]) -> list[Path]:
 def expand(pattern: str) -> tuple[Path, list[Path]]:
     """Return the fixed part of a glob and the images that match it, sorted, each file once.
 
-    `**` means any number of folders, each of which is visited once even if links form a loop.
+    `**` means any number of folders, each of which is visited once even if links form a loop. A log message counts the
+    matches that are left out because of their suffix.
     """
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -136,7 +148,10 @@ def expand(pattern: str) -> tuple[Path, list[Path]]:
             ]
     if parts[-1] == "**":
         matches = [folder / entry.name for match in matches for folder, _, files in walk(match) for entry in files]
-    files = sorted({path for path in matches if path.name.lower().endswith(suffixes()) and path.is_file()})
+    known = suffixes()
+    found = sorted({path for path in matches if path.is_file()})
+    files = [path for path in found if path.name.lower().endswith(known)]
+    _say_left_out(pattern, Counter(_kind(path) for path in found if not path.name.lower().endswith(known)))
     return root, once({path: os.path.realpath(path) for path in files})
 
 

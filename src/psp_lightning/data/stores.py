@@ -160,7 +160,7 @@ class FolderStore(Store):
 
     def _split(self, files: list[tuple[Path | None, Path]]) -> list[tuple[Path | None, Path]]:
         n = min(max(1, round(len(files) * self.val_share)), len(files) - 1)
-        held_out = set(sorted(files, key=lambda entry: zlib.crc32(entry[1].stem.encode()))[:n])
+        held_out = set(sorted(files, key=lambda entry: zlib.crc32(os.fsencode(entry[1].stem)))[:n])
         return [entry for entry in files if (entry in held_out) == (self.part == "val")]
 
     @property

@@ -130,6 +130,7 @@ class Outputs:
         named: the inputs are entries of one file, so the manifest includes their names.
         checkpoint: name of the checkpoint.
         made: what else determines the outputs: the checkpoint's SHA-256 and the settings.
+        masks: mask files by the path of their input.
     """
 
     folder: Path
@@ -141,6 +142,7 @@ class Outputs:
     named: bool = False
     checkpoint: str = ""
     made: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
 
     def images(self, index: int) -> list[Path]:
         """Return the paths of an input's output images."""
@@ -165,6 +167,7 @@ class Outputs:
     ) -> dict[str, Any]:
         """Return the manifest's record of an input; `files` are the files that exist, by default all of them."""
         source, files = self.files[index].path, self.all(index) if files is None else files
+        mask = self.masks.get(os.fspath(source))
         line: dict[str, Any] = {
             "index": index,
             "source": os.fspath(source),
@@ -175,14 +178,14 @@ class Outputs:
             **({} if error is None else {"error": error}),
             "checkpoint": self.checkpoint,
             "made": self.made,
-            "stamp": _stamp(source),
+            "stamp": _stamp(source) if mask is None else [_stamp(source), _stamp(mask)],
             "files": [path.relative_to(self.folder).as_posix() for path in files],
         }
         return line
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Return size and modification time of a file, by which a changed input is noticed."""
+    """Return size and modification time of a file, by which a change of an input or its mask is noticed."""
     try:
         status = path.stat()
     except OSError:

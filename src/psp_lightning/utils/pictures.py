@@ -115,7 +115,7 @@ def to_8bit(image: Image.Image, mode: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode[0] == "I":
         image = _to_8bit_grey(image)
-    elif image.mode == "P":
+    elif image.mode in ("P", "LAB"):  # Pillow converts LAB only to RGB
         image = image.convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
