@@ -317,7 +317,7 @@ def quick(text: str) -> str:
     return text.replace("n=20_000", "n=8").replace("ToyFaces(seed=1)", "ToyFaces(seed=1, n=8)")
 
 
-def test_train_from_python_page(psp, tiny: list[str], place: Path) -> None:
+def test_train_from_python_page(psp, tiny: list[str], place: Path, plugin_modules) -> None:
     names: dict[str, object] = {"__name__": "train_from_python_page"}
     for block in blocks(DOCS / "train_from_python.md"):
         if block.language == "python":
@@ -325,7 +325,7 @@ def test_train_from_python_page(psp, tiny: list[str], place: Path) -> None:
         elif block.language == "bash":
             run_block(block, psp, tiny)
     runs = {path.parent.parent.name for path in (place / "runs").glob("*/checkpoints/last.ckpt")}
-    assert runs == {"first", "with_id", "edges", "photos"}
+    assert runs == {"first", "with_id", "edges", "small", "photos"}
     assert len(list((place / "from_sketches").glob("*.png"))) == 4
 
 

@@ -147,6 +147,12 @@ def test_custom_parts_and_trainer_options(tmp_path: Path) -> None:
         ({"max_steps": 3}, "fit takes steps= instead"),
         ({"val_check_interval": 3}, "fit takes val_every= instead"),
         ({"generator": "nowhere.pt"}, "nowhere.pt"),
+        ({"losses": {"mine": L2Loss()}}, "'mine' has no weight. Write .'mine': .L2Loss"),
+        ({"losses": ["l2"]}, "must be a dict: name to weight"),
+        ({"encoder": "tiny"}, "encoder must be a class or a function .*, not 'tiny'"),
+        ({"encoder": small(style_dim=32, n_styles=8, input_size=32)}, "not an instance of GradualStyleEncoder"),
+        ({"encoder": lambda size: None}, "it is called with style_dim, in_channels, input_size: "),
+        ({"optimizer": "adam"}, "optimizer='adam' must be a function"),
     ],
 )
 def test_a_mistake_is_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

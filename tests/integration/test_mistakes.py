@@ -270,3 +270,29 @@ def test_a_run_says_how_long_it_will_take(psp, tiny: list[str], monkeypatch: pyt
     done = psp("train", *tiny, "loss=[l2]", "trainer.max_steps=4", "run=r")
     assert done.code == 0 and re.search(r"step 2 of 4: about \d+ s to go, at \S+ s per step\n", done.out), done.err
     assert done.out.count(" to go, at") == 1 and "uses a CPU" in done.out and "encoder=gradual_small" in done.out
+
+
+def test_a_file_that_is_not_yaml(psp, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own" / "loss").mkdir(parents=True)
+    (tmp_path / "own" / "loss" / "mine.yaml").write_text("mine:\n _target_: my.Mine\n  weight: 1.0\n")
+    done = psp("train", "--config-dir", "own", *tiny, "loss=[mine]")
+    assert done.code == 1 and done.err.startswith("error: "), done.err
+    assert "mine.yaml, line 3, column 9: this is not YAML: mapping values are not allowed here." in done.err, done.err
+
+
+def test_a_module_with_plugins_needs_no_brackets(psp, tiny: list[str], tmp_path: Path) -> None:
+    done = psp("train", *tiny, "plugins=no_such_module")
+    assert done.code == 1 and "there is no module 'no_such_module'" in done.err, done.err
+
+
+def test_the_closest_key_is_not_a_part_of_the_key_itself(psp, tiny: list[str]) -> None:
+    done = psp("train", *tiny, "encoder.e=3")
+    assert done.code == 1 and "no configuration key 'encoder.e'" in done.err, done.err
+    assert "Did you mean 'encoder'" not in done.err, done.err
+
+
+def test_a_task_without_a_name(psp, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own" / "task").mkdir(parents=True)
+    (tmp_path / "own" / "task" / "mine.yaml").write_text("datamodule:\n  _target_: my.Mine\n  _partial_: true\n")
+    done = psp("train", "--config-dir", "own", *tiny, "task=mine")
+    assert done.code == 1 and "refers to task.name, which is not set: a file of yours lacks it" in done.err, done.err

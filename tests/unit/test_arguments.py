@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from psp_lightning.build.instantiate import instantiate, naming
+from psp_lightning.build.instantiate import import_plugins, instantiate, naming
 from psp_lightning.build.trainer import prepare
 from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.errors import UserError
@@ -175,3 +175,50 @@ def test_an_option_that_is_set_but_not_selected(group: str) -> None:
     cfg = OmegaConf.create({group: {"x": {"weight": 1}}})
     with pytest.raises(UserError, match=rf"{group}\.x is set but 'x' is not selected: .* {group}=\[...,x\]"):
         instantiate(cfg, f"{group}.x")
+
+
+@pytest.mark.parametrize(
+    ("group", "node", "said"),
+    [
+        (
+            "loss",
+            {"_target_": "mine_of_test.Base", "weight": 1},
+            r"loss\._target_=.* directly below loss\. .*NAME:",
+        ),
+        ("logger", {"_target_": "mine_of_test.Base"}, r"logger\._target_=.* stands directly below logger"),
+        ("loss", {"colour": {"target": "mine_of_test.Base"}}, r"loss\.colour has no _target_: add _target_: MODULE"),
+        ("loss", {"colour": {"_target_": "Base"}}, r"_target_: Base names no module\. Write MODULE\.CLASS"),
+    ],
+)
+def test_a_file_with_a_misplaced_target(group: str, node: dict[str, Any], said: str, mine: None) -> None:
+    with pytest.raises(UserError, match=said):
+        instantiate(OmegaConf.create({group: node}), f"{group}.{next(iter(node))}")
+
+
+def test_an_encoder_whose_target_is_misplaced_or_not_partial(mine: None) -> None:
+    cfg = OmegaConf.create({"encoder": {"tiny": {"_target_": "mine_of_test.Base"}}})
+    with pytest.raises(UserError, match=r"encoder has no _target_, but encoder\.tiny has one: remove the line `tiny:`"):
+        instantiate(cfg, "encoder")
+    cfg = OmegaConf.create({"encoder": {"_target_": "mine_of_test.Base"}})
+    with pytest.raises(UserError, match="encoder needs `_partial_: true`"):
+        instantiate(cfg, "encoder")
+
+
+def test_an_error_raised_in_the_standard_library_names_no_line_of_it() -> None:
+    cfg = OmegaConf.create({"data": {"train": {"_target_": "fractions.Fraction", "numerator": []}}})
+    with pytest.raises(UserError, match=r"^data\.train: .*Rational"):
+        instantiate(cfg, "data.train")
+
+
+def test_plugins(mine: None) -> None:
+    import_plugins("mine_of_test")
+    assert "mine_of_test" in sys.modules
+    import_plugins("")
+    for name, said in {
+        "mine_of_tset": r"there is no module 'mine_of_tset' .*PYTHONPATH",
+        "mine_of_test.py": r"Write plugins=\[mine_of_test\]: the module's name has no \.py",
+        "mine_of_test.Base": r"Write plugins=\[mine_of_test\]: give the module only, not a class",
+        "broken_of_test": "the module 'broken_of_test' imports 'no_such_package', which is not installed",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            import_plugins([name])

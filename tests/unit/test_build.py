@@ -9,10 +9,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from psp_lightning._conf import config_root
-from psp_lightning.build.trainer import FIXED, prepare
-from psp_lightning.build.training import build_data, build_module, load_backbone, toy_terms
+from psp_lightning.build.trainer import FIXED, build_callbacks, build_loggers, prepare
+from psp_lightning.build.training import build_data, build_metrics, build_module, load_backbone, toy_terms
+from psp_lightning.losses import CompositeLoss, L2Loss
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.utils.devices import check_launched
@@ -82,3 +84,17 @@ def test_narrow_encoders_are_not_trained_in_channels_last(width: int, last: bool
     convolution = build_module(cfg, build_data(cfg)).net.encoder.input_layer[0].weight
     assert convolution.shape[0] == width
     assert convolution.is_contiguous(memory_format=torch.channels_last) is last
+
+
+@pytest.mark.parametrize(("group", "base"), [("logger", "Logger"), ("callbacks", "Callback")])
+def test_a_logger_or_callback_of_another_class(group: str, base: str) -> None:
+    cfg = OmegaConf.create({group: {"mine": {"_target_": "builtins.dict"}, "none": None}})
+    with pytest.raises(UserError, match=rf"{group}\.mine: builtins\.dict must derive from .*\.{base}\."):
+        build_loggers(cfg, None) if group == "logger" else build_callbacks(cfg, [])
+
+
+def test_a_metric_with_the_network_of_a_loss_that_measures_no_similarity() -> None:
+    cfg = OmegaConf.create({"metric": {"mine": {"_target_": "builtins.dict", "loss": "l2"}}})
+    losses = CompositeLoss({"l2": L2Loss()}, {"l2": 1.0})
+    with pytest.raises(UserError, match=r"metric\.mine\.loss=l2: the loss 'l2' does not measure a similarity"):
+        build_metrics(cfg, losses)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from psp_lightning.data.datamodules import DATAMODULES, InpaintingDataModule, Seg2FaceDataModule, SuperResDataModule
-from psp_lightning.data.stores import FolderStore, ToyFacesStore
+from psp_lightning.data.stores import FolderStore, PairLayout, ToyFacesStore
 from psp_lightning.data.toyfaces import write_dataset
 from psp_lightning.utils.errors import UserError
 
@@ -241,3 +241,10 @@ def test_fewer_validation_images_than_devices_are_refused(n: int, devices: int) 
         data.val_dataloader()
     data.trainer.world_size = n
     assert len(data.val_dataloader()) == 1
+
+
+def test_a_layout_with_an_unknown_picture():
+    with pytest.raises(UserError, match="source=photo is unknown.*Choose from: derived, image, sketch, labels"):
+        PairLayout("mine", source="photo")
+    with pytest.raises(UserError, match="target=front is unknown.*Did you mean 'frontal'"):
+        PairLayout("mine", target="front")

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import nn
+from torchmetrics import MeanMetric
 
 from psp_lightning.data.datamodules import InversionDataModule
 from psp_lightning.data.spec import InputSpec, source_to_rgb
@@ -292,3 +293,25 @@ def test_the_length_of_a_run_is_forecast(
     messages = [record.getMessage() for record in caplog.records]
     assert messages[:1] == ([said] if said else [])
     assert len(messages) == bool(said) + warned and all("Use a smaller network." in text for text in messages[1:])
+
+
+def test_a_metric_that_is_none_or_computes_several_numbers(tmp_path: Path) -> None:
+    class Three(MeanMetric):
+        def update(self, y_hat: torch.Tensor, y: torch.Tensor) -> None:
+            super().update((y_hat - y).mean())
+
+        def compute(self) -> torch.Tensor:
+            return super().compute().repeat(3)
+
+    with pytest.raises(UserError, match="The metric 'mine' must be an instance of torchmetrics.Metric, not <class"):
+        module(metrics={"mine": Three})
+    with pytest.raises(UserError, match=r"'mine': Three.compute returned a Tensor of shape \(3,\). Return one number"):
+        trainer(tmp_path).fit(module(metrics={"mine": Three()}), datamodule=data())
+
+
+def test_an_encoder_that_no_checkpoint_rebuilds_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    lit = module()
+    del lit.net.encoder.config
+    with pytest.raises(UserError, match="GradualStyleEncoder has no config"):
+        trainer(tmp_path).fit(lit, datamodule=data())
+    assert lit.trainer.global_step == 0

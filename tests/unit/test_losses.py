@@ -283,3 +283,44 @@ def test_import_is_light():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
     assert run.stdout.strip() == "[]", run.stdout
+
+
+class Returns(LossTerm):
+    """A term that returns what `make` makes of the inputs."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, inputs):
+        return self.make(inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda inputs: (inputs.y_hat - inputs.y).abs().mean((1, 2, 3)), r"a tensor of shape \(3,\)"),
+        (lambda inputs: 1.5, "a float"),
+        (lambda inputs: None, "a NoneType"),
+        (lambda inputs: TermOutput(inputs.y, {}), r"a tensor of shape \(3, 3, 16, 16\)"),
+    ],
+)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_term_that_does_not_return_one_number_is_named(make, said, weight, inputs):
+    loss = CompositeLoss({"l2": L2Loss(), "mine": Returns(make)}, {"l2": 1, "mine": weight})
+    with pytest.raises(UserError, match=f"loss 'mine': Returns.forward returned {said}. Return one number as a tensor"):
+        loss(inputs)
+
+
+def test_a_term_that_cannot_be_called_is_reported_before_the_training():
+    class TwoImages(LossTerm):
+        def forward(self, y_hat, y):
+            return (y_hat - y).abs().mean()
+
+    for term, said in (
+        (TwoImages(), "TwoImages.forward is called with one argument, a LossInputs .*'y'"),
+        (L2Loss, r"must be an instance of a LossTerm, not .*; write L2Loss\(\.\.\.\)"),
+        (lambda inputs: inputs.y.mean(), "must be an instance of a LossTerm, not <function"),
+    ):
+        with pytest.raises(UserError, match=f"The loss 'mine'.*{said}"):
+            CompositeLoss({"mine": term}, {"mine": 1})

@@ -22,7 +22,7 @@ from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.embedding import ToyFaceEmbedding
 from psp_lightning.models.protocols import Embedding, Encoder, Generator
 from psp_lightning.models.psp import PSP
-from psp_lightning.models.registry import record_config
+from psp_lightning.models.registry import check_encoder, record_config
 from psp_lightning.models.stylegan2 import Generator as StyleGAN2
 from psp_lightning.utils import compat
 from psp_lightning.utils.errors import UserError
@@ -247,3 +247,51 @@ def test_a_derived_generator_has_its_own_arguments():
     assert Own(**net.config).config == net.config
     with pytest.raises(UserError, match="max_channels=0"):
         Own(8, max_channels=0)
+
+
+class Linear(nn.Module):
+    def __init__(self, width: int = 4, activation: object = None) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(192, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Recorded(Linear):
+    @record_config
+    def __init__(self, width: int = 4, activation: object = None) -> None:
+        super().__init__(width, activation)
+
+
+def test_an_encoder_whose_checkpoints_could_not_be_loaded(monkeypatch):
+    with pytest.raises(UserError, match="encoder Recorded is not registered: decorate the class with register_encoder"):
+        check_encoder(Recorded())
+    for cls in (Linear, Recorded):
+        monkeypatch.setitem(registry.ENCODERS, cls.__name__, cls)
+    check_encoder(Recorded())
+    with pytest.raises(UserError, match="encoder Linear has no config.*decorate its __init__ with record_config"):
+        check_encoder(Linear())
+    with pytest.raises(UserError, match="encoder Recorded has activation=<built-in .*relu.*checkpoint cannot contain"):
+        check_encoder(Recorded(activation=torch.relu))
+    monkeypatch.setitem(registry.ENCODERS, "Recorded", Linear)
+    with pytest.raises(UserError, match=r"not registered \(another class has this name: .*test_registry\.Recorded\)"):
+        check_encoder(Recorded())
+
+
+def test_codes_of_a_wrong_shape():
+    generator = StyleGAN2(8, style_dim=4, n_mapping=1, max_channels=4)  # 4 styles
+    source = torch.rand(2, 3, 8, 8)
+    assert PSP(Linear(4), generator).encode_delta(source).shape == (2, 4, 4)
+    with pytest.raises(UserError, match=r"Linear returned codes of shape \(2, 16\): expected \(B, 4, 4\), or \(B, 4\)"):
+        PSP(Linear(16), generator).encode_delta(source)
+
+
+def test_a_missing_argument_names_the_class():
+    class TinyOwn(nn.Module):
+        @record_config
+        def __init__(self, width: int) -> None:
+            super().__init__()
+
+    with pytest.raises(TypeError, match="^TinyOwn: missing a required argument: 'width'"):
+        TinyOwn()

@@ -121,12 +121,16 @@ def fit(
     for key, own in (("max_steps", "steps"), ("val_check_interval", "val_every")):
         if key in trainer:
             raise UserError(f"fit takes {own}= instead of the Trainer's {key}=.")
+    if not isinstance(losses, Mapping):
+        raise UserError(f"losses={losses!r} must be a dict: name to weight, or name to (loss term, weight).")
     foreign = not isinstance(data, ToyFaces) and not str(generator).startswith("toyfaces/")
     if foreign and isinstance(losses.get("perceptual"), int | float):
         rank_zero_warn(
             "the loss 'perceptual' compares images with the network of the toy faces, which does not fit other images: "
             "give (PerceptualLoss(FILE), weight) or use 'lpips'."
         )
+    if not callable(optimizer):
+        raise UserError(f"optimizer={optimizer!r} must be a function from parameters to an optimizer.")
     steps = whole("steps", steps, 1)
     pl.seed_everything(whole("seed", seed, 0, 2**32 - 1), workers=True, verbose=False)
     network, latent_avg = _generator(generator)
@@ -186,16 +190,27 @@ def _default_encoder(input_size: int) -> Callable[..., nn.Module]:
 
 
 def _net(generator: Any, latent_avg: Tensor, data: TaskDataModule, encoder: Callable[..., nn.Module]) -> PSP:
+    if isinstance(encoder, nn.Module) or not callable(encoder):
+        what = f"an instance of {type(encoder).__name__}" if isinstance(encoder, nn.Module) else repr(encoder)
+        raise UserError(
+            "encoder must be a class or a function that builds an encoder from n_styles, style_dim, in_channels and "
+            f"input_size, not {what}."
+        )
     derived = {"style_dim": generator.style_dim, "in_channels": data.spec.channels, "input_size": data.spec.size}
     if "n_styles" in inspect.signature(encoder).parameters:  # an encoder into W has one style
         derived["n_styles"] = generator.n_styles
-    made = encoder(**derived)
+    try:
+        made = encoder(**derived)
+    except TypeError as error:
+        raise UserError(f"encoder: it is called with {', '.join(derived)}: {error}") from error
     return PSP(made, generator, latent_avg, source=data.spec.to_dict())
 
 
 def _objective(losses: Mapping[str, float | tuple[LossTerm, float]]) -> CompositeLoss:
     terms, weights = {}, {}
     for name, value in losses.items():
+        if isinstance(value, nn.Module):
+            raise UserError(f"losses: '{name}' has no weight. Write {{'{name}': ({type(value).__name__}(...), 1.0)}}.")
         if isinstance(value, tuple):
             terms[name], weights[name] = value
         elif name in LOSSES:

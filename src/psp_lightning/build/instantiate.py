@@ -20,6 +20,7 @@ from psp_lightning.utils.errors import UserError, suggest
 
 DERIVED = ("n_styles", "style_dim", "in_channels")  # arguments that are never settings
 LISTS = ("loss", "metric")  # groups that select a list of options
+PARTIAL = ("encoder", "optimizer", "task.datamodule")  # nodes whose objects receive further arguments later
 
 
 def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str] = (), **kwargs: Any) -> Any:
@@ -37,10 +38,9 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
     """
     node = OmegaConf.select(cfg, key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        group, _, name = key.partition(".")
-        if group in LISTS:
-            raise UserError(not_selected(group, name))
-        raise UserError(f"{key} has no _target_: choose an option of its group, e.g. {group}=NAME.")
+        raise UserError(_no_target(*key.partition(".")[::2], node))
+    if key in PARTIAL and not node.get("_partial_"):
+        raise UserError(f"{key} needs `_partial_: true` beside its _target_: it receives more arguments later.")
     plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     for name in without:
         plain.pop(name, None)
@@ -60,6 +60,22 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
             if isinstance(cause, MisconfigurationException):  # Lightning's equivalent of a ValueError
                 raise ValueError(str(cause)) from cause
             raise cause from None
+
+
+def _no_target(group: str, name: str, node: Any) -> str:
+    """Return the message for a node without `_target_`."""
+    key = f"{group}.{name}" if name else group
+    if name and not isinstance(node, DictConfig):
+        return (
+            f"{key}={node} stands directly below {group}. Its file must start with a name, and all settings must be "
+            f"indented below it: NAME: {{_target_: MODULE.CLASS}}."
+        )
+    if group in LISTS:
+        return f"{key} has no _target_: add _target_: MODULE.CLASS to its file. Otherwise, {not_selected(group, name)}"
+    for inner, value in (node or {}).items():
+        if isinstance(value, DictConfig) and "_target_" in value:
+            return f"{key} has no _target_, but {key}.{inner} has one: remove the line `{inner}:` and the indentation."
+    return f"{key} has no _target_: choose an option of its group, e.g. {group}=NAME."
 
 
 def not_selected(group: str, name: str) -> str:
@@ -114,9 +130,10 @@ def _arguments(node: DictConfig) -> list[str]:
 def _in_words(error: Exception) -> str:
     """Return an exception as a message that names the line of the user's code, if it came from there."""
     ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+    others = (ours, os.path.join(os.path.dirname(os.path.abspath(os.__file__)), ""))  # and the standard library
     text = " ".join(str(error).split())
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "site-packages" not in frame.filename and not os.path.abspath(frame.filename).startswith(ours):
+        if "site-packages" not in frame.filename and not os.path.abspath(frame.filename).startswith(others):
             return f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"
     return text if isinstance(error, TypeError) else f"{type(error).__name__}: {text}"
 
@@ -124,6 +141,8 @@ def _in_words(error: Exception) -> str:
 def _not_importable(target: str, cause: BaseException | None) -> str:
     """Return the message for a `_target_` that cannot be imported."""
     module, _, name = target.rpartition(".")
+    if not module:
+        return f"_target_: {target} names no module. Write MODULE.CLASS."
     close = suggest(name, dir(sys.modules[module])) if module in sys.modules else ""
     reason = (cause and cause.__cause__) or cause
     return (
@@ -135,11 +154,25 @@ def _not_importable(target: str, cause: BaseException | None) -> str:
 def import_plugins(names: Sequence[str]) -> None:
     """Import the user's modules, which register encoders, losses and tasks.
 
+    Args:
+        names: names of modules, also as one text with commas between them.
+
     Raises:
-        UserError: a module is not found.
+        UserError: a module, or one that it imports, is not found.
     """
-    for name in names:
+    for name in filter(None, names.split(",")) if isinstance(names, str) else names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(f"plugins: there is no module '{name}' ({error}). Is its folder in PYTHONPATH?") from None
+            raise UserError(f"plugins: {_missing_module(name, error)}") from None
+
+
+def _missing_module(name: str, error: ModuleNotFoundError) -> str:
+    """Return the message for a plugin that cannot be imported."""
+    parent, _, last = name.rpartition(".")
+    if parent in sys.modules:  # it was imported, and is no package
+        meant = "the module's name has no .py" if last == "py" else "give the module only, not a class"
+        return f"there is no module '{name}'. Write plugins=[{parent}]: {meant}."
+    if error.name and not f"{name}.".startswith(f"{error.name}."):
+        return f"the module '{name}' imports '{error.name}', which is not installed."
+    return f"there is no module '{name}' ({error}). Is its folder in PYTHONPATH?"

@@ -154,7 +154,7 @@ def build_trainer(
 def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
     """Build the selected callbacks. `LastCheckpoint` comes last, because it saves the state of the others."""
     callbacks = [EpochStart(), *own]
-    callbacks += [instantiate(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node]
+    callbacks += _build_group(cfg, "callbacks", Callback)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar(refresh_rate=1))
     if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):  # an interrupted run needs it to resume
@@ -162,9 +162,20 @@ def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
     return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
+def _build_group(cfg: DictConfig, group: str, kind: type) -> list[Any]:
+    """Build all nodes of a group that are not null; one that is not an instance of `kind` is a UserError."""
+    built = []
+    for name, node in (cfg[group] or {}).items():
+        if node:
+            built.append(instantiate(cfg, f"{group}.{name}"))
+            if not isinstance(built[-1], kind):
+                raise UserError(f"{group}.{name}: {node._target_} must derive from {kind.__module__}.{kind.__name__}.")
+    return built
+
+
 def build_loggers(cfg: DictConfig, resume: Checkpoint | None) -> list[Logger]:
     """Build the selected loggers; in a resumed run they continue after the checkpoint's step."""
-    loggers = [instantiate(cfg, f"logger.{name}") for name, node in (cfg.logger or {}).items() if node]
+    loggers = _build_group(cfg, "logger", Logger)
     for logger in loggers:
         if resume is not None and isinstance(logger, CsvLog):
             logger.keep_until(resume["global_step"])

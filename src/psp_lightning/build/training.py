@@ -149,7 +149,12 @@ def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
         if term is None:
             metrics[str(name)] = instantiate(cfg, f"metric.{name}")
         elif term in losses.terms:
-            similarity = losses.terms[term].similarity
+            similarity = getattr(losses.terms[term], "similarity", None)
+            if similarity is None:
+                raise UserError(
+                    f"metric.{name}.loss={term}: the loss '{term}' does not measure a similarity. Name one that does, "
+                    "such as id or moco, or leave out `loss`."
+                )
             metrics[str(name)] = instantiate(cfg, f"metric.{name}", without=["loss"], similarity=similarity)
     return metrics
 

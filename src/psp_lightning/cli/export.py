@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     out = new_file(values, [suffix for name, suffix in SUFFIXES.items() if wanted in ("", name)])
     format = next(name for name, suffix in SUFFIXES.items() if suffix == out.suffix)
     check_packages(format)
-    import_plugins([name for name in values["plugins"].split(",") if name])
+    import_plugins(values["plugins"])
     net = load_decoder(values["ckpt"])
     done = export(net, out, format, what, facts_of(values["ckpt"]))
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB) and {done.card}")

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
     latents = _read(values, values["latent_avg"] == "excluded")
     net = None
     if values["ckpt"]:
-        import_plugins([name for name in values["plugins"].split(",") if name])
+        import_plugins(values["plugins"])
         net = load_decoder(values["ckpt"])
         if latents.generator is None and not values["space"] and latents.space == "w" and len(latents) == net.n_styles:
             shape = "x".join(map(str, latents.codes.shape))

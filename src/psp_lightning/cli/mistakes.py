@@ -58,6 +58,7 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     try:
         if prepare is not None:
@@ -70,6 +71,10 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
         sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a configuration file"
+        fail(f"{place}: this is not YAML: {error.problem or error.context}.")
     except ValueError as error:
         if "Config group override must be" not in str(error):  # Hydra has no exception class for logger=null
             raise
@@ -112,6 +117,8 @@ def explain(error: Exception) -> str:
         return f"{key}={values} is ambiguous. Write a list as {key}=[{values}]; add -m to run one job for each value."
     if match := re.search(r"missing EQUAL at|mismatched input|LexerNoViableAlt|token recognition", text):
         return f"{text.splitlines()[0]}\nWrite settings as KEY=VALUE; quote special characters: \"KEY='VALUE'\""
+    if match := re.search(r"Interpolation key '(.+)' not found\s+full_key: (\S+)", text):
+        return f"{match[2]} refers to {match[1]}, which is not set: a file of yours lacks it or misspells it."
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]} must be given on the command line: {match[1]}=..."
     return text
@@ -129,6 +136,7 @@ def _unknown_key(key: str, composed: dict[str, Any]) -> str:
         return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
     leaves = flat(composed)
     known = {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)}
+    known = {name for name in known if not key.startswith(f"{name}.")}  # those exist, and are not what was meant
     return (
         f"there is no configuration key '{key}'.{suggest(key, known)} --cfg job lists all keys; +{key}=... adds a new "
         "one."

@@ -13,7 +13,7 @@ from PIL import Image
 
 from psp_lightning.data.pairing import list_images, pair
 from psp_lightning.data.toyfaces import ToyFaces
-from psp_lightning.utils.arguments import number, whole
+from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.compat import moved
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.pictures import ImageLike
@@ -34,11 +34,18 @@ class PairLayout:
         task: name of the task, for messages.
         source: `derived` (from the target), `image`, `sketch` or `labels`.
         target: `image`, `frontal` (the same face from the front) or `toon`.
+
+    Raises:
+        UserError: `source` or `target` is something else.
     """
 
     task: str
     source: str = "derived"
     target: str = "image"
+
+    def __post_init__(self) -> None:
+        choice("source", self.source, ("derived", "image", "sketch", "labels"))
+        choice("target", self.target, ("image", "frontal", "toon"))
 
     @property
     def other_kind(self) -> bool:

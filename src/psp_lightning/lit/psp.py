@@ -20,6 +20,7 @@ from psp_lightning.lit.distributed import gather
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.psp import PSP
+from psp_lightning.models.registry import check_encoder
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.arguments import choice, whole
 from psp_lightning.utils.errors import UserError
@@ -50,7 +51,7 @@ class LitPSP(pl.LightningModule):
         source_is_target: the source and the target are the same image; a loss then processes it only once.
 
     Raises:
-        UserError: `batch_norm` or `noise` is unknown, or a number of steps is invalid.
+        UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, or a metric is no `Metric`.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class LitPSP(pl.LightningModule):
         super().__init__()
         self.net = net
         self.losses = losses
+        for name, metric in (metrics or {}).items():
+            if not isinstance(metric, Metric):
+                raise UserError(f"The metric '{name}' must be an instance of torchmetrics.Metric, not {metric!r}.")
         self.val_metrics = dict(metrics or {})  # in a plain dict, which keeps them out of the checkpoint
         self.make_optimizer = optimizer
         self.noise: Noise = choice("noise", noise, ("random", "const"))
@@ -90,8 +94,9 @@ class LitPSP(pl.LightningModule):
         """Compare the network with the data module, and record its source description if the network has none.
 
         Raises:
-            UserError: the targets are larger than the generator's images.
+            UserError: the targets are larger than the generator's images, or checkpoints could not be loaded.
         """
+        check_encoder(self.net.encoder)
         data = getattr(self.trainer, "datamodule", None)
         drawn, wanted = self.net.generator.output_size, getattr(data, "target_size", 0)
         if wanted > drawn:
@@ -162,7 +167,7 @@ class LitPSP(pl.LightningModule):
         names = {name: None for share, _ in shares for name in share}
         results = {f"val/{name}": sum(share.get(name, 0.0) for share, _ in shares) / count for name in names}
         for name, metric in self.val_metrics.items():
-            results[f"val/{name}"] = float(metric.compute())
+            results[f"val/{name}"] = _one_number(name, metric)
             metric.reset()
         self._val_sums, self._val_count = {}, 0
         # float64 makes these averages equal for any number of devices; mps does not support it
@@ -241,6 +246,19 @@ class LitPSP(pl.LightningModule):
         elif len(self._random_state) == self.trainer.world_size:
             rng.restore(self._random_state[self.global_rank])
         self._random_state = None
+
+
+def _one_number(name: str, metric: Metric) -> float:
+    """Compute a metric; a result that is not one number is a UserError."""
+    value = metric.compute()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise UserError(
+            f"The metric '{name}': {type(metric).__name__}.compute returned a {type(value).__name__}{shape}. Return "
+            "one number; for several, write one metric for each."
+        ) from None
 
 
 def rate_factor(step: int, warmup: int, decay: int, total: int) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ class CompositeLoss(nn.Module):
         weights: weights by name, finite numbers >= 0, with the same names as `terms`.
 
     Raises:
-        UserError: there are no terms, a weight has no term, a term has no weight, a weight is not a finite number >= 0,
-            or all weights are 0.
+        UserError: there are no terms, a weight has no term, a term has no weight or cannot be called with a
+            `LossInputs`, a weight is not a finite number >= 0, or all weights are 0.
 
     Source: pSp, section 3.2, eq. 5.
     """
@@ -40,6 +42,7 @@ class CompositeLoss(nn.Module):
                     f"loss.{name}.weight is set, but the loss '{name}' is not selected.{hint} Selected: {selected}."
                 )
         for name in terms:
+            _check_term(name, terms[name])
             if name not in weights:
                 raise UserError(f"The loss '{name}' has no weight: set loss.{name}.weight.")
             weight = weights[name]
@@ -57,6 +60,9 @@ class CompositeLoss(nn.Module):
         Returns:
             The objective, a scalar with a graph; and detached float32 scalars: the unweighted value of each term under
             its name, then the terms' own logs. Nothing waits for the device.
+
+        Raises:
+            UserError: a term returns something other than one number in a tensor.
         """
         with full_precision(inputs.y_hat.device):
             inputs = inputs.float()
@@ -70,6 +76,7 @@ class CompositeLoss(nn.Module):
                 if isinstance(output, TermOutput):
                     logs.update(output.logs)
                     output = output.value
+                _check_output(name, term, output)
                 values[name] = output.detach()
                 if weight != 0:  # 0 * value would carry a NaN into the sum
                     total = total + weight * output
@@ -77,3 +84,27 @@ class CompositeLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+
+
+def _check_term(name: str, term: Any) -> None:
+    """Raise a UserError unless `term` is a module that takes one argument."""
+    if not isinstance(term, nn.Module):
+        made = f"; write {term.__name__}(...)" if inspect.isclass(term) else ""
+        raise UserError(f"The loss '{name}' must be an instance of a LossTerm, not {term!r}{made}.")
+    try:
+        inspect.signature(term.forward).bind(None)
+    except TypeError as error:
+        raise UserError(
+            f"The loss '{name}': {type(term).__name__}.forward is called with one argument, a LossInputs ({error})."
+        ) from None
+
+
+def _check_output(name: str, term: nn.Module, output: Any) -> None:
+    """Raise a UserError unless `output` is a tensor with one value."""
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return
+    what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise UserError(
+        f"The loss '{name}': {type(term).__name__}.forward returned {what}. Return one number as a tensor, averaged "
+        "over the batch, or a TermOutput that contains it."
+    )

@@ -86,12 +86,13 @@ class PSP(nn.Module):
         images.
 
         Raises:
-            UserError: the source has another shape than the encoder was built for.
+            UserError: the source has another shape than the encoder was built for, or the codes have a wrong shape.
 
         Source of the passes: Alaluf et al., ReStyle (arXiv:2104.02699), section 3.
         """
         if not self.passes:
             delta = self.encoder(x)
+            self._check_codes(delta)
             return delta if delta.ndim == 3 else delta.unsqueeze(1).expand(-1, self.n_styles, -1)
         delta = self.latent_avg.new_zeros(1, self.n_styles, self.style_dim)
         for _ in range(self.passes):
@@ -99,6 +100,15 @@ class PSP(nn.Module):
                 image = self.decode(self._add_average(delta))
             delta = delta + self.encoder(x, image)
         return delta
+
+    def _check_codes(self, codes: Tensor) -> None:
+        shapes = ((self.n_styles, self.style_dim), (self.style_dim,))
+        if torch.jit.is_tracing() or codes.shape[1:] in shapes:
+            return
+        raise UserError(
+            f"{type(self.encoder).__name__} returned codes of shape {tuple(codes.shape)}: expected (B, "
+            f"{self.n_styles}, {self.style_dim}), or (B, {self.style_dim}) for one style in all layers."
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """Map a source (B, C, input_size, input_size) to w_plus (B, n_styles, style_dim), see `encode_delta`."""

@@ -53,7 +53,10 @@ def record_config(init: InitT) -> InitT:
 
     @functools.wraps(init)
     def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs)
+        try:
+            given = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
         given.apply_defaults()
         outer = self.__dict__.get("config", {})  # from the constructor of a derived class
         mine = {name: _plain(given.arguments[name]) for name in own}
@@ -67,6 +70,41 @@ def record_config(init: InitT) -> InitT:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def check_encoder(encoder: nn.Module) -> None:
+    """Check before a training that its checkpoints can be loaded.
+
+    Raises:
+        UserError: the class is not registered, or its `config` is missing or contains more than plain values.
+    """
+    name = type(encoder).__name__
+    if ENCODERS.get(name) is not type(encoder):
+        other = f" (another class has this name: {ENCODERS[name].__module__}.{name})" if name in ENCODERS else ""
+        raise UserError(
+            f"The checkpoints of this training could not be loaded, because the encoder {name} is not registered{other}"
+            ": decorate the class with register_encoder."
+        )
+    config = getattr(encoder, "config", None)
+    if not isinstance(config, Mapping):
+        raise UserError(
+            f"The encoder {name} has no config, from which a checkpoint rebuilds it: decorate its __init__ with "
+            "record_config of psp_lightning.models.registry."
+        )
+    for key, value in config.items():
+        if not _is_plain(value):
+            raise UserError(
+                f"The encoder {name} has {key}={value!r}, which a checkpoint cannot contain: make it a number, a text, "
+                "true, false, null or a list or dict of these."
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def build_described(role: str, node: Any) -> Any:
@@ -88,7 +126,8 @@ def build_described(role: str, node: Any) -> Any:
     if name not in table:
         raise UserError(
             f"Unknown {role} {name!r}.{suggest(name, table)} Known: {', '.join(sorted(table))}. A custom class must be "
-            f"decorated with register_{role} and imported before its checkpoint is loaded."
+            f"decorated with register_{role} and imported before its checkpoint is loaded; plugins=[MODULE] imports it "
+            "in a command."
         )
     if table[name].__module__.startswith("psp_lightning."):  # custom classes may use any numbers
         _check_numbers(role, arguments)
