@@ -47,6 +47,14 @@ def test_other_settings_are_left_to_hydra() -> None:
     assert read(quote_text(["run=${task.name}_1"])[0]) == "${task.name}_1"
 
 
+def test_options_come_before_settings():
+    """Hydra's parser rejects settings on both sides of an option."""
+    given = ["task=inversion", "--config-dir", "own", "seed=1", "-m", "optimizer.lr=1e-4,1e-3", "+new=1", "--cfg=job"]
+    assert quote_text(given) == [
+        "--config-dir", "own", "-m", "--cfg=job", "task=inversion", "seed=1", "optimizer.lr=1e-4,1e-3", "+new=1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("value", ["~/my photos", "'~/my photos'", '"~/my photos"'])
 def test_home_is_expanded(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/Zoë, 1")

@@ -159,6 +159,8 @@ def plain(value: str) -> str:
 def quote_text(arguments: Sequence[str]) -> list[str]:
     """Return a command line on which Hydra reads the values of `TEXT` as they were typed, with `~` expanded.
 
+    Options such as `-m` come first, because Hydra rejects settings on both sides of an option.
+
     Only `null` keeps its meaning, and `${...}` is interpolated. In a sweep, commas outside quotes separate values, and
     Hydra's functions for sweeps, such as `choice(a,b)`, stay as they are.
     """
@@ -169,7 +171,8 @@ def quote_text(arguments: Sequence[str]) -> list[str]:
             values = [match[0] for match in re.finditer(VALUE, value)] if sweep else [value]
             argument = f"{key}=" + ",".join(map(_as_text, values))
         changed.append(argument)
-    return changed
+    options = flags(changed)
+    return options + [argument for argument in changed if argument not in options]
 
 
 def _as_text(value: str) -> str:
