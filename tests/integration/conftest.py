@@ -6,7 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +78,31 @@ def shell(tmp_path: Path) -> Command:
 def tiny() -> list[str]:
     """Return the settings of a run of two steps with two samples per batch."""
     return list(TINY)
+
+
+@pytest.fixture
+def place(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a working folder with photographs, from which modules can be imported as with PYTHONPATH=."""
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        (tmp_path / "photos" / f"face_{i}.jpg").write_bytes((photos / f"face_{i}.jpg").read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def own_modules() -> Iterator[None]:
+    """Forget the modules and registrations that a page makes after the test."""
+    from psp_lightning.losses import LOSSES
+    from psp_lightning.metrics import METRICS
+    from psp_lightning.models.registry import ENCODERS
+
+    tables = (LOSSES, METRICS, ENCODERS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+        del sys.modules[name]

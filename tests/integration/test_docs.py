@@ -7,110 +7,36 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.integration.pages import (
+    DOCS,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    quick,
+    run_block,
+    run_page,
+    shortened,
+    write_file,
+)  # fmt: skip
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pytest brings it
-
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-
-
-@dataclass
-class Block:
-    """A fenced block."""
-
-    language: str
-    file: str  # the file name after the language: the block is this file's content
-    text: str
-    line: int
-    skipped: bool  # a comment before the block gives the reason
-
-
-def blocks(path: Path) -> list[Block]:
-    pattern = re.compile(r"(<!-- not run: [^\n]*-->\n+)?^```(\w+) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    text = path.read_text(encoding="utf-8")
-    return [
-        Block(match[2], match[3].strip(), match[4], text.count("\n", 0, match.start(4)) + 1, match[1] is not None)
-        for match in pattern.finditer(text)
-    ]
-
-
-def commands(block: Block) -> list[list[str]]:
-    """Return the command lines of a shell block, without comments and leading variables."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [[word for word in line if not re.match(r"PYTHONPATH=", word)] for line in words if line]
-
-
-def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
-    """Add the tests' small settings to a training command, but keep its own data and trainer."""
-    tiny = [*tiny, "trainer.log_every_n_steps=1"]
-    folder = "data=folder" in arguments
-    kept = [item for item in tiny if not (folder and item.startswith(("data.val.n", "data.train.n")))]
-    if any(item.startswith("trainer=") for item in arguments):
-        kept.remove("trainer=cpu")
-    if folder:
-        kept.append("data.num_workers=0")
-    if any(item.startswith("resume=") for item in arguments):  # two more steps than the run has done
-        kept += ["trainer.max_steps=4", "trainer.val_every=4"]
-    return [*arguments, *kept]
-
-
-def run_block(block: Block, psp, tiny: list[str]) -> None:
-    for name, *arguments in commands(block):
-        command = name.removeprefix("psp-").replace("-", "_")
-        assert name.startswith("psp-"), f"line {block.line}: {name} is not run by this test"
-        if command == "train":
-            arguments = shortened(arguments, tiny)
-        elif command == "train_generator":
-            steps = 4 if any(item.startswith("resume=") for item in arguments) else 2
-            arguments = [*arguments, "trainer=cpu", f"trainer.max_steps={steps}", "data.batch_size=2"]
-            arguments += ["data.num_workers=0", "trainer.enable_progress_bar=false"]
-        elif command == "predict":
-            arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
-        done = psp(command, *arguments)
-        assert done.code == 0, f"line {block.line}: {name} {' '.join(arguments)}\n{done.err}"
-
-
-@pytest.fixture
-def place(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a working folder with photographs, from which modules can be imported as with PYTHONPATH=."""
-    (tmp_path / "photos").mkdir()
-    for i in range(2):
-        (tmp_path / "photos" / f"face_{i}.jpg").write_bytes((photos / f"face_{i}.jpg").read_bytes())
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def plugin_modules():
-    """Remove the modules and registrations of a test's plug-ins after the test."""
-    from psp_lightning.losses import LOSSES
-    from psp_lightning.models.registry import ENCODERS
-
-    before = dict(LOSSES), dict(ENCODERS)
-    yield
-    for table, content in zip((LOSSES, ENCODERS), before, strict=True):
-        table.clear()
-        table.update(content)
-    for name in ("my_losses", "my_encoder", "my_task", "my_callbacks"):
-        sys.modules.pop(name, None)
 
 
 # --- docs/extending.md
 
 
 @pytest.mark.parametrize("title", ["A loss", "An encoder", "A task", "A callback"])
-def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules) -> None:
+def test_extending(title: str, psp, tiny: list[str], place: Path, own_modules) -> None:
     text = (DOCS / "extending.md").read_text(encoding="utf-8")
     start = text.count("\n", 0, text.index(f"## {title}\n"))
     end = text.count("\n", 0, text.index("\n## ", text.index(f"## {title}\n") + 3))
@@ -120,8 +46,7 @@ def test_extending(title: str, psp, tiny: list[str], place: Path, plugin_modules
             run_block(block, psp, tiny)  # used by all sections
     for block in section:
         if block.file:
-            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (place / block.file).write_text(block.text)
+            write_file(block, place)
             code = [line for line in block.text.splitlines() if line.strip()]
             assert len(code) <= 20, f"{block.file} has {len(code)} lines; the page promises at most 20"
     for block in section:
@@ -311,19 +236,8 @@ def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
 # --- docs/train_from_python.md
 
 
-def quick(text: str) -> str:
-    """Shorten the training runs of a Python block to two steps."""
-    text = re.sub(r"(val_check_interval|steps)=\d+", r"\1=2", text)
-    return text.replace("n=20_000", "n=8").replace("ToyFaces(seed=1)", "ToyFaces(seed=1, n=8)")
-
-
-def test_train_from_python_page(psp, tiny: list[str], place: Path, plugin_modules) -> None:
-    names: dict[str, object] = {"__name__": "train_from_python_page"}
-    for block in blocks(DOCS / "train_from_python.md"):
-        if block.language == "python":
-            exec(compile(quick(block.text), f"train_from_python.md:{block.line}", "exec"), names)
-        elif block.language == "bash":
-            run_block(block, psp, tiny)
+def test_train_from_python_page(psp, tiny: list[str], place: Path, own_modules) -> None:
+    run_page("train_from_python.md", psp, tiny, place, quick)
     runs = {path.parent.parent.name for path in (place / "runs").glob("*/checkpoints/last.ckpt")}
     assert runs == {"first", "with_id", "edges", "small", "photos"}
     assert len(list((place / "from_sketches").glob("*.png"))) == 4

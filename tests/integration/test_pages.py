@@ -11,41 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.test_docs import DOCS, blocks, checkpoint, commands, place, run_block  # noqa: F401  a fixture
+from tests.integration.pages import DOCS, blocks, commands, run_page, write_file
+from tests.integration.test_docs import checkpoint
 
 
-@pytest.fixture
-def own_parts():
-    """Forgets the modules and registrations of these pages."""
-    from psp_lightning.losses import LOSSES
-    from psp_lightning.metrics import METRICS
-
-    before = dict(METRICS), dict(LOSSES)
-    yield
-    for table, content in zip((METRICS, LOSSES), before, strict=True):
-        table.clear()
-        table.update(content)
-    for name in ("my_metrics", "my_loggers", "my_losses"):
-        sys.modules.pop(name, None)
-
-
-def run_page(name: str, psp, tiny: list[str], place: Path) -> dict[str, object]:  # noqa: F811
-    """Write the files of a page and run its blocks, top to bottom; return the names that its Python defines."""
-    names: dict[str, object] = {"__name__": "page"}
-    for block in blocks(DOCS / name):
-        if block.skipped:
-            continue
-        if block.file:
-            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (place / block.file).write_text(block.text)
-        elif block.language == "python":
-            exec(compile(block.text, f"{name}:{block.line}", "exec"), names)
-        elif block.language == "bash":
-            run_block(block, psp, tiny)
-    return names
-
-
-def test_metrics_and_loggers_page(psp, tiny: list[str], place: Path, own_parts) -> None:  # noqa: F811
+def test_metrics_and_loggers_page(psp, tiny: list[str], place: Path, own_modules) -> None:
     run_page("metrics_and_loggers.md", psp, tiny, place)
     text = (DOCS / "metrics_and_loggers.md").read_text()
     assert (place / "runs/inversion/by_psnr/checkpoints/best.ckpt").is_file()
@@ -59,7 +29,7 @@ def test_metrics_and_loggers_page(psp, tiny: list[str], place: Path, own_parts) 
     assert "val/ssim" in (place / "runs/inversion/ssim/csv/metrics.csv").read_text()
 
 
-def test_batches_and_losses_page(psp, tiny: list[str], place: Path, own_parts) -> None:  # noqa: F811
+def test_batches_and_losses_page(psp, tiny: list[str], place: Path, own_modules) -> None:
     from dataclasses import fields
 
     from psp_lightning.losses import LossInputs
@@ -94,7 +64,7 @@ def test_the_page_about_batches_has_the_channels_that_the_tasks_have() -> None:
             assert data.in_channels == int(channels), task
 
 
-def test_commands_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+def test_commands_page(psp, tiny: list[str], place: Path) -> None:
     printed = []
     for block in blocks(DOCS / "commands.md"):
         for name, *arguments in commands(block) if block.language == "bash" and not block.skipped else ():
@@ -122,7 +92,7 @@ def test_completion(monkeypatch: pytest.MonkeyPatch, psp) -> None:
     assert "trainer.max_steps=" in psp("train", "-sc", "query=bash").out
 
 
-def test_released_weights_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+def test_released_weights_page(psp, tiny: list[str], place: Path) -> None:
     (place / "weights").mkdir()
     checkpoint(place / "weights" / "psp_ffhq_encode.pt")
     run_page("released_weights.md", psp, tiny, place)
@@ -136,27 +106,20 @@ def test_released_weights_page(psp, tiny: list[str], place: Path) -> None:  # no
             assert f"`{name}`" in text, name
 
 
-def test_plugins_are_needed_where_the_page_says(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+def test_plugins_are_needed_where_the_page_says(psp, tiny: list[str], place: Path, own_modules) -> None:
     """A `_target_` imports a module; a checkpoint does not."""
     from psp_lightning.models.registry import ENCODERS
 
-    before = dict(ENCODERS)
     for block in blocks(DOCS / "extending.md"):
         if block.file in ("my_encoder.py", "my_conf/encoder/tiny.yaml"):
-            (place / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (place / block.file).write_text(block.text)
-    try:
-        done = psp("train", "--config-dir=my_conf", "encoder=tiny", "run=tiny", *tiny)
-        assert done.code == 0, done.err
-        again = psp("train", "--config-dir=my_conf", "encoder=tiny", "init_from=runs/inversion/tiny", "run=b", *tiny)
-        assert again.code == 0, again.err
-        ENCODERS.pop("TinyEncoder")
-        sys.modules.pop("my_encoder")
-        options = ["ckpt=runs/inversion/tiny", "input=photos", "output=out", "accelerator=cpu", "num_workers=0"]
-        refused = psp("predict", *options)
-        assert refused.code == 1 and "TinyEncoder" in refused.err
-        assert psp("predict", *options, "plugins=[my_encoder]").code == 0
-    finally:
-        ENCODERS.clear()
-        ENCODERS.update(before)
-        sys.modules.pop("my_encoder", None)
+            write_file(block, place)
+    done = psp("train", "--config-dir=my_conf", "encoder=tiny", "run=tiny", *tiny)
+    assert done.code == 0, done.err
+    again = psp("train", "--config-dir=my_conf", "encoder=tiny", "init_from=runs/inversion/tiny", "run=b", *tiny)
+    assert again.code == 0, again.err
+    ENCODERS.pop("TinyEncoder")
+    sys.modules.pop("my_encoder")
+    options = ["ckpt=runs/inversion/tiny", "input=photos", "output=out", "accelerator=cpu", "num_workers=0"]
+    refused = psp("predict", *options)
+    assert refused.code == 1 and "TinyEncoder" in refused.err
+    assert psp("predict", *options, "plugins=[my_encoder]").code == 0
