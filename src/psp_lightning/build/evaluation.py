@@ -24,9 +24,18 @@ from psp_lightning.data.loader import ReadableDataLoader
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.inference.frozen import freeze_psp_generator
-from psp_lightning.lit.evaluation import EvaluationBar, Given, Identity, LitEvaluator, Network, collate_images
+from psp_lightning.lit.evaluation import (
+    EvaluationBar,
+    Given,
+    Identity,
+    LitEvaluator,
+    Network,
+    Refinement,
+    collate_images,
+)
 from psp_lightning.lit.prediction import make_inject
 from psp_lightning.loading import load_psp
+from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError
@@ -114,8 +123,16 @@ def build_subject(cfg: DictConfig) -> Subject:
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.no_grad(), naming(cfg, "mix"):
         inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, None)
-    refine = None
-    return Subject(task, dataset, names, Network(net, refine, mask, inject, cfg.mix.alpha), spec)
+    return Subject(task, dataset, names, Network(net, _refinement(cfg), mask, inject, cfg.mix.alpha), spec)
+
+
+def _refinement(cfg: DictConfig) -> Refinement | None:
+    if cfg.refine is None:
+        return None
+    weights: Any = OmegaConf.to_container(cfg.refine.losses)
+    losses = CompositeLoss({name: instantiate(cfg, f"loss.{name}", without=["weight"]) for name in weights}, weights)
+    with naming(cfg, "refine"):
+        return Refinement(losses, instantiate(cfg, "refine", without=["losses"]))
 
 
 def _spec(cfg: DictConfig, source: dict[str, Any]) -> InputSpec:

@@ -20,13 +20,14 @@ from torchmetrics import Metric
 
 from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.lit.distributed import gather
+from psp_lightning.losses.base import LossInputs
+from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import ImageMean
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
 
 Batch = dict[str, Any]
-Refine = Callable[[PSP, Tensor, Tensor], Tensor]
 FAILURES = (UserError, ValueError)  # of one metric; the others are still measured
 
 
@@ -61,12 +62,34 @@ class Identity(nn.Module):
         return list(F.interpolate(sources, size=size, mode="nearest").split(1))
 
 
+class Refinement(nn.Module):
+    """Better codes for a sum of losses between output and target.
+
+    Args:
+        losses: the sum; each term is an average over the batch, so images do not influence each other.
+        make: builds the method from `distance`, such as `functools.partial(inference.optimize.Optimizer, steps=100)`.
+    """
+
+    def __init__(self, losses: CompositeLoss, make: Callable[..., Callable[[PSP, Tensor, Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.losses = losses
+        self.method = make(distance=self.distance)
+
+    def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return the sum over images of the weighted losses, a scalar."""
+        return self.losses(LossInputs(y_hat=y_hat, y=y))[0] * len(y)
+
+    def forward(self, net: PSP, w_plus: Tensor, images: Tensor) -> Tensor:
+        """Return codes (B, n_styles, style_dim) whose outputs are closer to `images` (B, 3, S, S)."""
+        return self.method(net, w_plus, images)
+
+
 class Network(nn.Module):
     """Encode, optionally refine or mix, decode, and pool to the size of the targets, as a validation does.
 
     Args:
         net: the network.
-        refine: maps the network, codes (B, n_styles, style_dim) and targets (B, 3, S, S) to better codes.
+        refine: changes the codes, with the targets in view.
         latent_mask, inject, alpha: see `LitPredictor`.
     """
 
@@ -75,7 +98,7 @@ class Network(nn.Module):
     def __init__(
         self,
         net: PSP,
-        refine: Refine | None = None,
+        refine: Refinement | None = None,
         latent_mask: list[int] | None = None,
         inject: Tensor | None = None,
         alpha: float = 1.0,

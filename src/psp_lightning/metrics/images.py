@@ -14,6 +14,11 @@ from psp_lightning.metrics.registry import register_metric
 from psp_lightning.utils.errors import UserError
 
 
+def psnr_per_image(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB (B,) of images in [-1, 1]; 106 dB for equal images."""
+    return 10 * torch.log10(4 / mse_per_image(y_hat, y).clamp_min(1e-10))
+
+
 class ImageMean(Metric):
     """A base class for the mean of one number per image; subclasses implement `per_image`.
 
@@ -82,7 +87,7 @@ class PSNR(ImageMean):
     convention = "peak 2 for RGB in [-1, 1], the same as 255 for 8 bits; mean over images; equal images count as 106 dB"
 
     def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        return 10 * torch.log10(4 / mse_per_image(y_hat, y).clamp_min(1e-10))
+        return psnr_per_image(y_hat, y)
 
 
 @register_metric("id_similarity")
