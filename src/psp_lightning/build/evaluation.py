@@ -32,6 +32,7 @@ from psp_lightning.lit.evaluation import (
     Network,
     Refinement,
     collate_images,
+    share,
 )
 from psp_lightning.lit.prediction import make_inject
 from psp_lightning.loading import load_psp
@@ -197,12 +198,9 @@ def build_evaluation(cfg: DictConfig, subject: Subject) -> tuple[pl.Trainer, Lit
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    # whole batches, which contain the same images for any number of ranks; only the last one may be smaller
-    n, size = len(subject.names), cfg.batch_size
-    starts = range(0, n, size)[trainer.global_rank :: world]
     loader = ReadableDataLoader(
-        Subset(subject.dataset, [index for start in starts for index in range(start, min(start + size, n))]),
-        batch_size=size,
+        Subset(subject.dataset, share(len(subject.names), cfg.batch_size, trainer.global_rank, world)),
+        batch_size=cfg.batch_size,
         num_workers=cfg.num_workers,
         collate_fn=collate_images,
         pin_memory=torch.cuda.is_available(),

@@ -40,6 +40,15 @@ def collate_images(items: list[dict[str, Any]]) -> Batch:
     return batch
 
 
+def share(n: int, batch_size: int, rank: int, world_size: int) -> list[int]:
+    """Return the indices of a rank's images: every `world_size`-th batch of `batch_size` consecutive images.
+
+    A batch contains the same images for any number of ranks. Only the last batch may be smaller.
+    """
+    starts = range(0, n, batch_size)[rank::world_size]
+    return [index for start in starts for index in range(start, min(start + batch_size, n))]
+
+
 class Given(nn.Module):
     """Return images that were made before."""
 

@@ -1,13 +1,15 @@
-"""Structural similarity of images, computed by torchmetrics in float64 where the device supports it."""
+"""Structural similarity of images: torchmetrics' maps, in float64 where the device supports it.
+
+The mean is over the pixels at which the window lies inside the image, as in the papers and in scikit-image. The means
+that torchmetrics itself returns include the padded border, depending on its version.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from psp_lightning.metrics.images import ImageMean
 from psp_lightning.metrics.registry import register_metric
@@ -22,6 +24,21 @@ def _unit(image: Tensor) -> Tensor:
     return (image if image.device.type == "mps" else image.double()) / 2 + 0.5
 
 
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Return the structural similarity (B,) of images (B, 3, H, W) in [0, 1]."""
+    found = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none", return_full_image=True)
+    edge = WINDOW // 2
+    return found[1][..., edge:-edge, edge:-edge].flatten(1).mean(1)
+
+
+def contrast(a: Tensor, b: Tensor) -> Tensor:
+    """Return the part of the similarity without the means, (B,), of images (B, 3, H, W) in [0, 1]."""
+    found = structural_similarity_index_measure(
+        a, b, data_range=1.0, reduction="none", return_contrast_sensitivity=True
+    )
+    return found[1]
+
+
 @register_metric("ssim")
 class SSIM(ImageMean):
     """Mean structural similarity of outputs clamped to [-1, 1], at most 1; higher is better.
@@ -30,14 +47,12 @@ class SSIM(ImageMean):
     """
 
     higher_is_better = True
-    convention = "RGB in [0, 1], Gaussian window of 11 px with sigma 1.5, K1 0.01, K2 0.03 (torchmetrics)"
+    convention = "RGB in [0, 1], Gaussian window of 11 px with sigma 1.5 inside the image, K1 0.01, K2 0.03"
 
     def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
         if min(y.shape[-2:]) < WINDOW:
             raise UserError(f"ssim needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
-        values = structural_similarity_index_measure(_unit(y_hat), _unit(y), data_range=1.0, reduction="none")
-        assert isinstance(values, Tensor)
-        return values
+        return ssim(_unit(y_hat), _unit(y))
 
 
 @register_metric("ms_ssim")
@@ -52,17 +67,19 @@ class MultiScaleSSIM(ImageMean):
 
     higher_is_better = True
     convention = (
-        "as ssim at 5 scales from 176 px on; at smaller sizes fewer scales (99 px: 4, 44 px: 3), whose weights are "
-        "divided by their sum (torchmetrics, negative similarities as 0)"
+        "as ssim at 5 scales from 176 px on; smaller images have fewer (88 px: 4, 44 px: 3), whose weights are divided "
+        "by their sum; negative values of a scale count as 0"
     )
 
     def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
         size = min(y.shape[-2:])
-        scales = next((n for n in range(5, 1, -1) if size // (n - 1) ** 2 >= WINDOW), 0)
-        if not scales:
+        n = next((n for n in range(len(BETAS), 0, -1) if size >> (n - 1) >= WINDOW), 0)
+        if not n:
             raise UserError(f"ms_ssim needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
-        betas = tuple(beta / sum(BETAS[:scales]) for beta in BETAS[:scales])
-        values = multiscale_structural_similarity_index_measure(
-            _unit(y_hat), _unit(y), data_range=1.0, betas=betas, normalize="relu", reduction="none"
-        )
-        return torch.as_tensor(values)
+        a, b = _unit(y_hat), _unit(y)
+        value = torch.ones(len(y), dtype=a.dtype, device=a.device)
+        for scale, beta in enumerate(BETAS[:n]):
+            measure = ssim if scale == n - 1 else contrast
+            value = value * measure(a, b).clamp_min(0) ** (beta / sum(BETAS[:n]))
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+        return value
