@@ -20,7 +20,7 @@ from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.settings import quote_text
 from psp_lightning.utils.devices import count_devices
-from psp_lightning.utils.errors import plural
+from psp_lightning.utils.errors import UserError, plural
 
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
 records: list[dict[str, Any]] = []  # of the jobs of this process
@@ -61,7 +61,8 @@ def _run(cfg: DictConfig) -> None:
             print(f"error: {name}: {row['error']}", file=sys.stderr)
     if not sweep:
         print(markdown(table([record])), end="")
-    print(f"{plural(record['n_images'], 'image')}; {folder / METRICS}")
+    page = _report(folder, [folder])
+    print(f"{plural(record['n_images'], 'image')}; {page or folder / METRICS}")
 
 
 def _job_folder(folder: str, name: str) -> str:
@@ -72,16 +73,31 @@ def _job_folder(folder: str, name: str) -> str:
     return path
 
 
+def _report(folder: Path, evaluations: list[Path]) -> Path | None:
+    """Write report.html and return its path, or say what is missing and return None."""
+    from psp_lightning.cli.page import check_packages
+    from psp_lightning.cli.report import write_report
+
+    try:
+        check_packages("report.html")
+    except UserError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return None
+    write_report(folder / "report.html", evaluations)
+    return folder / "report.html"
+
+
 def _run_all() -> None:
     try:
         _run()
     finally:
         if folders and records:  # a sweep
-            from psp_lightning.lit.results import save_table
+            from psp_lightning.lit.results import METRICS, save_table
 
             folder = Path(os.path.dirname(folders[0]))
             print(save_table(folder, records), end="")
-            print(f"{folder / 'table.md'}, {folder / 'table.csv'}")
+            page = _report(folder, [Path(path) for path in folders if (Path(path) / METRICS).is_file()])
+            print(", ".join(str(path) for path in (folder / "table.md", folder / "table.csv", page) if path))
     if any(row["error"] for record in records for row in record["metrics"].values()):
         sys.exit(1)
 
