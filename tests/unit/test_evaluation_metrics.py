@@ -250,6 +250,9 @@ def test_inception_says_what_is_missing(tmp_path: Path) -> None:
         Inception(None)
     with pytest.raises(UserError, match="do not exist: .*none.pth"):
         Inception(tmp_path / "none.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(UserError, match="junk.pth"):
+        Inception(tmp_path / "junk.pth")
 
 
 def test_inception_without_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +260,30 @@ def test_inception_without_torch_fidelity(tmp_path: Path, monkeypatch: pytest.Mo
         raise ModuleNotFoundError("torch-fidelity")
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", missing)
-    (tmp_path / "inception.pth").touch()
+    torch.save({"weight": torch.ones(1)}, tmp_path / "inception.pth")
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         Inception(tmp_path / "inception.pth")
+
+
+def test_fid_and_kid_measure_with_the_file(pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in reads the file as torch-fidelity does and is called with 8-bit images."""
+
+    class Features(torch.nn.Module):
+        def __init__(self, name: str, features: list[str], path: str) -> None:
+            super().__init__()
+            assert (name, features) == ("inception-v3-compat", ["2048"])
+            self.weight = torch.load(path, weights_only=True)["weight"]
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.dtype == torch.uint8
+            return self.weight * images.float().mean((2, 3)) / 255
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Features)
+    torch.save({"weight": torch.tensor(2.0)}, tmp_path / "inception.pth")
+    for name in ("fid", "kid"):
+        metric = METRICS[name](weights=tmp_path / "inception.pth")
+        metric.update(*pairs)
+        assert abs(float(metric.compute())) < 1 and "299 px" in metric.convention
 
 
 def test_a_metric_says_its_convention(pairs) -> None:

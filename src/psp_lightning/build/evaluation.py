@@ -78,8 +78,6 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError("give either ckpt=NAME_OR_RUN, or outputs=DIR and targets=DIR.")
     if not cfg.get("metric"):
         raise UserError("metric=[] measures nothing. Choose metrics, e.g. metric=[mse,psnr].")
-    if cfg.task is not None:
-        choice("task", cfg.task, DATAMODULES)
     if cfg.mask.kind is not None:
         choice("mask.kind", cfg.mask.kind, SHAPES)
     if not isinstance(cfg.mix.latent_mask, ListConfig | None):
@@ -103,8 +101,8 @@ def build_subject(cfg: DictConfig) -> Subject:
         return Subject(PAIRS, pairs, pairs.names(), Given())
     net = None if cfg.ckpt == IDENTITY else freeze_psp_generator(load_psp(cfg.ckpt))
     spec = None if net is None else _spec(cfg, net.source)
-    task = cfg.task or ("inversion" if spec is None else TASK_OF[spec.kind])
-    if spec is not None and KIND_OF[task] != spec.kind:
+    task = cfg.task.name if cfg.get("task") else "inversion" if spec is None else TASK_OF[spec.kind]
+    if spec is not None and KIND_OF.get(task, spec.kind) != spec.kind:
         raise UserError(
             f"{cfg.ckpt} was trained for {TASK_OF[spec.kind]}: it takes {spec.kind} images, but task={task} has "
             f"{KIND_OF[task]} images. Leave out task=, or choose another checkpoint."
@@ -114,7 +112,8 @@ def build_subject(cfg: DictConfig) -> Subject:
         size = cfg.size or (256 if spec is None else spec.size)
         if cfg.size is None and spec is None and hasattr(store, "faces"):
             size = store.faces.size
-        data = DATAMODULES[task](store, store, input_size=spec.size if spec else size, target_size=size, seed=cfg.seed)
+        make = instantiate(cfg, "task.datamodule") if cfg.get("task") else DATAMODULES[task]
+        data = make(store, store, input_size=spec.size if spec else size, target_size=size, seed=cfg.seed)
     data.spec = spec = _given(cfg, spec or data.spec)
     dataset = data.dataset("val")
     root, _ = store.listing()

@@ -49,9 +49,10 @@ class ImagePairs(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         images = [open_8bit(path, "RGB") for path in self.pairs[index]]
         if self.size is None and images[0].size != images[1].size:
-            (output, target), sizes = self.pairs[index], [f"{image.width} x {image.height}" for image in images]
+            paths, sizes = self.pairs[index], [f"{image.width} x {image.height}" for image in images]
             raise UserError(
-                f"{output} has {sizes[0]} pixels, but its target {target} has {sizes[1]}. size=N resizes both to N x N."
+                f"{paths[0]} has {sizes[0]} pixels, but its target {paths[1]} has {sizes[1]}. size=N resizes both to "
+                "N x N."
             )
         output, target = (rgb(image, self.size or image.size) for image in images)
         return {"output": output, "target": target, "index": index}

@@ -54,7 +54,7 @@ class Optimizer:
 
     def run(self, generator: Generator, images: Tensor, start: Tensor) -> Tensor:
         """Optimise from `start` (B, n_styles, style_dim); for space w, from the mean of its styles."""
-        n_styles, size = start.shape[1], images.shape[-2:]
+        n_styles, size = start.shape[1], (images.shape[-2], images.shape[-1])
         codes = (start.mean(1, keepdim=True) if self.space == "w" else start).detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([codes], lr=self.lr, betas=(0.9, 0.999))
         with torch.enable_grad():
@@ -63,7 +63,7 @@ class Optimizer:
                 fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
                 optimizer.param_groups[0]["lr"] = self.lr * fall * min(1.0, (t + 1 / self.steps) / 0.05)
                 y_hat = generator.synthesis(codes.expand(-1, n_styles, -1))
-                if y_hat.shape[-2:] != size:
+                if tuple(y_hat.shape[-2:]) != size:
                     y_hat = F.adaptive_avg_pool2d(y_hat, size)
                 loss = self.distance(y_hat, images).sum()
                 (codes.grad,) = torch.autograd.grad(loss, codes)  # computes no gradients of the weights

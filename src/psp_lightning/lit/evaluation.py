@@ -22,7 +22,6 @@ from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.lit.distributed import gather
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.metrics.images import ImageMean
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
@@ -120,6 +119,7 @@ class Network(nn.Module):
     def forward(self, batch: Batch) -> list[Tensor]:
         """Return one (n_outputs, 3, S, S) tensor for each item."""
         target = torch.stack(batch["target"])
+        size = (target.shape[-2], target.shape[-1])
         w_plus = self.net.encode(batch["source"])
         if self.refine is not None:
             w_plus = self.refine(self.net, w_plus, target)
@@ -128,7 +128,7 @@ class Network(nn.Module):
             mixed = w_plus
             if inject is not None:
                 mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
-            outputs.append(F.adaptive_avg_pool2d(self.net.decode(mixed).float(), target.shape[-2:]))
+            outputs.append(F.adaptive_avg_pool2d(self.net.decode(mixed).float(), size))
         return list(torch.stack(outputs, dim=1))
 
 
@@ -148,8 +148,9 @@ class LitEvaluator(pl.LightningModule):
 
     Args:
         predict: returns the outputs of a batch, one (n_outputs, 3, H, W) tensor for each item.
-        metrics: torchmetrics metrics by name. The values of an `ImageMean` are kept for each image; any other metric is
-            updated with (output, target), both (n_outputs, 3, H, W), and computed at the end.
+        metrics: torchmetrics metrics by name. The values of one with `per_image`, such as an `ImageMean`, are kept for
+            each image; any other metric is updated with (output, target), both (n_outputs, 3, H, W), and computed at
+            the end.
         networks: the modules that the metrics measure with, which have to be on the same device.
         rounded: compare images as 8 bits, otherwise as floats clamped to [-1, 1].
 
@@ -163,7 +164,7 @@ class LitEvaluator(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.predict, self.networks, self.rounded = predict, networks, rounded
-        self.metrics = nn.ModuleDict(metrics)
+        self.metrics: Any = nn.ModuleDict(metrics)
         self.values: dict[str, dict[int, float]] = {name: {} for name in metrics}
         self.errors: dict[str, tuple[int, str]] = {}
 
@@ -192,7 +193,7 @@ class LitEvaluator(pl.LightningModule):
             if name in self.errors:
                 continue
             try:
-                if isinstance(metric, ImageMean):
+                if hasattr(metric, "per_image"):
                     needed = needs(name, metric, given)
                     values = [float(metric.per_image(output[None], target, **needed)) for output in outputs]
                     self.values[name][index] = sum(values) / len(values)
@@ -217,12 +218,12 @@ class LitEvaluator(pl.LightningModule):
         for name, metric in self.metrics.items():
             if name in found:
                 continue
-            if isinstance(metric, ImageMean):
+            if hasattr(metric, "per_image"):
                 merged = {index: value for share in shares for index, value in share[name].items()}
                 per_image[name] = [merged[index] for index in range(n)]
             else:
                 try:
-                    single[name] = float(metric.compute())  # type: ignore[operator]
+                    single[name] = float(metric.compute())
                 except FAILURES as error:
                     found[name] = (n, str(error))
         return per_image, single, {name: reason for name, (_, reason) in found.items()}
@@ -248,15 +249,16 @@ class LitEvaluator(pl.LightningModule):
             torch.cuda.synchronize(self.device)
 
 
-def needs(name: str, metric: ImageMean, given: dict[str, Any]) -> dict[str, Any]:
+def needs(name: str, metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that a metric asks for, as batches of one.
 
     Raises:
         UserError: the data do not have one of them.
     """
-    if missing := [key for key in metric.needs if given.get(key) is None]:
+    keys = getattr(metric, "needs", ())
+    if missing := [key for key in keys if given.get(key) is None]:
         raise UserError(f"{name} needs {', '.join(missing)} of each image, which this task or data do not have.")
-    return {key: torch.as_tensor(given[key])[None] for key in metric.needs}
+    return {key: torch.as_tensor(given[key])[None] for key in keys}
 
 
 class EvaluationBar(TQDMProgressBar):

@@ -17,7 +17,7 @@ from psp_lightning.utils.atomic import replacing
 
 FORMAT = 1
 METRICS, PER_IMAGE = "metrics.json", "per_image.csv"
-RESAMPLES, BLOCK = 2000, 1 << 22  # resamples of the bootstrap, and numbers drawn at once
+RESAMPLES, BLOCK = 2000, 1 << 18  # resamples of the bootstrap, and numbers drawn at once
 
 
 def summary(values: Sequence[float], seed: int = 0) -> dict[str, float]:

@@ -6,6 +6,7 @@ The features are those of Inception or of the domain's own network.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from psp_lightning.checkpoints.read import read
 from psp_lightning.loading import load_embedding
 from psp_lightning.metrics.frechet import SETS, FrechetDistance
 from psp_lightning.metrics.registry import register_metric
@@ -65,11 +67,15 @@ class Inception(nn.Module):
             )
         if not Path(weights).expanduser().is_file():
             raise UserError(f"The weights of Inception do not exist: {weights}.")
+        state = read(weights)
         try:
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], os.fspath(Path(weights).expanduser()))
+            with tempfile.TemporaryDirectory() as folder:  # torch-fidelity would run code from the user's file
+                path = os.path.join(folder, "inception.pth")
+                torch.save(state, path)
+                self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
         except ModuleNotFoundError:
             raise UserError("fid and kid need the package torch-fidelity: pip install torch-fidelity") from None
-        except (RuntimeError, KeyError, OSError, ValueError) as error:
+        except (RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"{weights} does not contain FID's Inception-v3: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ def psnr_per_image(y_hat: Tensor, y: Tensor) -> Tensor:
 
 
 class ImageMean(Metric):
-    """A base class for the mean of one number per image; subclasses implement `per_image`.
+    """A base class for the mean of one number per image.
+
+    Subclasses implement `per_image(y_hat, y)`, which maps outputs and targets (B, 3, H, W) float in [-1, 1] to (B,).
 
     It keeps and reduces the sum and the count separately, so each image has the same weight, also in a short last batch
     or on a rank with fewer images.
@@ -36,6 +38,7 @@ class ImageMean(Metric):
     unit: ClassVar[str] = ""
     convention: str = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    per_image: Callable[..., Tensor]
     total: Tensor
     count: Tensor
 
@@ -44,10 +47,6 @@ class ImageMean(Metric):
         # mps does not support float64
         self.add_state("total", default=torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def per_image(self, y_hat: Tensor, y: Tensor, **needed: Any) -> Tensor:
-        """Return one number per image, (B,), for outputs and targets (B, 3, H, W) float in [-1, 1]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, **needed: Any) -> None:

@@ -57,9 +57,8 @@ def mean_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(values).nanmean(0)
 
 
-@register_metric("miou")
-class MeanIoU(ImageMean):
-    """Mean intersection over union of the regions that a face parser finds in output and target; higher is better.
+class _RegionIoU(ImageMean):
+    """Intersection over union of the regions that a face parser finds; higher is better.
 
     Args:
         parser: file or name of a `ToyFaceParser`.
@@ -69,6 +68,7 @@ class MeanIoU(ImageMean):
     """
 
     higher_is_better = True
+    compared: str
 
     def __init__(self, parser: str = "toyfaces/parser", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -76,22 +76,27 @@ class MeanIoU(ImageMean):
         if not isinstance(network, ToyFaceParser):
             raise UserError(f"{parser} is a {type(network).__name__}, not a face parser.")
         self.parser = freeze(network)
-        self.convention = f"{parser}: {self.reference}; per image, mean over {', '.join(KINDS)} where they occur"
+        self.convention = f"{parser}: {self.compared}; per image, mean over {', '.join(KINDS)} where they occur"
 
-    reference = "regions of the output against regions of the target"
+
+@register_metric("miou")
+class MeanIoU(_RegionIoU):
+    """Mean intersection over union of the regions of output and target."""
+
+    compared = "regions of the output against regions of the target"
 
     def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
         return mean_iou(self.parser.regions(y_hat), self.parser.regions(y))
 
 
 @register_metric("miou_labels")
-class LabelIoU(MeanIoU):
-    """The same for the regions of the output and the label map that is the source (seg2face)."""
+class LabelIoU(_RegionIoU):
+    """Mean intersection over union of the regions of the output and the label map that is the source (seg2face)."""
 
     needs = ("source",)
-    reference = "regions of the output against the label map"
+    compared = "regions of the output against the label map"
 
-    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:
         if source.shape[1] != len(KIND_OF_CLASS):
             raise UserError(
                 f"miou_labels needs label maps with the {len(KIND_OF_CLASS)} classes of CelebAMask-HQ as source (task "

@@ -22,7 +22,7 @@ class Consistency(ImageMean):
     needs = ("source", "factor")
     convention = "PSNR of the output as 8 bits, down-sampled like the source, against the source; peak as for psnr"
 
-    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor, factor: Tensor) -> Tensor:
         size, factors = source.shape[-1], factor.flatten().tolist()
         reduced = [lowres(to_pil(image), size, n) for image, n in zip(y_hat, factors, strict=True)]
         return psnr_per_image(torch.stack(reduced).to(source), source)
@@ -35,7 +35,7 @@ class _Region(ImageMean):
     needs = ("source",)
     inside: bool
 
-    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+    def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:
         if source.shape[1] != 4:
             raise UserError("mse_hole and mse_known need sources with a hole (task inpainting).")
         hole = F.interpolate(source[:, 3:], size=y.shape[-2:], mode="nearest")
@@ -67,7 +67,7 @@ class Diversity(ImageMean):
     needs = ("outputs",)
     convention = "mean absolute difference of RGB in [-1, 1] over all pairs of outputs for one source"
 
-    def per_image(self, y_hat: Tensor, y: Tensor, outputs: Tensor) -> Tensor:  # type: ignore[override]
+    def per_image(self, y_hat: Tensor, y: Tensor, outputs: Tensor) -> Tensor:
         n = outputs.shape[1]
         if n < 2:
             raise UserError("diversity needs several outputs for each source: set mix.latent_mask and mix.n_outputs.")
