@@ -12,12 +12,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-TRAINING = "generator_training"  # the folder of psp-train-generator's own files
+TRAINING, EVALUATION = "generator_training", "evaluation"  # folders of two commands' own files
 
-# Page -> what its first paragraph says. Groups of `conf/generator_training` are called `generator_training/GROUP`.
+# Page -> what its first paragraph says. Groups of `conf/generator_training` are called `generator_training/GROUP`, and
+# groups of `conf/evaluation` likewise.
 TEXTS = {
     "train": "The keys of `psp-train` that belong to no group, and the groups it starts from.",
     "predict": "The keys of `psp-predict`. It has no groups.",
+    "evaluation": "The keys of `psp-evaluate` that belong to no group, and the groups it starts from. Groups that have "
+    "no page below are those of `psp-train`.",
     "callbacks": "Checkpoints, image grids and other callbacks of `psp-train`: `callbacks=NAME` selects a file, and "
     "`callbacks.images=null` removes one of its entries.",
     "data": "Where the images come from: `data=folder` or `data=toyfaces`.",
@@ -33,7 +36,8 @@ TEXTS = {
     "logger": "Where the logged numbers go: `logger=tensorboard`. All but `none` also write the CSV file.",
     "loss": "Terms of the training objective. Select several as a list, `loss=[l2,lpips,id]`; each key of a selected "
     "term can be set, for example `loss.lpips.weight=0.4`.",
-    "metric": "Values computed at each validation in addition to the losses: `metric=[mse,psnr]`.",
+    "metric": "Values computed at each validation in addition to the losses, and by `psp-evaluate`: "
+    "`metric=[mse,psnr]`.",
     "model": "How the network starts and how it is trained.",
     "optimizer": "The optimizer of the encoder: `optimizer=adam optimizer.lr=1e-3`.",
     "paths": "Where runs are written.",
@@ -49,9 +53,16 @@ TEXTS = {
     "generator_training/network": "Widths and depths of generator and discriminator: `network=toyfaces`.",
     "generator_training/optimizer": "The optimizer of both networks.",
     "generator_training/trainer": "Devices and number of steps of `psp-train-generator`.",
+    "evaluation/data": "The images that `psp-evaluate` measures on: `data=folder data.root=DIR`.",
+    "evaluation/refine": "What changes the codes of the encoder before they are decoded: `refine=optimize`.",
 }
-COMMANDS = {"train": "train.yaml", "predict": "predict.yaml", TRAINING: f"{TRAINING}/train_generator.yaml"}
-TITLES = {"train": "psp-train", "predict": "psp-predict", TRAINING: "psp-train-generator"}
+COMMANDS = {
+    "train": "train.yaml",
+    "predict": "predict.yaml",
+    TRAINING: f"{TRAINING}/train_generator.yaml",
+    EVALUATION: f"{EVALUATION}/evaluate.yaml",
+}
+TITLES = {"train": "psp-train", "predict": "psp-predict", TRAINING: "psp-train-generator", EVALUATION: "psp-evaluate"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def read(path: Path) -> ConfigFile:
     text = path.read_text(encoding="utf-8")
     comments = Comments(text)
     parts = path.relative_to(CONF).parts[:-1]
-    package = ".".join(parts[1:] if parts[:1] == (TRAINING,) else parts)
+    package = ".".join(parts[1:] if parts[:1] in ((TRAINING,), (EVALUATION,)) else parts)
     found = ConfigFile(path)
     for line in comments.top():
         if match := re.fullmatch(r"@package (\S+)", line):
@@ -195,7 +206,7 @@ def names() -> list[str]:
     Raises:
         ValueError: a folder has no entry in `TEXTS`, or an entry has no folder.
     """
-    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {".", TRAINING}
+    folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {".", TRAINING, EVALUATION}
     pages = {*COMMANDS, *folders}
     if pages != set(TEXTS):
         raise ValueError(f"docs_site/settings.py: TEXTS and conf/ differ in {', '.join(sorted(pages ^ set(TEXTS)))}.")
@@ -209,7 +220,7 @@ def uri(page: str) -> str:
 
 def title(page: str) -> str:
     """Return the name of a page."""
-    return TITLES.get(page, page.removeprefix(f"{TRAINING}/"))
+    return TITLES.get(page, page.rpartition("/")[2])
 
 
 def render(page: str) -> str:
@@ -263,9 +274,9 @@ def render_index() -> str:
     lines = [
         "# Settings",
         "",
-        "`psp-train`, `psp-predict` and `psp-train-generator` compose their settings from the YAML files below `conf/`"
-        " (in an installed package: `psp_lightning/conf`). These pages are generated from those files and show every "
-        "key with its default and its comment.",
+        "`psp-train`, `psp-predict`, `psp-evaluate` and `psp-train-generator` compose their settings from the YAML "
+        "files below `conf/` (in an installed package: `psp_lightning/conf`). These pages are generated from those "
+        "files and show every key with its default and its comment.",
         "",
         "- `KEY=VALUE` sets a key, `GROUP=NAME` selects another file of a group, `+KEY=VALUE` adds a key that does "
         "not exist.",
@@ -275,13 +286,17 @@ def render_index() -> str:
         "- A key that starts and ends with `_`, such as `_target_`, tells Hydra which class a group builds.",
         "",
     ]
-    groups = {"Commands": [], "Groups of psp-train": [], "Groups of psp-train-generator": []}
+    groups: dict[str, list[str]] = {}
     for name in names():
-        kind = 0 if name in COMMANDS else 2 if "/" in name else 1
-        list(groups.values())[kind].append(f"- [{title(name)}]({name}.md): {TEXTS[name]}")
+        groups.setdefault(_heading(name), []).append(f"- [{title(name)}]({name}.md): {TEXTS[name]}")
     for heading, entries in groups.items():
         lines += [f"## {heading}", "", *entries, ""]
     return "\n".join(lines)
+
+
+def _heading(page: str) -> str:
+    """Return what a page belongs to."""
+    return "Commands" if page in COMMANDS else f"Groups of {TITLES[page.partition('/')[0] if '/' in page else 'train']}"
 
 
 def pages() -> dict[str, str]:
@@ -292,8 +307,9 @@ def pages() -> dict[str, str]:
 def nav() -> list[object]:
     """Return the pages as an entry of MkDocs's navigation."""
     own = [name for name in names() if name in COMMANDS]
-    groups = [name for name in names() if name not in COMMANDS]
+    groups: dict[str, list[object]] = {}
+    for name in names():
+        if name not in COMMANDS:
+            groups.setdefault(_heading(name), []).append({title(name): uri(name)})
     entries: list[object] = [{"Overview": "settings/index.md"}, *({title(name): uri(name)} for name in own)]
-    entries.append({"Groups of psp-train": [{title(name): uri(name)} for name in groups if "/" not in name]})
-    entries.append({"Groups of psp-train-generator": [{title(name): uri(name)} for name in groups if "/" in name]})
-    return entries
+    return entries + [{heading: list(places)} for heading, places in groups.items()]

@@ -21,7 +21,7 @@ ALLOWED = {
     "inference": {"loading", "models", "ops", "checkpoints", "zoo"},
     "latents": {"loading", "models", "checkpoints"},
     "losses": {"loading", "models", "checkpoints", "zoo"},
-    "metrics": {"losses"},
+    "metrics": {"losses", "loading", "checkpoints", "models", "data"},
     "loading": {"importers", "checkpoints", "models", "zoo"},
     "importers": {"checkpoints", "models", "zoo"},
     "checkpoints": {"models", "zoo"},

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.toyfaces.faces import HELD_OUT, Faces, draw
-from benchmarks.toyfaces.parser import kinds, load_parser, mean_iou
+from benchmarks.toyfaces.train_parser import kinds
 from psp_lightning import PSP
 from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import freeze_generator
@@ -31,6 +31,7 @@ from psp_lightning.loading import load_embedding, load_generator
 from psp_lightning.losses.l2 import mse_per_image
 from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.metrics.frechet import FrechetDistance
+from psp_lightning.models.face_parser import KINDS
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.images import save_atomic, to_pil
 from psp_lightning.zoo.locate import shipped
@@ -191,13 +192,22 @@ def checkpoints(n: int = 1000) -> dict[str, Any]:
     return rows
 
 
+def mean_iou(predicted: Tensor, labels: Tensor) -> float:
+    """Return the intersection over union, counted over all pixels of all images, averaged over classes."""
+    shares = []
+    for kind in range(len(KINDS)):
+        a, b = predicted == kind, labels == kind
+        shares.append(float((a & b).sum() / (a | b).sum().clamp_min(1)))
+    return sum(shares) / len(shares)
+
+
 @torch.no_grad()
 def mixing(n: int = 32, outputs: int = 8, first: int = 4) -> dict[str, Any]:
     """Mix random styles into sketches from layer `first` on; measure agreement with the label map, and variety."""
     net = PSP.from_pretrained("toyfaces/sketch2face")
     generator, _ = load_generator("toyfaces/generator")
     faces = draw(HELD_OUT, n)
-    parser = load_parser(ROOT / "runs" / "toyfaces_parser.pt")
+    parser = load_embedding("toyfaces/parser")
     truth = kinds(faces.labels)
     random = torch.Generator().manual_seed(0)
     w_plus, layers = net.encode(faces.sketches), range(first, net.n_styles)
@@ -206,9 +216,9 @@ def mixing(n: int = 32, outputs: int = 8, first: int = 4) -> dict[str, Any]:
         style = generator.mapping(torch.randn(n, generator.z_dim, generator=random))
         mixed.append(net.decode(net.mix_styles(w_plus, style, layers)).clamp(-1, 1))
     stack = torch.stack(mixed)  # (outputs, n, 3, S, S)
-    label_maps = parser(stack.flatten(0, 1)).argmax(1)
-    plain = parser(net.decode(w_plus).clamp(-1, 1)).argmax(1)
-    drawn = parser(faces.images).argmax(1)
+    label_maps = parser.regions(stack.flatten(0, 1))
+    plain = parser.regions(net.decode(w_plus).clamp(-1, 1))
+    drawn = parser.regions(faces.images)
     pairs = [(stack[i] - stack[j]).abs().mean() for i in range(outputs) for j in range(i)]
     rows = torch.cat(
         [torch.cat([faces.sketches[i : i + 1].expand(-1, 3, -1, -1) * 2 - 1, stack[:7, i]]) for i in range(6)]

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, help="generator.safetensors of psp-train-generator")
     parser.add_argument("--steps", type=int, help="training steps of the generator, for the record")
     parser.add_argument("--identity", type=Path, help="file of benchmarks.toyfaces.train_identity")
+    parser.add_argument("--parser", type=Path, help="file of benchmarks.toyfaces.train_parser")
     for task in TASKS:
         parser.add_argument(f"--{task}", type=Path, help="run directory of psp-train")
     options = parser.parse_args()
@@ -40,6 +41,11 @@ def main() -> None:
         made_by = "python -m benchmarks.toyfaces.train_identity --out FILE"
         save_embedding(
             FOLDER / "identity.safetensors", load_embedding(options.identity), {**origin, "made_by": made_by}, half
+        )
+    if options.parser:
+        made_by = "python -m benchmarks.toyfaces.train_parser --out FILE"
+        save_embedding(
+            FOLDER / "parser.safetensors", load_embedding(options.parser), {**origin, "made_by": made_by}, half
         )
     if options.generator or options.identity:  # encoders refer to the generator through its record
         stale = [FOLDER / f"{task}.safetensors" for task in TASKS]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.toyfaces.evaluate import RESULTS, ROWS, table
-from benchmarks.toyfaces.parser import KINDS, mean_iou
+from benchmarks.toyfaces.evaluate import RESULTS, ROWS, mean_iou, table
+from psp_lightning.models.face_parser import KINDS
 
 ROOT = Path(__file__).parents[2]
 

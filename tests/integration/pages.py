@@ -63,6 +63,8 @@ def run_block(block: Block, psp, tiny: list[str]) -> None:
             steps = 4 if any(item.startswith("resume=") for item in arguments) else 2
             arguments = [*arguments, "trainer=cpu", f"trainer.max_steps={steps}", "data.batch_size=2"]
             arguments += ["data.num_workers=0", "trainer.enable_progress_bar=false"]
+        elif command == "evaluate":
+            arguments = [*arguments, "progress_bar=false", "accelerator=cpu", "timing=1"]
         elif command == "predict":
             arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
         done = psp(command, *arguments)

@@ -26,7 +26,24 @@ def test_metrics_and_loggers_page(psp, tiny: list[str], place: Path, own_modules
     rows = [json.loads(line) for line in (place / "runs/inversion/jsonl/metrics.jsonl").read_text().splitlines()]
     assert {"train/loss", "val/loss"} <= {key for row in rows for key in row} and all("step" in row for row in rows)
     assert (place / "runs/inversion/jsonl/csv/metrics.csv").is_file()
-    assert "val/ssim" in (place / "runs/inversion/ssim/csv/metrics.csv").read_text()
+    columns = (place / "runs/inversion/ssim/csv/metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/ssim", "val/uqi"} <= set(columns)
+
+
+def test_evaluation_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F811
+    run_page("evaluation.md", psp, tiny, place)
+    assert "toyfaces/sketch2face" not in (place / "superres" / "table.md").read_text()
+    assert "| toyfaces/superres | 10 |" in (place / "superres" / "table.md").read_text()
+
+
+def test_evaluation_page_names_every_metric() -> None:
+    from psp_lightning.metrics import METRICS
+
+    section = (DOCS / "evaluation.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    named = [
+        name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert set(named) == set(METRICS) and len(named) == len(METRICS)
 
 
 def test_batches_and_losses_page(psp, tiny: list[str], place: Path, own_modules) -> None:

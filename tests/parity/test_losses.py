@@ -15,6 +15,7 @@ from psp_lightning.losses import (
     TermOutput,
     WNormLoss,
 )
+from psp_lightning.metrics import LPIPS, IdSimilarity
 
 RTOL = 1e-5
 # 1 - cosine of nearly equal vectors: the cosine is known to RTOL, and float32 near 1 has steps of 6e-8.
@@ -115,6 +116,16 @@ def test_id(images, reference, id_loss):
     value, norm = value_and_grad_norm(id_loss, images)
     assert value == pytest.approx(float(reference["loss_id.value"]), rel=RTOL, abs=COSINE_ATOL)
     assert norm == pytest.approx(float(reference["loss_id.grad_norm"]), rel=RTOL)
+
+
+def test_metrics_measure_with_the_losses_networks(images, reference, alexnet, id_loss):
+    lpips_loss = LPIPSLoss("alex", alexnet)
+    lpips, similarity = LPIPS(lpips_loss.distance), IdSimilarity(id_loss.similarity)
+    for metric in (lpips, similarity):
+        metric.update(images.y_hat, images.y)
+    assert float(lpips.compute()) == pytest.approx(float(reference["loss_lpips_alex.value"]), rel=RTOL)
+    assert float(similarity.compute()) == pytest.approx(float(reference["loss_id.diff_target"].mean()), rel=RTOL)
+    assert "network alex" in lpips_loss.convention and "ir_se50" in id_loss.convention
 
 
 def test_moco(images, reference, moco_loss):

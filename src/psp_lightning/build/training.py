@@ -20,6 +20,7 @@ from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.metrics.images import ImageMean
 from psp_lightning.models.checkpointing import checkpoint_units
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, whole
@@ -145,18 +146,27 @@ def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
     """Build the selected metrics. One with a `loss` key uses that term's network; without the term it is skipped."""
     metrics = {}
     for name, node in (cfg.get("metric") or {}).items():
-        term = node.get("loss") if isinstance(node, DictConfig) else None
-        if term is None:
-            metrics[str(name)] = instantiate(cfg, f"metric.{name}")
-        elif term in losses.terms:
-            similarity = getattr(losses.terms[term], "similarity", None)
-            if similarity is None:
-                raise UserError(
-                    f"metric.{name}.loss={term}: the loss '{term}' does not measure a similarity. Name one that does, "
-                    "such as id or moco, or leave out `loss`."
-                )
-            metrics[str(name)] = instantiate(cfg, f"metric.{name}", without=["loss"], similarity=similarity)
+        if not isinstance(node, DictConfig) or node.get("loss") is None or node.loss in losses.terms:
+            metrics[str(name)] = build_metric(cfg, str(name), losses.terms)
     return metrics
+
+
+def build_metric(cfg: DictConfig, name: str, terms: Any) -> Any:
+    """Build a metric. If it has a `loss` key, it receives that term's function that compares images."""
+    node = cfg.metric[name]
+    if not isinstance(node, DictConfig) or node.get("loss") is None:
+        return instantiate(cfg, f"metric.{name}", without=["loss"])
+    term = terms[node.loss]
+    function = next((name for name in ("similarity", "distance") if hasattr(term, name)), None)
+    if function is None:
+        raise UserError(
+            f"metric.{name}.loss={node.loss}: the loss '{node.loss}' does not measure a similarity. Name one that "
+            "does, such as id or moco, or leave out `loss`."
+        )
+    metric = instantiate(cfg, f"metric.{name}", without=["loss"], **{function: getattr(term, function)})
+    if isinstance(metric, ImageMean):
+        metric.convention = ", ".join(filter(None, [metric.convention, term.convention]))
+    return metric
 
 
 def build_module(cfg: DictConfig, data: Any) -> LitPSP:

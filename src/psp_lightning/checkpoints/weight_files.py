@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import psp_lightning.models.embedding  # noqa: F401  fills the registry of embeddings
+import psp_lightning.models.face_parser  # noqa: F401  the same
 from psp_lightning.checkpoints.read import select, tensors_of
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
 from psp_lightning.checkpoints.strict import build_and_load, wrap_errors

@@ -275,11 +275,11 @@ def run(arguments: list[str]) -> None:
     values = _parse(arguments)
     print("psp-demo: loading", flush=True)
     from psp_lightning.checkpoints.read import resolve
-    from psp_lightning.cli.demo_page import check_packages
+    from psp_lightning.cli.page import check_packages
 
     for task in TASKS:
         resolve(values[task])  # report a missing file before anything is written
-    check_packages()
+    check_packages("psp-demo")
     page = _demo(values, _create_folder(Path(values["out"]).expanduser()))
     print(page.resolve())
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,14 +14,14 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from psp_lightning.utils.atomic import replacing
-from psp_lightning.utils.errors import UserError
+from psp_lightning.cli import page
+from psp_lightning.cli.page import INK, plot
 from psp_lightning.utils.images import save_atomic
 from psp_lightning.utils.pictures import open_8bit
 
 Losses = dict[str, list[tuple[int, float]]]  # name of a curve -> list of (step, value)
 SheetRow = tuple[str | Path, Sequence[Path]]  # label, as text or a picture, and the pictures of the row
-INK, FAINT, LINE, DOTS = "#222222", "#6e6e6e", "#5b9bd5", "#d1495b"
+FAINT, LINE, DOTS = "#6e6e6e", "#5b9bd5", "#d1495b"
 CELL, GAP, MARGIN, LABEL, HEADING, GRAPH = 88, 5, 14, 118, 30, 230  # in pixels, on the sheet
 
 
@@ -53,15 +54,6 @@ class Part:
     wide: list[Picture] = field(default_factory=list)
 
 
-def check_packages() -> None:
-    """Raise a UserError if matplotlib or jinja2 is missing."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"psp-demo needs {error.name}: pip install 'psp-lightning[demo]'") from None
-
-
 def read_losses(path: Path) -> Losses:
     """Read the training and validation losses from a run's `metrics.csv`."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -79,15 +71,9 @@ def write_page(path: Path, **values: Any) -> None:
         path: the HTML file.
         values: `title`, `intro`, `parts` (list of `Part`), `links` (text -> address), `footer`.
     """
-    import jinja2
-
-    template = Path(__file__).with_name("demo_page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["address"] = lambda picture: quote(picture.relative_to(path.parent).as_posix())
-    environment.filters["curve"] = _curve_svg
-    page = environment.from_string(template).render(**values)
-    with replacing(path) as part:
-        part.write_text(page, encoding="utf-8")
+    address = lambda picture: quote(picture.relative_to(path.parent).as_posix())  # noqa: E731
+    curve = lambda losses: plot(partial(_plot, losses=losses), "Training and validation losses by step")  # noqa: E731
+    page.write_page(path, "demo_page.html", {"address": address, "curve": curve}, **values)
 
 
 def write_sheet(
@@ -140,20 +126,3 @@ def _plot(axes: Any, losses: Losses) -> None:
     axes.grid(axis="y", alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, labelcolor="linecolor")
-
-
-def _curve_svg(losses: Losses) -> Any:
-    """Return a plot of the losses as an inline SVG element, with text in the page's colour."""
-    from markupsafe import Markup
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    style: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": "psp-demo"}):
-        figure = Figure(figsize=(7.2, 2.7), layout="constrained")
-        _plot(figure.add_subplot(), losses)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue().replace(INK, "currentColor")
-    label = 'role="img" aria-label="Training and validation losses by step"'
-    return Markup(svg[svg.index("<svg") :].replace("<svg", f"<svg {label}", 1))

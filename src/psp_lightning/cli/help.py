@@ -21,6 +21,13 @@ MAKER = "generator_training/"
 # the most used first (empty: all in the files).
 PAGES: dict[str, tuple[str, list[str], str]] = {
     "psp-predict": ("predict", ["predict"], ""),
+    "psp-evaluate": (
+        "evaluation/evaluate",
+        ["evaluation/evaluate", "evaluation/data/folder"],
+        """ckpt outputs targets data data.root data.source data.target data.limit metric task refine output name as size
+        factor mask.kind mix.latent_mask mix.n_outputs images timing batch_size num_workers accelerator devices seed
+        plugins""",
+    ),
     "psp-train": (
         "hydra/default",
         [

@@ -14,6 +14,8 @@ from typing import Any
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.reproducibility import make_reproducible
 
+OWN_GROUPS = {"train_generator": "generator_training", "evaluate": "evaluation"}  # command -> its folder in conf/
+
 
 class Report(BaseException):
     """A message that Hydra passes on unchanged; for a `UserError` it would print the overrides and a hint first."""
@@ -170,8 +172,8 @@ def _options(group: str) -> list[str]:
     from psp_lightning._conf import config_root
 
     folders = [os.path.join(folder, group) for folder in (config_root(), config_dir(sys.argv[1:])) if folder]
-    if "train_generator" in os.path.basename(sys.argv[0]).replace("-", "_"):
-        folders.append(os.path.join(config_root(), "generator_training", group))
+    command = os.path.basename(sys.argv[0]).replace("-", "_")
+    folders += [os.path.join(config_root(), home, group) for name, home in OWN_GROUPS.items() if name in command]
     names = [name for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)]
     return sorted({name.removesuffix(".yaml") for name in names if name.endswith(".yaml")})
 

@@ -16,7 +16,8 @@ from psp_lightning.utils.pictures import open_image
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
-    """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path`, `index`.
+    """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path`, `index`,
+    and for drawn down-sampling factors (superres) `factor`.
 
     The key is `(epoch, index)`, or just an index for epoch 0.
 
@@ -56,11 +57,14 @@ class TaskDataset(Dataset[dict[str, Any]]):
         # always drawn, because enabling flips must not change factors and holes
         first, second = (rng.random(2) < (self.flip if self.train else 0.0)).tolist()
         raw, load = self.store.load(index), self.spec.source.load
+        factor = None
         if raw.source is None:
             image = open_image(raw.target)  # decode once for source and target
             image.filename = raw.path  # type: ignore[attr-defined]  # for messages
             mask = self.masks[raw.path] if self.masks is not None else None
-            source = load(image, rng, mask=mask)
+            if self.spec.kind == "lowres" and self.spec.factors:
+                factor = int(rng.choice(self.spec.factors))
+            source = load(image, rng, factor, mask)
             same = self.spec.kind == "rgb" and self.spec.size == self.target_size
             target = source if same else rgb(image, self.target_size)
         else:
@@ -71,4 +75,5 @@ class TaskDataset(Dataset[dict[str, Any]]):
             source = self.spec.source.mirror(source)
         if second if self.independent_flip else first:
             target = target.flip(-1)
-        return {"source": source, "target": target, "path": raw.path, "index": torch.tensor(index)}
+        item = {"source": source, "target": target, "path": raw.path, "index": torch.tensor(index)}
+        return item if factor is None else {**item, "factor": factor}

@@ -30,9 +30,13 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous().float().div(255)
 
 
-def rgb(source: ImageLike, size: int) -> Tensor:
-    """Return float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing)."""
-    return _to_tensor(open_8bit(source, "RGB").resize((size, size), BILINEAR)).sub(0.5).div(0.5)
+def rgb(source: ImageLike, size: int | tuple[int, int]) -> Tensor:
+    """Return float32 (3, size, size) in [-1, 1], resized bilinearly (with Pillow's antialiasing).
+
+    `size` may also be (width, height).
+    """
+    size = (size, size) if isinstance(size, int) else size
+    return _to_tensor(open_8bit(source, "RGB").resize(size, BILINEAR)).sub(0.5).div(0.5)
 
 
 def sketch(source: ImageLike, size: int) -> Tensor:

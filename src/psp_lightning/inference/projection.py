@@ -1,17 +1,10 @@
-"""Projection into W+: find the codes of images by optimisation, a slow alternative to an encoder.
-
-Source: Abdal et al., Image2StyleGAN (arXiv:1904.03189), with the learning-rate schedule of StyleGAN2
-(arXiv:1912.04958), appendix D.
-"""
+"""Projection into W+ from the average latent, in one call; `optimize.py` has the method and its options."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
+from psp_lightning.inference.optimize import Distance, Optimizer
 from psp_lightning.models.stylegan2 import Generator
 
 
@@ -19,7 +12,7 @@ def project(
     generator: Generator,
     images: Tensor,
     latent_avg: Tensor,
-    distance: Callable[[Tensor, Tensor], Tensor],
+    distance: Distance,
     steps: int = 500,
     lr: float = 0.1,
 ) -> Tensor:
@@ -33,14 +26,5 @@ def project(
         steps: number of Adam steps.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %.
     """
-    start = latent_avg.detach().expand(generator.n_styles, -1)
-    w_plus = start[None].repeat(len(images), 1, 1).requires_grad_()
-    optimizer = torch.optim.Adam([w_plus], lr=lr, betas=(0.9, 0.999))
-    for step in range(steps):
-        t = step / steps
-        fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
-        optimizer.param_groups[0]["lr"] = lr * fall * min(1.0, (t + 1 / steps) / 0.05)
-        loss = distance(generator.synthesis(w_plus), images).sum()
-        (w_plus.grad,) = torch.autograd.grad(loss, w_plus)  # computes no gradients of the weights
-        optimizer.step()
-    return w_plus.detach()
+    start = latent_avg.detach().expand(generator.n_styles, -1)[None].expand(len(images), -1, -1)
+    return Optimizer(distance, steps=steps, lr=lr).run(generator, images, start)

@@ -157,7 +157,8 @@ class LitPSP(pl.LightningModule):
         self._val_count += n
         for metric in self.val_metrics.values():
             metric.to(self.device)
-            metric.update(y_hat, batch["target"])
+            further = {key: batch[key] for key in getattr(metric, "needs", ())}  # such as the source
+            metric.update(y_hat, batch["target"], **further)
         return {"y_hat": y_hat}
 
     def on_validation_epoch_end(self) -> None:

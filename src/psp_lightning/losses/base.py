@@ -64,10 +64,12 @@ class LossTerm(nn.Module, ABC):
     """A term of the training objective.
 
     Subclasses implement `forward`, which runs in float32 with autocast off (see `CompositeLoss`). It must not modify
-    its inputs or wait for the device (no `.item()`). `register_loss` sets `name`.
+    its inputs or wait for the device (no `.item()`). `register_loss` sets `name`. `convention` names the network that
+    it compares images with, for tables of results.
     """
 
     name: str = ""
+    convention: str = ""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:

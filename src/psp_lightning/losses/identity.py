@@ -63,6 +63,7 @@ class IDLoss(SimilarityLoss):
                     "a file. Leave one of them out."
                 )
             self.network = freeze(load_embedding(backbone))
+            self.convention = f"{backbone}, whole image"
             return
         if backbone not in RECORD:
             raise UserError(
@@ -74,6 +75,7 @@ class IDLoss(SimilarityLoss):
         # facenet-pytorch's files also contain the classifier of the training set
         load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
         self.network = freeze(network)
+        self.convention = f"{backbone}, fixed face crop at {self.input_size} px"
 
     def embed(self, image: Tensor) -> Tensor:
         if self.input_size is None:

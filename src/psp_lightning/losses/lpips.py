@@ -54,6 +54,7 @@ class LPIPSLoss(FeatureLoss):
         features = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
         load_strict(network.net, {slices.get(key, key): value for key, value in features.items()}, what=str(path))
         self.network: Any = freeze(network)
+        self.convention = f"LPIPS {network.version}, network {net}, RGB in [-1, 1]"
 
     def features(self, image: Tensor) -> list[Tensor]:
         layers = self.network.net(self.network.scaling_layer(image))

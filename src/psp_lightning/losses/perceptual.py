@@ -29,6 +29,7 @@ class PerceptualLoss(FeatureLoss):
     def __init__(self, weights: str = "toyfaces/identity") -> None:
         super().__init__()
         self.network = freeze(load_embedding(weights))
+        self.convention = f"squared distance of the unit features of {weights}, not LPIPS"
 
     def features(self, image: Tensor) -> list[Tensor]:
         return [F.normalize(stage, dim=1, eps=1e-10) for stage in self.network.features(image)]

@@ -71,8 +71,16 @@ def frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: 
     """Return the squared 2-Wasserstein distance of two Gaussians with means (D,) and covariances (D, D), float64.
 
     The trace of `(A B)^(1/2)` is the sum of the square roots of the eigenvalues of the symmetric `A^(1/2) B A^(1/2)`.
+    Eigenvalues that are zero except for rounding, as with fewer images than features, count as zero: the square roots
+    of their rounding errors would add up.
     """
     values, vectors = torch.linalg.eigh(covariance_a)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
-    mixed = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp_min(0).sqrt().sum()
+    root = (vectors * _without_rounding(values).sqrt()) @ vectors.t()
+    mixed = _without_rounding(torch.linalg.eigvalsh(root @ covariance_b @ root)).sqrt().sum()
     return (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * mixed
+
+
+def _without_rounding(eigenvalues: Tensor) -> Tensor:
+    """Return ascending eigenvalues with those below the rounding error of the largest set to zero."""
+    limit = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > limit, eigenvalues, 0.0)

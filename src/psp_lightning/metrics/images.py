@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,15 +14,31 @@ from psp_lightning.metrics.registry import register_metric
 from psp_lightning.utils.errors import UserError
 
 
+def psnr_per_image(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB (B,) of images in [-1, 1]; 106 dB for equal images."""
+    return 10 * torch.log10(4 / mse_per_image(y_hat, y).clamp_min(1e-10))
+
+
 class ImageMean(Metric):
-    """A base class for the mean of one number per image; subclasses implement `update`.
+    """A base class for the mean of one number per image.
+
+    Subclasses implement `per_image(y_hat, y)`, which maps outputs and targets (B, 3, H, W) float in [-1, 1] to (B,).
 
     It keeps and reduces the sum and the count separately, so each image has the same weight, also in a short last batch
     or on a rank with fewer images.
+
+    Attributes:
+        unit: unit of the values, for tables.
+        convention: what must be known to compare the values with others: ranges, constants, networks.
+        needs: keys of a batch that `update` and `per_image` receive as further arguments, such as `source`.
     """
 
     full_state_update = False
     is_differentiable = False
+    unit: ClassVar[str] = ""
+    convention: str = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    per_image: Callable[..., Tensor]
     total: Tensor
     count: Tensor
 
@@ -31,6 +47,11 @@ class ImageMean(Metric):
         # mps does not support float64
         self.add_state("total", default=torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, y_hat: Tensor, y: Tensor, **needed: Any) -> None:
+        """Add outputs `y_hat`, clamped here, and targets `y` in [-1, 1], both (B, 3, H, W) float."""
+        self._add(self.per_image(y_hat.float().clamp(-1, 1), y.float(), **needed))
 
     def _add(self, values: Tensor) -> None:
         values = values.detach().float().flatten()
@@ -47,10 +68,10 @@ class MSE(ImageMean):
     """Mean squared error of outputs clamped to [-1, 1]; lower is better."""
 
     higher_is_better = False
+    convention = "RGB in [-1, 1]"
 
-    def update(self, y_hat: Tensor, y: Tensor) -> None:
-        """Add outputs `y_hat`, clamped here, and targets `y` in [-1, 1], both (B, C, H, W) float."""
-        self._add(mse_per_image(y_hat.float().clamp(-1, 1), y.float()))
+    def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        return mse_per_image(y_hat, y)
 
 
 @register_metric("psnr")
@@ -61,11 +82,11 @@ class PSNR(ImageMean):
     """
 
     higher_is_better = True
+    unit = "dB"
+    convention = "peak 2 for RGB in [-1, 1], the same as 255 for 8 bits; mean over images; equal images count as 106 dB"
 
-    def update(self, y_hat: Tensor, y: Tensor) -> None:
-        """Add images; see `MSE.update`."""
-        mse = mse_per_image(y_hat.float().clamp(-1, 1), y.float())
-        self._add(10 * torch.log10(4 / mse.clamp_min(1e-10)))
+    def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        return psnr_per_image(y_hat, y)
 
 
 @register_metric("id_similarity")
@@ -78,12 +99,18 @@ class IdSimilarity(ImageMean):
     """
 
     higher_is_better = True
+    convention = "cosine of the embeddings"
 
     def __init__(self, similarity: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.similarity = similarity
 
-    def update(self, y_hat: Tensor, y: Tensor | None = None) -> None:
+    def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        if self.similarity is None:
+            raise UserError("IdSimilarity needs `similarity` to compare images; without it, pass similarities.")
+        return self.similarity(y_hat, y)
+
+    def update(self, y_hat: Tensor, y: Tensor | None = None) -> None:  # type: ignore[override]
         """Add outputs (B, 3, H, W) float, clamped here, and targets (B, 3, H, W) float in [-1, 1]; or, without `y`,
         computed similarities (B,).
 
@@ -92,8 +119,5 @@ class IdSimilarity(ImageMean):
         """
         if y is None:
             self._add(y_hat)
-            return
-        if self.similarity is None:
-            raise UserError("IdSimilarity needs `similarity` to compare images; without it, pass similarities.")
-        with torch.no_grad():
-            self._add(self.similarity(y_hat.clamp(-1, 1), y))
+        else:
+            super().update(y_hat, y)

@@ -1,10 +1,13 @@
-"""Reuse of memory that CPU tensors have freed."""
+"""Reuse of memory that CPU tensors have freed, and the peak of the memory in use."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
@@ -29,3 +32,30 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     # -1 means never. The largest threshold, 2 GiB, is less than what a training step at 1024 px frees.
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def reset_peak_memory(device: Any) -> None:
+    """Start a new measurement of `peak_memory`. Only Linux and CUDA can; elsewhere the peak is since the start."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: Any) -> float | None:
+    """Return the peak in MiB of the tensors on a GPU, otherwise of the whole process; None if it is not known."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1024
+    with contextlib.suppress(ImportError):
+        import resource
+
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return None

@@ -1,0 +1,154 @@
+"""The record of an evaluation: what was measured, with what, and the numbers; and its files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchmetrics import Metric
+
+import psp_lightning
+from psp_lightning.build.evaluation import IDENTITY, PAIRS, Subject
+from psp_lightning.checkpoints.read import resolve
+from psp_lightning.data.spec import source_to_rgb
+from psp_lightning.lit.evaluation import LitEvaluator, collate_images
+from psp_lightning.lit.results import FORMAT, choose, files_sha256, save_results, summary
+from psp_lightning.utils.images import save_atomic, to_pil
+from psp_lightning.utils.memory import peak_memory, reset_peak_memory
+from psp_lightning.zoo.locate import sha256
+
+VERSIONS = ("torch", "torchmetrics", "pytorch-lightning", "torchvision", "numpy", "pillow", "lpips", "torch-fidelity")
+DISPLAY = ("progress_bar", "num_workers", "output", "name")  # settings that do not affect the numbers
+FOLDER, EDGE = "images", 256  # folder of the shown images, and their largest side in pixels
+
+
+def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict[str, str]) -> dict[str, Any] | None:
+    """Combine the values of all ranks, write the files and return the content of metrics.json; None on other ranks.
+
+    Args:
+        errors: reasons why metrics could not be built.
+    """
+    columns, single, failed = module.results(len(subject.names))
+    if module.global_rank:
+        return None
+    rows: dict[str, Any] = {}
+    empty = dict.fromkeys(("mean", "low", "high", "median"))
+    for name in map(str, cfg.metric):
+        numbers: dict[str, Any] = {**empty, "mean": single.get(name)}
+        error = {**errors, **failed}.get(name)
+        if name in columns:
+            try:
+                numbers = summary(columns[name], cfg.seed)
+            except ValueError as reason:
+                error = f"{name}: {reason}"
+        rows[name] = {**numbers, **facts(module.metrics[name] if name in module.metrics else None), "error": error}
+    folder = Path(cfg.output)
+    record = {
+        "format": FORMAT,
+        **describe(cfg, subject, module.device),
+        **measure_cost(cfg, subject, module),
+        "metrics": rows,
+    }
+    shown = save_images(cfg, subject, module, columns, folder) if columns else []
+    record["images"] = {"folder": FOLDER, "shown": shown}
+    save_results(folder, record, subject.names, columns)
+    return record
+
+
+def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dict[str, float | None]:
+    """Return seconds per image and peak memory, both for one image at a time."""
+    if subject.task == PAIRS or not cfg.timing:
+        return {"seconds_per_image": None, "peak_memory_mib": None}
+    items = [subject.dataset[index] for index in range(min(cfg.timing, len(subject.names)))]
+    reset_peak_memory(module.device)
+    seconds = module.time(items, warm_up=3 if cfg.refine is None else 0)
+    return {"seconds_per_image": seconds, "peak_memory_mib": peak_memory(module.device)}
+
+
+def save_images(
+    cfg: DictConfig, subject: Subject, module: LitEvaluator, columns: dict[str, list[float]], folder: Path
+) -> list[dict[str, Any]]:
+    """Write the best, median and worst images by the first metric that has values per image, and return their list."""
+    name = next(iter(columns))
+    chosen = choose(columns[name], bool(module.metrics[name].higher_is_better), cfg.images)
+    shown = []
+    for which, indices in chosen.items():
+        for index in indices:
+            item = subject.dataset[index]
+            with torch.no_grad():
+                batch = module.transfer_batch_to_device(collate_images([item]), module.device, 0)
+                pictures = {"target": item["target"], "output": module.outputs(batch)[0][0]}
+            if subject.spec is not None:
+                pictures["source"] = source_to_rgb(item["source"][None], subject.spec)[0]
+            entry = {"index": index, "name": subject.names[index], "which": which, "source": None}
+            for kind, picture in pictures.items():
+                image = to_pil(picture)
+                image.thumbnail((EDGE, EDGE))
+                entry[kind] = f"{FOLDER}/{index:06d}_{kind}.png"
+                save_atomic(image, folder / str(entry[kind]))
+            shown.append(entry)
+    return shown
+
+
+def row_name(cfg: DictConfig) -> str:
+    """Return the name of the row: as set, or a short form of what is measured."""
+    if cfg.name is not None:
+        return str(cfg.name)
+    if cfg.outputs is not None:
+        return Path(str(cfg.outputs)).name
+    name = str(cfg.ckpt)
+    if os.path.exists(name):
+        name = Path(name).resolve().stem
+    return name if cfg.refine is None else f"{name} + {cfg.refine.steps} steps"
+
+
+def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
+    """Return the part of metrics.json that says what was measured, and with what."""
+    network = cfg.ckpt not in (None, IDENTITY)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings["loss"] = {term: settings["loss"][term] for term in _used(settings["metric"].values())}
+    return {
+        "name": row_name(cfg),
+        "checkpoint": str(cfg.ckpt) if network else None,
+        "checkpoint_sha256": sha256(resolve(str(cfg.ckpt))) if network else None,
+        "task": subject.task,
+        "as": cfg["as"],
+        "n_images": len(subject.names),
+        "files_sha256": files_sha256(subject.names),
+        "settings": {
+            **{key: value for key, value in settings.items() if key not in DISPLAY},
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+        },
+        "versions": versions(),
+    }
+
+
+def _used(nodes: Iterable[Any]) -> list[str]:
+    return sorted({node["loss"] for node in nodes if "loss" in node})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that its numbers depend on."""
+    found = {"psp_lightning": psp_lightning.__version__}
+    for name in VERSIONS:
+        try:
+            found[name.replace("-", "_")] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def facts(metric: Metric | None) -> dict[str, Any]:
+    """Return the entries of a metric in metrics.json that say how to read its values."""
+    higher = bool(getattr(metric, "higher_is_better", False))
+    return {
+        "better": "higher" if higher else "lower",
+        "unit": getattr(metric, "unit", ""),
+        "convention": getattr(metric, "convention", "" if metric is None else type(metric).__qualname__),
+    }

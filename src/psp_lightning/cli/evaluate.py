@@ -1,0 +1,114 @@
+"""psp-evaluate: measure a network, or the images of any tool."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from psp_lightning._conf import config_root
+from psp_lightning.cli.help import answer
+from psp_lightning.cli.launch import launch
+from psp_lightning.cli.mistakes import guard, user_errors
+from psp_lightning.cli.settings import quote_text
+from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.errors import UserError, plural
+
+OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
+records: list[dict[str, Any]] = []  # of the jobs of this process
+folders: list[str] = []  # of the jobs of a sweep
+
+
+def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
+    """Measure this rank's share of the images; rank 0 writes the files and returns the content of metrics.json."""
+    from psp_lightning.build.evaluation import build_evaluation, build_subject
+    from psp_lightning.build.evaluation_record import finish
+
+    subject = build_subject(cfg)
+    trainer, module, loader, errors = build_evaluation(cfg, subject)
+    trainer.predict(module, loader, return_predictions=False)
+    return finish(cfg, subject, module, errors)
+
+
+@hydra.main(version_base="1.3", config_path=os.path.join(config_root(), "evaluation"), config_name="evaluate")
+@user_errors
+def _run(cfg: DictConfig) -> None:
+    from psp_lightning.build.evaluation import check_settings, count_ranks
+    from psp_lightning.build.evaluation_record import row_name
+    from psp_lightning.build.instantiate import import_plugins
+    from psp_lightning.lit.results import METRICS, markdown, table
+
+    check_settings(cfg)
+    import_plugins(cfg.plugins)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        cfg.output = _job_folder(cfg.output, row_name(cfg))
+    folder = Path(cfg.output)
+    if (wanted := count_devices(cfg.accelerator, cfg.devices)) > 1 and (ranks := count_ranks(cfg, wanted)) < wanted:
+        wanted = cfg.devices = ranks
+    record = launch(evaluate_job, cfg, wanted)
+    records.append(record)
+    for name, row in record["metrics"].items():
+        if row["error"]:
+            print(f"error: {name}: {row['error']}", file=sys.stderr)
+    if not sweep:
+        print(markdown(table([record])), end="")
+    page = _report(folder, [folder])
+    print(f"{plural(record['n_images'], 'image')}; {page or folder / METRICS}")
+
+
+def _job_folder(folder: str, name: str) -> str:
+    """Return a folder for a job of a sweep that no other job of it has."""
+    path = os.path.join(folder, re.sub(r"[^\w.-]+", "_", name))
+    path = next(p for p in itertools.chain([path], (f"{path}_{k}" for k in itertools.count(2))) if p not in folders)
+    folders.append(path)
+    return path
+
+
+def _report(folder: Path, evaluations: list[Path]) -> Path | None:
+    """Write report.html and return its path, or say what is missing and return None."""
+    from psp_lightning.cli.page import check_packages
+    from psp_lightning.cli.report import write_report
+
+    try:
+        check_packages("report.html")
+    except UserError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return None
+    write_report(folder / "report.html", evaluations)
+    return folder / "report.html"
+
+
+def _run_all() -> None:
+    try:
+        _run()
+    finally:
+        if folders and records:  # a sweep
+            from psp_lightning.lit.results import METRICS, save_table
+
+            folder = Path(os.path.dirname(folders[0]))
+            print(save_table(folder, records), end="")
+            page = _report(folder, [Path(path) for path in folders if (Path(path) / METRICS).is_file()])
+            print(", ".join(str(path) for path in (folder / "table.md", folder / "table.csv", page) if path))
+    if any(row["error"] for record in records for row in record["metrics"].values()):
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of `psp-evaluate`."""
+    answer("psp-evaluate")
+    records.clear()
+    folders.clear()
+    guard(_run_all, quote_text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""psp-evaluate as a user calls it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from psp_lightning.data.toyfaces import ToyFaces
+from psp_lightning.utils.images import to_pil
+
+QUIET = ["progress_bar=false", "accelerator=cpu"]
+FAST = [*QUIET, "data.limit=2", "timing=1", "images=1"]
+
+KILL = """
+import os, signal
+
+from psp_lightning.lit import results
+from psp_lightning.metrics import MSE
+
+WHEN = os.environ.get("KILL", "")
+
+
+class Watched(MSE):
+    def per_image(self, y_hat, y):
+        self.seen = getattr(self, "seen", 0) + 1
+        if WHEN == "measuring" and self.seen == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().per_image(y_hat, y)
+
+
+replace = os.replace
+
+
+def kill_instead(*names):
+    if str(names[1]).endswith("metrics.json"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+
+
+if WHEN == "writing":
+    os.replace = kill_instead
+"""
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Write three drawn faces, and three others as outputs, and return the settings."""
+    faces = ToyFaces(64, seed=3, n=6)
+    for index in range(6):
+        folder = tmp_path / ("outputs" if index < 3 else "targets")
+        folder.mkdir(exist_ok=True)
+        to_pil(faces[index]["image"]).save(folder / f"{index % 3}.png")
+    return ["outputs=outputs", "targets=targets"]
+
+
+def load(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "per_image.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_network_on_drawn_faces(psp, tmp_path: Path) -> None:
+    done = psp("evaluate", "ckpt=toyfaces/inversion", "metric=[psnr,mse,id_similarity,miou,frechet]", *FAST)
+    assert done.code == 0, done.err
+    record, table = load(tmp_path / "evaluation"), rows(tmp_path / "evaluation")
+    assert record["format"] == 1 and record["name"] == record["checkpoint"] == "toyfaces/inversion"
+    assert (record["task"], record["as"], record["n_images"]) == ("inversion", "uint8", 2)
+    assert len(record["checkpoint_sha256"]) == len(record["files_sha256"]) == 64
+    assert record["seconds_per_image"] > 0 and record["peak_memory_mib"] > 100
+    assert {"psp_lightning", "torch", "torchmetrics"} <= record["versions"].keys()
+    psnr = record["metrics"]["psnr"]
+    assert psnr["better"] == "higher" and psnr["unit"] == "dB" and psnr["low"] <= psnr["mean"] <= psnr["high"]
+    assert list(table[0]) == ["index", "name", "psnr", "mse", "id_similarity", "miou"], "Frechet has no value per image"
+    assert sum(float(row["psnr"]) for row in table) / 2 == pytest.approx(psnr["mean"], rel=1e-12)
+    assert record["metrics"]["frechet"]["mean"] > 0 and record["metrics"]["frechet"]["low"] is None
+    assert all(row["error"] is None and row["convention"] for row in record["metrics"].values())
+    shown = record["images"]["shown"]
+    best = max(table, key=lambda row: float(row["psnr"]))
+    assert [entry["which"] for entry in shown] == ["best", "worst"] and shown[0]["name"] == best["name"]
+    for entry in shown:
+        for kind in ("source", "target", "output"):
+            assert Image.open(tmp_path / "evaluation" / entry[kind]).size == (64, 64)
+    assert "| toyfaces/inversion | 2 |" in done.out
+
+
+def test_finished_images_and_two_ranks(psp, folders: list[str], tmp_path: Path) -> None:
+    metrics = "metric=[mse,ssim,perceptual]"
+    for name, more in (("one", ["batch_size=1"]), ("two", ["batch_size=1", "devices=2"])):
+        done = psp("evaluate", *folders, metrics, f"output={name}", *more, *QUIET)
+        assert done.code == 0, done.err
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    assert one["task"] == "pairs" and one["checkpoint"] is None and one["seconds_per_image"] is None
+    assert [row["name"] for row in rows(tmp_path / "one")] == ["0.png", "1.png", "2.png"]
+    for name, row in one["metrics"].items():
+        for key in ("mean", "low", "high", "median"):
+            assert two["metrics"][name][key] == pytest.approx(row[key], rel=1e-9), name
+    assert one["images"] == two["images"] and one["files_sha256"] == two["files_sha256"]
+    assert one["images"]["shown"][0]["source"] is None
+
+
+def test_a_sweep_ends_in_one_table(psp, tmp_path: Path) -> None:
+    jobs = ["ckpt=identity,toyfaces/superres", "task=superres", "factor=4", "metric=[mse,consistency]", "output=all"]
+    done = psp("evaluate", "-m", *jobs, *FAST)
+    assert done.code == 0, done.err
+    lines = (tmp_path / "all" / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["name", "---", "identity", "toyfaces/superres"]
+    assert lines[2] in done.out
+    with (tmp_path / "all" / "table.csv").open(newline="") as file:
+        identity, network = csv.DictReader(file)
+    for name, row in (("identity", identity), ("toyfaces_superres", network)):
+        record = load(tmp_path / "all" / name)
+        assert record["task"] == "superres" and record["settings"]["factor"] == 4
+        assert float(row["mse_mean"]) == record["metrics"]["mse"]["mean"]
+    assert load(tmp_path / "all" / "identity")["checkpoint"] is None
+
+
+def test_optimised_codes_are_closer(psp, tmp_path: Path) -> None:
+    errors = []
+    for more in ([], ["refine=optimize", "refine.steps=4", "refine.losses={l2: 1.0}"]):
+        done = psp("evaluate", "ckpt=toyfaces/inversion", "metric=[mse]", "data.limit=1", "timing=0", *QUIET, *more)
+        assert done.code == 0, done.err
+        errors.append(load(tmp_path / "evaluation")["metrics"]["mse"]["mean"])
+    assert errors[1] < errors[0]
+    assert load(tmp_path / "evaluation")["name"] == "toyfaces/inversion + 4 steps"
+
+
+def test_mixed_outputs(psp, tmp_path: Path) -> None:
+    mix = ["mix.latent_mask=[4,5,6,7,8,9]", "mix.n_outputs=3", "metric=[miou,diversity]"]
+    done = psp("evaluate", "ckpt=toyfaces/sketch2face", *mix, *FAST)
+    assert done.code == 0, done.err
+    assert 0 < load(tmp_path / "evaluation")["metrics"]["diversity"]["mean"] < 2
+
+
+def test_what_cannot_be_measured_has_a_reason(psp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSP_WEIGHTS", str(tmp_path / "none"))
+    settings = ["metric=[mse,lpips,fid,frechet]", "timing=0", "data.limit=1", *QUIET]
+    done = psp("evaluate", "ckpt=identity", *settings)
+    assert done.code == 1 and "Traceback" not in done.err
+    metrics = load(tmp_path / "evaluation")["metrics"]
+    assert metrics["mse"]["mean"] == 0 and metrics["mse"]["error"] is None
+    for name, reason in (
+        ("lpips", "psp-weights get alexnet"),
+        ("fid", "metric.fid.weights"),
+        ("frechet", "at least two"),
+    ):
+        assert metrics[name]["mean"] is None and reason in metrics[name]["error"] and reason in done.err, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "give either ckpt=NAME_OR_RUN, or outputs=DIR and targets=DIR"),
+        (["outputs=outputs"], "targets=DIR must be given too"),
+        (["ckpt=toyfaces/inversion", "task=sketch2face"], "was trained for inversion: it takes rgb images"),
+        (["ckpt=identity", "task=sketch2fase"], "task=sketch2fase does not exist. Did you mean 'sketch2face'?"),
+        (["ckpt=toyfaces/inversion", "factor=4"], "factor=4 is for superres"),
+        (["ckpt=toyfaces/inversoin"], "Did you mean 'toyfaces/inversion'?"),
+        (["ckpt=identity", "as=int"], "as=int is unknown"),
+        (["ckpt=identity", "data=folders"], "Choose from: folder, toyfaces"),
+        (["ckpt=identity", "data=folder"], "needs data.root=DIR"),
+        (["ckpt=identity", "metric=[mae]"], "metric=mae does not exist. Did you mean 'mse'?"),
+        (["outputs=nothing", "targets=targets"], "outputs=nothing is not a folder"),
+        (["outputs=empty", "targets=targets"], "contain no images"),
+        (["outputs=outputs", "targets=more"], "1 target without a source: 3.png"),
+        (["outputs=outputs", "targets=small"], "has 64 x 64 pixels, but its target"),
+    ],
+)
+def test_mistakes(psp, folders: list[str], tmp_path: Path, settings: list[str], message: str) -> None:
+    for name, size, files in (("empty", 0, ()), ("more", 64, range(4)), ("small", 32, range(3))):
+        (tmp_path / name).mkdir()
+        for index in files:
+            Image.new("RGB", (size, size)).save(tmp_path / name / f"{index}.png")
+    done = psp("evaluate", *settings, *QUIET)
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "evaluation" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("when", ["measuring", "writing"])
+def test_kill_leaves_nothing_half_written(
+    shell, psp, folders: list[str], tmp_path: Path, monkeypatch, when: str
+) -> None:
+    (tmp_path / "my_kill.py").write_text(KILL)
+    metric = ["+metric.watched._target_=my_kill.Watched", "metric=[mse]", "images=1", *folders, *QUIET]
+    done = shell("evaluate", *metric, KILL=when, PYTHONPATH=path_with(tmp_path))
+    assert done.code == -9, done.err
+    left = {path.name for path in (tmp_path / "evaluation").rglob("*") if not path.name.startswith(".")}
+    assert "metrics.json" not in left and ("per_image.csv" in left) == (when == "writing"), left
+    for path in (tmp_path / "evaluation").glob("images/[!.]*.png"):
+        Image.open(path).load()
+    monkeypatch.syspath_prepend(tmp_path)
+    for output in ("evaluation", "never_killed"):
+        assert psp("evaluate", *metric, f"output={output}").code == 0
+    first, second = (load(tmp_path / name) for name in ("evaluation", "never_killed"))
+    assert first == second and rows(tmp_path / "evaluation") == rows(tmp_path / "never_killed")
+
+
+def path_with(folder: Path) -> str:
+    import os
+
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
+def test_help_fits_a_screen(psp) -> None:
+    done = psp("evaluate", "--help")
+    assert done.code == 0 and len(done.out.splitlines()) <= 50
+    assert max(map(len, done.out.splitlines())) <= 120

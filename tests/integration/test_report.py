@@ -1,0 +1,119 @@
+"""The report of psp-evaluate, in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from psp_lightning.cli.report import write_report
+from psp_lightning.lit.results import save_results, summary
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>addEventListener("load", () => {
+  const images = [...document.images], shown = images.filter(i => i.complete && i.naturalWidth > 0);
+  document.body.dataset.seen = JSON.stringify({images: images.length, shown: shown.length,
+    width: document.documentElement.scrollWidth, plots: document.querySelectorAll("svg").length,
+    addresses: images.map(i => i.src.slice(0, 10)), text: document.body.innerText});
+})</script></body>"""
+
+
+def evaluation(folder: Path, name: str, seed: int, error: str | None = None) -> Path:
+    """Write an evaluation of 30 images with two metrics, of which `error` may spoil the second."""
+    rng = np.random.default_rng(seed)
+    columns = {"mse": rng.random(30).tolist(), "ssim": rng.random(30).tolist()}
+    facts = {"unit": "", "convention": "RGB in [-1, 1]"}
+    rows = {
+        "mse": {**summary(columns["mse"]), **facts, "better": "lower", "error": None},
+        "ssim": {**summary(columns["ssim"]), **facts, "better": "higher", "error": None},
+    }
+    if error:
+        del columns["ssim"]
+        rows["ssim"] |= {**dict.fromkeys(("mean", "low", "high", "median")), "error": error}
+    shown = []
+    (folder / "images").mkdir(parents=True)
+    for index, which in enumerate(("best", "median", "worst")):
+        entry = {"index": index, "name": f"{which} <&> é.png", "which": which}
+        for kind in ("source", "target", "output"):
+            entry[kind] = f"images/{index}_{kind}.png"
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / entry[kind])
+        shown.append(entry)
+    record = {
+        "format": 1, "name": name, "checkpoint": name, "checkpoint_sha256": "0" * 64, "task": "inversion",
+        "as": "uint8", "n_images": 30, "files_sha256": "0" * 64, "settings": {"device": "cpu"}, "versions": {},
+        "seconds_per_image": 0.01 * (seed + 1), "peak_memory_mib": 100.0, "metrics": rows,
+        "images": {"folder": "images", "shown": shown},
+    }  # fmt: skip
+    save_results(folder, record, [f"{i}.png" for i in range(30)], columns)
+    return folder
+
+
+@pytest.fixture
+def look(tmp_path: Path):
+    """Return a function that opens a page in a browser and returns what it shows."""
+    if BROWSER is None:
+        pytest.skip("needs Chromium")
+
+    def open_page(page: Path, width: int, dark: bool = False) -> dict:
+        copy = tmp_path / "looked_at" / "page.html"  # without the files next to it
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(page.read_text(encoding="utf-8").replace("</body>", LOOK), encoding="utf-8")
+        options = ["--blink-settings=preferredColorScheme=0"] if dark else []
+        done = subprocess.run(
+            [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", *options,
+             f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom", copy.as_uri()],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert not errors, errors
+        found = re.search(r'data-seen="([^"]*)"', done.stdout)
+        assert found, done.stderr[-2000:]
+        return json.loads(
+            found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        )
+
+    return open_page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1400])  # Chromium's windows are not narrower
+def test_every_image_and_plot_is_shown(look, tmp_path: Path, width: int) -> None:
+    folders = [evaluation(tmp_path / "a", "toyfaces/<one>", 0), evaluation(tmp_path / "b", "two", 1)]
+    write_report(tmp_path / "one.html", folders[:1])
+    write_report(tmp_path / "all.html", folders)
+    seen = look(tmp_path / "one.html", width)
+    assert seen["images"] == seen["shown"] == 9 and set(seen["addresses"]) == {"data:image"}
+    assert seen["plots"] == 2 and seen["width"] <= width, "a histogram per metric, no sideways scrolling"
+    assert "toyfaces/<one>" in seen["text"] and "best <&> é.png" in seen["text"]
+    seen = look(tmp_path / "all.html", width, dark=True)
+    assert seen["images"] == seen["shown"] == 18 and seen["width"] <= width
+    assert seen["plots"] == 4, "two histograms, and two plots of quality against time"
+
+
+def test_values_and_errors_are_in_the_page(tmp_path: Path) -> None:
+    good, bad = evaluation(tmp_path / "a", "good", 0), evaluation(tmp_path / "b", "bad", 1, "weights are missing")
+    write_report(tmp_path / "report.html", [bad])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    row = json.loads((bad / "metrics.json").read_text())["metrics"]["mse"]
+    assert all(f"{row[key]:.4g}" in page for key in ("mean", "low", "high", "median"))
+    assert "weights are missing" in page and "http" not in page.replace("http://www.w3.org", ""), "opens offline"
+    write_report(tmp_path / "report.html", [good, bad])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    means = [json.loads((folder / "metrics.json").read_text())["metrics"]["mse"]["mean"] for folder in (good, bad)]
+    assert f'class="best">{min(means):.4g}' in page and f'class="best">{max(means):.4g}' not in page
+    assert "bad, ssim: weights are missing" in page
+
+
+def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a", "one", 0)
+    for name in ("first", "second"):
+        write_report(tmp_path / f"{name}.html", [folder])
+    assert (tmp_path / "first.html").read_bytes() == (tmp_path / "second.html").read_bytes()
