@@ -93,6 +93,8 @@ def test_help_explains_the_most_used_settings_first(command: str, first: str, se
     for i, (setting, *comment) in enumerate(lines):
         if "=" in setting or setting in ("run", "paths.runs"):
             assert comment, f"{setting} has no comment in conf/"
+            word = comment[0].split()[0].strip(":")
+            assert not word.istitle() or word == "Python", f"the comment of {setting} starts with '{word}'"
         else:  # the second line of a group's options
             assert setting.endswith(",") or lines[i - 1][-1].endswith(","), setting
             assert [name for name, *_ in lines[:i] if "=" in name][-1].startswith(groups)

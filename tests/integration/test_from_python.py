@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import functools
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -95,6 +97,18 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     assert not different, different
     steps = [row["step"] for row in csv.DictReader((tmp_path / "parts/csv/metrics.csv").open())]
     assert steps == ["1", "1", "3", "3"]  # at the end of each part: training, validation
+
+
+def test_ctrl_c_says_how_to_continue(capfd: pytest.CaptureFixture[str]) -> None:
+    class Interrupt(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    fit(steps=4, callbacks=[Interrupt()])
+    assert "run: stopped at step 2 of 4; the same call with resume=True continues\n" in capfd.readouterr().err
+    fit(steps=4, resume=True)
+    assert "stopped" not in capfd.readouterr().err
 
 
 def test_data_from_folders_a_pair_of_folders_and_a_data_module(psp, tmp_path: Path) -> None:

@@ -104,6 +104,24 @@ def test_links_do_not_multiply_inputs(pattern: str, tmp_path: Path) -> None:
     assert [file.path.name for file in list_inputs(str(tmp_path / pattern))] == ["a.png"]
 
 
+def test_sheet_names_its_inputs(tmp_path: Path) -> None:
+    sheets = {}
+    for name in ("a", "b", "\n\udcff" + 99 * "long ", ""):
+        Image.new("RGB", (16, 16), "blue").save(tmp_path / "output.png")
+        record = {"index": 0, "status": "ok", "source": f"in/{name}.png", "output": [str(tmp_path / "output.png")]}
+        save_sheet(tmp_path / "sheet.png", [record], None)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.size == (128, 144)
+            assert sheet.crop((0, 0, 128, 128)).getcolors() == [(128 * 128, (0, 0, 255))], "no name covers a picture"
+            sheets[name] = sheet.crop((0, 128, 128, 144))
+    assert all(any(pixel < 100 for pixel in line.convert("L").tobytes()) for line in list(sheets.values())[:3])
+    assert sheets["a"] != sheets["b"]
+    record["name"] = "b"  # an entry of a file of latents
+    save_sheet(tmp_path / "sheet.png", [record], None)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.crop((0, 128, 128, 144)) == sheets["b"]
+
+
 def test_sheet_shows_the_inputs_as_the_network_sees_them(tmp_path: Path) -> None:
     half = np.zeros((16, 16), np.uint8)
     half[:, 8:] = 1
@@ -122,7 +140,7 @@ def test_sheet_shows_the_inputs_as_the_network_sees_them(tmp_path: Path) -> None
         record = {"index": 0, "status": "ok", "source": str(tmp_path / name), "output": [str(tmp_path / "output.png")]}
         save_sheet(tmp_path / "sheet.png", [record], inputs, edge=16)
         with Image.open(tmp_path / "sheet.png") as sheet:
-            assert sheet.size == (32, 16)
+            assert sheet.size == (32, 18)
             assert [sheet.getpixel((x, 8)) for x in (2, 13, 20)] == [*colours, (0, 0, 255)], name
         (tmp_path / name).unlink()
         save_sheet(tmp_path / "sheet.png", [record], inputs, edge=16)  # the file has gone: white

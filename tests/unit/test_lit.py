@@ -242,6 +242,15 @@ def test_grid_has_a_row_for_each_sample_and_captions() -> None:
     assert image_grid(images, images, images, InputSpec("rgb", 16), ["id 0.10", "id 0.20"]).shape == (3, 60, 48)
 
 
+def test_a_grid_of_pictures_that_are_wide_enough_names_its_columns() -> None:
+    images = torch.full((1, 3, 48, 48), -1.0)
+    grid = image_grid(images, images, images, InputSpec("rgb", 48))
+    assert grid.shape == (3, 14 + 48, 3 * 48)
+    texts = grid[:, :14].split(48, dim=2)
+    assert all((text > 0.9).any() for text in texts), "each column has its text"
+    assert not torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])
+
+
 def test_training_grid_shows_the_identity_similarity(tmp_path: Path) -> None:
     torch.save(ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112).state_dict(), tmp_path / "id.pth")
     lit = module({"l2": L2Loss(), "id": IDLoss(weights=str(tmp_path / "id.pth"))})

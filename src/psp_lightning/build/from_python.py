@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -153,11 +154,14 @@ def fit(
     claim = claim_run(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
     try:
         with claim:
-            _trainer(run, resume, validate, max_steps=steps, **trainer).fit(
-                module, datamodule=data, ckpt_path=last if resume else None
-            )
+            training = _trainer(run, resume, validate, max_steps=steps, **trainer)
+            training.fit(module, datamodule=data, ckpt_path=last if resume else None)
     except (TypeError, MisconfigurationException) as error:
         raise UserError(f"fit: {error}") from error
+    interrupted = any(isinstance(item, LastCheckpoint) and item.interrupted for item in training.callbacks)  # type: ignore[attr-defined]
+    if interrupted and training.is_global_zero:
+        message = f"{run}: stopped at step {training.global_step} of {steps}; the same call with resume=True continues"
+        print(message, file=sys.stderr)
     return load_psp(run)
 
 

@@ -117,6 +117,8 @@ def _setting(name: str, value: str) -> str:
 def _explain(name: str, comment: str) -> str:
     """Return the first sentence of a comment, and the options of a group if the comment does not list them."""
     text = re.split(r"\. (?=[A-Z])", comment)[0]
+    if text[1:2].islower() and not text.startswith("Python"):  # "GPU only" stays
+        text = text[0].lower() + text[1:]  # as in the comments of one sentence
     options = sorted(os.listdir(folder)) if (folder := Path(config_root(), name)).is_dir() else []
     names = [option.removesuffix(".yaml") for option in options]
     return f"{text}: {', '.join(names)}" if any(name not in text for name in names) and " | " not in text else text

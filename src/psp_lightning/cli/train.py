@@ -37,9 +37,9 @@ def train_job(cfg: DictConfig) -> float | None:
             log.warning("the generator is untrained, so its outputs are not faces; generator=file loads a trained one")
         if terms := toy_terms(cfg):
             log.warning(
-                "loss %s compares images with the network of the toy faces, which does not fit other images: choose "
+                "loss=[%s] compares images with the network of the toy faces, which does not fit other images: choose "
                 "domain=ffhq256 (faces) or domain=generic, or set domain.identity=FILE",
-                ", ".join(terms),
+                ",".join(terms),
             )
         steps = training.trainer.max_steps
         log.info("%s on %s, %s; run directory %s", cfg.task.name, cfg.data.name, plural(steps, "step"), run)

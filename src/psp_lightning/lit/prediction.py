@@ -16,7 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.lit.manifest import append_record
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, clean
 from psp_lightning.utils.images import save_atomic, to_pil, to_uint8
 from psp_lightning.utils.names import portable
 from psp_lightning.utils.pictures import open_8bit
@@ -289,7 +289,7 @@ def make_inject(
 def save_sheet(
     path: Path, records: list[dict[str, Any]], inputs: InputDataset | None, limit: int = 64, edge: int = 128
 ) -> None:
-    """Write an overview of the first `limit` inputs and their outputs, each `edge` pixels high, in rows.
+    """Write an overview of the first `limit` inputs and their outputs, each `edge` pixels high and above its name.
 
     Args:
         inputs: shown as the network sees them. None: the inputs are latents, and only their outputs appear.
@@ -301,14 +301,19 @@ def save_sheet(
     width = edge * ((inputs is not None) + len(shown[0]["output"])) + gap
     columns = max(1, 8 * edge // width)
     rows = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, rows * (edge + gap) - gap), "white")
+    sheet = Image.new("RGB", (min(columns, len(shown)) * width - gap, rows * (edge + gap)), "white")
+    font = ImageFont.load_default(0.7 * gap)
     for i, record in enumerate(shown):
+        left, top = i % columns * width, i // columns * (edge + gap)
+        name = clean(record.get("name") or Path(record["source"]).stem)
+        while font.getlength(name) > width - gap:
+            name = name[:-1]
+        ImageDraw.Draw(sheet).text((left, top + edge), name, fill="black", font=font)
         pictures = [open_8bit(name, "RGB") for name in record["output"]]
         if inputs is not None:
             pictures.insert(0, inputs.picture(record["index"]))
         for k, picture in enumerate(pictures):
-            place = (i % columns * width + k * edge, i // columns * (edge + gap))
-            sheet.paste(picture.resize((edge, edge)), place)
+            sheet.paste(picture.resize((edge, edge)), (left + k * edge, top))
     save_atomic(sheet, path)
 
 

@@ -60,7 +60,7 @@ class ImageGrids(Callback):
         if "id" in module.losses.terms:
             with torch.no_grad():
                 similarity = module.losses.terms["id"].similarity(output, target)
-            captions = [f"id {value:.2f}" for value in similarity.tolist()]
+            captions = [f"id {round(value, 2) + 0.0:.2f}" for value in similarity.tolist()]  # 0.00 rather than -0.00
         grid = to_pil(image_grid(batch["source"][:n], target, output, trainer.datamodule.spec, captions))
         path = self.folder / f"{stage}_{trainer.global_step:08d}.png"
         keep_picture(trainer, grid, path, f"{stage}/images")
@@ -70,6 +70,8 @@ def image_grid(
     source: Tensor, target: Tensor, output: Tensor, spec: InputSpec, captions: Sequence[str] | None = None
 ) -> Tensor:
     """Draw one row source | target | output per sample; return (3, B * (S + caption), 3 * S) float32 in [-1, 1].
+
+    A line above the columns names them if they are wide enough, from S = 48 on.
 
     Args:
         source: (B, C, H, W), resized to the target's size.
@@ -82,11 +84,14 @@ def image_grid(
     shown = F.interpolate(source_to_rgb(source, spec), size=size, mode="nearest")
     rows = torch.cat([shown, target.cpu(), output.cpu().clamp(-1, 1)], dim=3)  # (B, 3, S, 3S)
     if captions is not None:
-        rows = torch.cat([rows, torch.stack([_caption(text, rows.shape[-1]) for text in captions])], dim=2)
-    return torch.cat(list(rows), dim=1)
+        rows = torch.cat([rows, torch.stack([_line(("", "", text), rows.shape[-1]) for text in captions])], dim=2)
+    header = [_line(("source", "target", "output"), rows.shape[-1])] if size[1] >= 48 else []
+    return torch.cat([*header, *rows], dim=1)
 
 
-def _caption(text: str, width: int) -> Tensor:
+def _line(texts: Sequence[str], width: int) -> Tensor:
+    """Draw one line with a text for each of the three columns."""
     strip = Image.new("RGB", (width, CAPTION_HEIGHT))
-    ImageDraw.Draw(strip).text((2 * width // 3 + 2, 1), text, fill=(255, 255, 255))
+    for column, text in enumerate(texts):
+        ImageDraw.Draw(strip).text((column * width // 3 + 2, 1), text, fill=(255, 255, 255))
     return from_uint8(torch.from_numpy(np.array(strip)).permute(2, 0, 1))
