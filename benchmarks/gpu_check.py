@@ -151,13 +151,14 @@ def launches(device: str = "cuda", size: int = 1024) -> None:
                 kernel.run()
 
 
-def graph(device: str = "cuda", size: int = 1024, count: int = 200, **encoder: Any) -> None:
+def graph(device: str = "cuda", size: int = 1024, count: int = 200, channels: int = 512, **encoder: Any) -> None:
     """Compare the network as a CUDA graph with eager calls while a DataLoader pins memory in another thread.
 
     Args:
         device: cuda; cpu makes the same calls without a graph.
         size: side of the generator's images.
         count: number of pictures, a multiple of 8.
+        channels: largest number of channels of the generator.
         **encoder: arguments of the encoder; default: the published one.
     """
     import torch
@@ -170,7 +171,7 @@ def graph(device: str = "cuda", size: int = 1024, count: int = 200, **encoder: A
     from psp_lightning.models.stylegan2 import Generator
 
     torch.manual_seed(0)
-    generator = Generator(size)
+    generator = Generator(size, max_channels=channels)
     made = GradualStyleEncoder(generator.n_styles, **encoder)
     net = PSP(made, generator, torch.randn(512) / 2, source={"kind": "rgb"}).to(device).eval()
     pictures = [torch.rand(3, made.input_size, made.input_size) * 2 - 1 for _ in range(8)] * (count // 8)

@@ -435,16 +435,16 @@ def test_on_a_gpu_the_device_measures_its_own_time(monkeypatch: pytest.MonkeyPat
 
 def test_kernels_run_against_plain_pytorch():
     assert sizes(1024) == [(128, 256), (64, 512), (32, 1024)]
-    found = measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))["kernels"]
+    found = measure_kernels(Job("kernels", 8, 1, FLOAT32, "cpu", {}))["kernels"]
     names = {kernel["name"].split()[0] for kernel in found}
     assert names == {"bias_act", "modconv_epilogue", "upfirdn2d"} and len(found) == 2 * 3 * 4
     assert all(kernel["seconds"] > 0 and kernel["of_copy"] > 0 for kernel in found)
 
 
 def test_the_row_of_the_fused_filter_measures_the_fused_filter(fake_kernels: Any):
-    measure_kernels(Job("kernels", 32, 1, FLOAT32, "cpu", {}))
+    measure_kernels(Job("kernels", 8, 1, FLOAT32, "cpu", {}))
     with_filter = [x for x, fy in fake_kernels.epilogues if fy is not None]
-    grown = {(channels, side + 1) for channels, side in sizes(32)}
+    grown = {(channels, side + 1) for channels, side in sizes(8)}
     assert {(x.shape[1], x.shape[2]) for x in with_filter} == grown
     assert not [x for x, fy in fake_kernels.epilogues if fy is None and (x.shape[1], x.shape[2]) in grown]
 

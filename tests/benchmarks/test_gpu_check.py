@@ -59,7 +59,7 @@ def test_the_steps_name_what_exists():
 
 
 def test_the_measurements_run_on_a_cpu(capsys):
-    gpu_check.kernels("cpu", 32)
+    gpu_check.kernels("cpu", 8)
     assert "modconv_epilogue with filter 8x" in capsys.readouterr().out
-    gpu_check.graph("cpu", 32, 8, input_size=32, blocks=(1, 1, 1, 1), width=4)
+    gpu_check.graph("cpu", 16, 8, 8, input_size=32, blocks=(1, 1, 1, 1), width=4)
     assert "batch 8: difference 0.0e+00" in capsys.readouterr().out
