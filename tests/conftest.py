@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 from psp_lightning import make_reproducible
@@ -22,9 +23,10 @@ make_reproducible()  # before any test computes a product
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make each of several test workers compute with one thread. This runs before torch is imported."""
+    """Make each of several test workers and its child processes compute with one thread: more than there are cores wait
+    for each other and take several times as long."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
