@@ -137,9 +137,13 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module of the user's."""
     (tmp_path / "mine_of_test.py").write_text(MINE)
     (tmp_path / "broken_of_test.py").write_text("import no_such_package")
+    (tmp_path / "package_of_test").mkdir()
+    (tmp_path / "package_of_test" / "__init__.py").touch()
+    (tmp_path / "package_of_test" / "broken.py").write_text("import no_such_package")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("mine_of_test", None)
+    for name in ("mine_of_test", "package_of_test"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +206,10 @@ def test_an_encoder_whose_target_is_misplaced_or_not_partial(mine: None) -> None
     cfg = OmegaConf.create({"encoder": {"_target_": "mine_of_test.Base"}})
     with pytest.raises(UserError, match="encoder needs `_partial_: true`"):
         instantiate(cfg, "encoder")
+    cfg = OmegaConf.create({"encoder": "tiny", "task": {"name": "mine"}})
+    for key in ("encoder", "task.datamodule"):
+        with pytest.raises(UserError, match=f"^{key} has no _target_: choose an option of its group"):
+            instantiate(cfg, key)
 
 
 def test_an_error_raised_in_the_standard_library_names_no_line_of_it() -> None:
@@ -219,6 +227,8 @@ def test_plugins(mine: None) -> None:
         "mine_of_test.py": r"Write plugins=\[mine_of_test\]: the module's name has no \.py",
         "mine_of_test.Base": r"Write plugins=\[mine_of_test\]: give the module only, not a class",
         "broken_of_test": "the module 'broken_of_test' imports 'no_such_package', which is not installed",
+        "package_of_test.broken": "the module 'package_of_test.broken' imports 'no_such_package'",
+        "package_of_test.borken": r"there is no module 'package_of_test.borken' .*PYTHONPATH",
     }.items():
         with pytest.raises(UserError, match=said):
             import_plugins([name])

@@ -65,14 +65,14 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
 def _no_target(group: str, name: str, node: Any) -> str:
     """Return the message for a node without `_target_`."""
     key = f"{group}.{name}" if name else group
-    if name and not isinstance(node, DictConfig):
+    if name and not isinstance(node, DictConfig | None):
         return (
             f"{key}={node} stands directly below {group}. Its file must start with a name, and all settings must be "
             f"indented below it: NAME: {{_target_: MODULE.CLASS}}."
         )
     if group in LISTS:
         return f"{key} has no _target_: add _target_: MODULE.CLASS to its file. Otherwise, {not_selected(group, name)}"
-    for inner, value in (node or {}).items():
+    for inner, value in node.items() if isinstance(node, DictConfig) else ():
         if isinstance(value, DictConfig) and "_target_" in value:
             return f"{key} has no _target_, but {key}.{inner} has one: remove the line `{inner}:` and the indentation."
     return f"{key} has no _target_: choose an option of its group, e.g. {group}=NAME."
@@ -170,9 +170,9 @@ def import_plugins(names: Sequence[str]) -> None:
 def _missing_module(name: str, error: ModuleNotFoundError) -> str:
     """Return the message for a plugin that cannot be imported."""
     parent, _, last = name.rpartition(".")
-    if parent in sys.modules:  # it was imported, and is no package
-        meant = "the module's name has no .py" if last == "py" else "give the module only, not a class"
-        return f"there is no module '{name}'. Write plugins=[{parent}]: {meant}."
     if error.name and not f"{name}.".startswith(f"{error.name}."):
         return f"the module '{name}' imports '{error.name}', which is not installed."
+    if parent in sys.modules and not hasattr(sys.modules[parent], "__path__"):  # a module, but no package
+        meant = "the module's name has no .py" if last == "py" else "give the module only, not a class"
+        return f"there is no module '{name}'. Write plugins=[{parent}]: {meant}."
     return f"there is no module '{name}' ({error}). Is its folder in PYTHONPATH?"
