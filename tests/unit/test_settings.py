@@ -53,6 +53,8 @@ def test_options_come_before_settings():
     assert quote_text(given) == [
         "--config-dir", "own", "-m", "--cfg=job", "task=inversion", "seed=1", "optimizer.lr=1e-4,1e-3", "+new=1"
     ]  # fmt: skip
+    given = ["run=a", "-cd", "key=1", "-m", "--config-n", "run=1", "seed=1"]
+    assert quote_text(given) == ["-cd", "key=1", "-m", "--config-n", "run=1", "run=a", "seed=1"], "values with ="
 
 
 @pytest.mark.parametrize("value", ["~/my photos", "'~/my photos'", '"~/my photos"'])
@@ -76,6 +78,8 @@ def test_commas_separate_the_values_of_a_sweep(monkeypatch: pytest.MonkeyPatch) 
     assert values("data.root='a,b',c") == ["a,b", "c"]
     assert values("data.root='~/a',\"~/b,c\"") == ["/home/zoe/a", "/home/zoe/b,c"]
     assert values("data.root=photos (1),[2] photos,{3}") == ["photos (1)", "[2] photos", "{3}"]
+    assert values("run='a b', \"c,d\", e") == ["a b", "c,d", "e"], "as Hydra reads the values of other settings"
+    assert quote_text(["-m", "run=a,,b", "name=a,"])[1:] == ["run=a,,b", "name=a,"], "Hydra rejects an empty value"
     assert values("hydra.sweep.subdir=2024_01,b[1]") == ["2024_01", "b[1]"]
     for name in ("photos(1)", "[x]", "{x}", "~/x", "'~/x'", "2024_01"):  # one value
         assert read(quote_text(["-m", f"run={name}"])[1]) == plain(name)

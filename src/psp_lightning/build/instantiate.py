@@ -65,7 +65,7 @@ def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str
 def _no_target(group: str, name: str, node: Any) -> str:
     """Return the message for a node without `_target_`."""
     key = f"{group}.{name}" if name else group
-    if name and not isinstance(node, DictConfig | None):
+    if name and node is not None and not isinstance(node, DictConfig):
         return (
             f"{key}={node} stands directly below {group}. Its file must start with a name, and all settings must be "
             f"indented below it: NAME: {{_target_: MODULE.CLASS}}."

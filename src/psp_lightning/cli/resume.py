@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.mistakes import config_dir, flat
-from psp_lightning.cli.settings import flags, is_sweep, plain, quote, quote_text, split
+from psp_lightning.cli.settings import is_sweep, plain, quote, quote_text, separate, split
 from psp_lightning.lit.run_folder import LAST, last_checkpoint
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.compat import OVERRIDES
@@ -40,18 +40,18 @@ def with_resume(arguments: list[str], config: str = "train") -> list[str]:
         UserError: the run or checkpoint does not exist, or `resume=` is combined with `-m` or `hydra.run.dir=`.
     """
     arguments = quote_text(arguments)
-    options = flags(arguments)
-    settings = dict(split(argument) for argument in arguments if argument not in options)
+    options, given = separate(arguments)
+    settings = dict(map(split, given))
     wanted = settings.pop("resume", None)
     if wanted in (None, "null"):
         return arguments
     if is_sweep(options):
         raise UserError("resume= continues one run; leave out -m.")
     if wanted == "auto":
-        arguments = [argument for argument in arguments if not argument.startswith("resume=")]
-        checkpoint = _newest(arguments, options, "run" in settings, config)
+        given = [argument for argument in given if not argument.startswith("resume=")]
+        checkpoint = _newest(options, given, "run" in settings, config)
         if checkpoint is None:
-            return arguments
+            return options + given
     else:
         path = Path(plain(wanted))
         checkpoint = path if path.is_file() else last_checkpoint(path)
@@ -83,9 +83,9 @@ def _literal(path: Path) -> str:
     return quote(os.fspath(path.resolve()).replace("${", "\\${"))
 
 
-def _newest(arguments: list[str], options: list[str], named: bool, config: str) -> Path | None:
+def _newest(options: list[str], settings: list[str], named: bool, config: str) -> Path | None:
     """Return the last checkpoint of the task's newest run, or of the run named by `run=`; the settings are composed."""
-    overrides = [argument for argument in arguments if argument not in options]
+    overrides = list(settings)
     if own := config_dir(options):
         places = [quote(f"file://{os.path.abspath(place)}") for place in (own, config_root())]
         overrides.append(f"hydra.searchpath=[{','.join(places)}]")
@@ -93,7 +93,7 @@ def _newest(arguments: list[str], options: list[str], named: bool, config: str) 
     with initialize_config_dir(folder, version_base="1.3"):
         cfg = compose(name, overrides)
     runs = Path(cfg.paths.runs, cfg.task.name)
-    nested = (path.parent for path in runs.rglob("checkpoints"))  # a name may be exp/a
+    nested = (path.parent for path in runs.rglob("checkpoints"))  # a name may be exp/a; no link is followed
     found = map(last_checkpoint, [runs / str(cfg.run)] if named else {*runs.glob("*"), *nested})
     return max(filter(None, found), key=lambda path: path.stat().st_mtime, default=None)
 

@@ -126,7 +126,12 @@ def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool
 # --- Hydra's command lines
 
 SWEEP = r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)"  # functions that give a sweep its values
-VALUE = r"""('|").*?(?<!\\)\1(?=,|\Z)|[^,]+"""  # a value of a sweep, in quotes or without
+VALUE = r"""(?:\A|,)\s*(('|").*?(?<!\\)\2(?=,|\Z)|[^,]*)"""  # group 1: a value of a sweep, in quotes or without
+# Hydra's own options that take a value, which may be abbreviated
+VALUED = (
+    "--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+    "-c", "-p", "-cp", "-cn", "-cd", "-i",
+)  # fmt: skip
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
@@ -134,15 +139,16 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(arguments))
 
 
-def flags(arguments: Sequence[str]) -> list[str]:
-    """Return Hydra's own options with their values: everything except `key=value`, `+key` and `~key`."""
-    found, takes_value = [], False
+def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's own options with their values, and the settings: `key=value`, `+key=value` and `~key`."""
+    options: list[str] = []
+    settings: list[str] = []
+    takes_value = False
     for argument in arguments:
-        is_flag = argument.startswith("-")
-        if is_flag or (takes_value and "=" not in argument and not argument.startswith(("+", "~"))):
-            found.append(argument)
-        takes_value = is_flag and "=" not in argument
-    return found
+        is_option = argument.startswith("-")
+        (options if is_option or takes_value else settings).append(argument)
+        takes_value = is_option and not takes_value and any(name.startswith(argument) for name in VALUED)
+    return options, settings
 
 
 def quote(value: str) -> str:
@@ -159,20 +165,19 @@ def plain(value: str) -> str:
 def quote_text(arguments: Sequence[str]) -> list[str]:
     """Return a command line on which Hydra reads the values of `TEXT` as they were typed, with `~` expanded.
 
-    Options such as `-m` come first, because Hydra rejects settings on both sides of an option.
-
-    Only `null` keeps its meaning, and `${...}` is interpolated. In a sweep, commas outside quotes separate values, and
-    Hydra's functions for sweeps, such as `choice(a,b)`, stay as they are.
+    Options such as `-m` come first, because Hydra rejects settings on both sides of an option. Only `null` keeps its
+    meaning, and `${...}` is interpolated. In a sweep, commas outside quotes separate values, and Hydra's functions for
+    sweeps, such as `choice(a,b)`, stay as they are.
     """
-    sweep, changed = is_sweep(arguments), []
-    for argument in arguments:
+    changed, settings = separate(arguments)
+    sweep = is_sweep(changed)
+    for argument in settings:
         key, value = split(argument)
         if value and key.lstrip("+") in TEXT and not (sweep and re.fullmatch(SWEEP, value)):
-            values = [match[0] for match in re.finditer(VALUE, value)] if sweep else [value]
+            values = [match[1] for match in re.finditer(VALUE, value)] if sweep else [value]
             argument = f"{key}=" + ",".join(map(_as_text, values))
         changed.append(argument)
-    options = flags(changed)
-    return options + [argument for argument in changed if argument not in options]
+    return changed
 
 
 def _as_text(value: str) -> str:
