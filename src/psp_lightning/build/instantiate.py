@@ -72,7 +72,8 @@ def _no_target(group: str, name: str, node: Any) -> str:
         )
     if group in LISTS:
         return f"{key} has no _target_: add _target_: MODULE.CLASS to its file. Otherwise, {not_selected(group, name)}"
-    for inner, value in node.items() if isinstance(node, DictConfig) else ():
+    nodes: Any = node if isinstance(node, DictConfig) else {}
+    for inner, value in nodes.items():
         if isinstance(value, DictConfig) and "_target_" in value:
             return f"{key} has no _target_, but {key}.{inner} has one: remove the line `{inner}:` and the indentation."
     return f"{key} has no _target_: choose an option of its group, e.g. {group}=NAME."
