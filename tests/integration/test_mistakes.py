@@ -238,6 +238,7 @@ def test_interrupting_two_ranks_leaves_a_resumable_state(shell, tiny: list[str],
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on ctrl-C
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "resume=" in out and "Traceback" not in out, out
+    assert out.count("stopping after this step") == 1, out
     step = last(tmp_path)["global_step"]
     done = shell("train", f"resume={run}", f"trainer.max_steps={step + 1}")
     assert done.code == 0, done.err

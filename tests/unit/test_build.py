@@ -98,3 +98,10 @@ def test_a_metric_with_the_network_of_a_loss_that_measures_no_similarity() -> No
     losses = CompositeLoss({"l2": L2Loss()}, {"l2": 1.0})
     with pytest.raises(UserError, match=r"metric\.mine\.loss=l2: the loss 'l2' does not measure a similarity"):
         build_metrics(cfg, losses)
+
+
+def test_a_metric_whose_loss_is_not_selected_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = OmegaConf.create({"metric": {"mine": {"_target_": "builtins.dict", "loss": "idd"}}})
+    with caplog.at_level("INFO"):
+        assert build_metrics(cfg, CompositeLoss({"l2": L2Loss()}, {"l2": 1.0})) == {}
+    assert "not measuring mine: it uses the loss 'idd', which is not in loss=[...]" in caplog.text

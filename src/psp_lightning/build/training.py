@@ -143,11 +143,13 @@ def toy_terms(cfg: DictConfig) -> list[str]:
 
 
 def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
-    """Build the selected metrics. One with a `loss` key uses that term's network; without the term it is skipped."""
+    """Build the selected metrics. One with a `loss` key uses that term's network; without the term it is left out."""
     metrics = {}
     for name, node in (cfg.get("metric") or {}).items():
         if not isinstance(node, DictConfig) or node.get("loss") is None or node.loss in losses.terms:
             metrics[str(name)] = build_metric(cfg, str(name), losses.terms)
+        else:
+            log.info("not measuring %s: it uses the loss '%s', which is not in loss=[...]", name, node.loss)
     return metrics
 
 

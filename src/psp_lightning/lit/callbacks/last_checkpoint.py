@@ -32,14 +32,15 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = whole("every_n_steps", every_n_steps, 1, optional=True)
         self.interrupted = False
         self._asked_at: float | None = None
-        self._stop, self._pending, self._step, self._saved, self._ranks = False, False, -1, -1, 1
+        self._stop, self._pending, self._step, self._saved = False, False, -1, -1
+        self._rank, self._ranks = 0, 1
         self._handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
-        self._ranks = trainer.world_size
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
@@ -54,7 +55,8 @@ class LastCheckpoint(Checkpoint):
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
-            os.write(2, b"\nstopping after this step; press ctrl-C again to stop at once\n")  # print is unsafe here
+            if self._rank == 0:  # print is unsafe in a signal handler
+                os.write(2, b"\nstopping after this step; press ctrl-C again to stop at once\n")
         elif self._ranks == 1 or now - self._asked_at > 1:  # the launcher of several ranks repeats a terminal's signal
             raise KeyboardInterrupt
 
