@@ -14,7 +14,7 @@ PROCESSOR_TESTS := tests/parity $(addprefix tests/ops/test_,frozen_conv.py libra
 	tests/integration/test_resume.py tests/integration/test_determinism.py
 CPUINFO := /proc/cpuinfo
 
-.PHONY: help install demo test test-fast test-processors gpu-check lint docs clean
+.PHONY: help install demo test test-fast test-processors results results-training gpu-check lint docs clean
 
 help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
@@ -22,6 +22,8 @@ help:
 	@echo "make test     the whole test suite; ARGS=... adds options of pytest, WORKERS=2 sets the processes"
 	@echo "make test-fast  without the slow tests, in two minutes"
 	@echo "make test-processors  a part of it as other processors: with AVX2 only, and with AVX512 without AMX"
+	@echo "make results  measures the shipped networks again and writes docs/results.md, in about 20 minutes"
+	@echo "make results-training  trains the paper's ablation three times and measures it; takes hours and continues"
 	@echo "make gpu-check  on a machine with a GPU: builds and checks the CUDA kernels, writes gpu_check/report.md"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the documentation as a site: site/index.html"
@@ -57,6 +59,12 @@ test-processors: install
 	  ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 ATEN_CPU_CAPABILITY=avx512 MKL_CBWR=AVX512,STRICT \
 	    $(PYTEST) $(PROCESSOR_TESTS); \
 	else echo "AVX512 without AMX: skipped, this processor has no AMX, make test used all that it has"; fi
+
+results: install
+	$(BIN)/python -m benchmarks.toyfaces.results
+
+results-training: install
+	$(BIN)/python -m benchmarks.toyfaces.results --training
 
 # without the virtual environment: it needs the Python whose PyTorch has CUDA
 gpu-check:

@@ -3,51 +3,98 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.toyfaces.evaluate import RESULTS, ROWS, mean_iou, table
-from psp_lightning.models.face_parser import KINDS
+from benchmarks.toyfaces import generator
+from benchmarks.toyfaces.results import KEPT, PAGE, RESULTS, page, shipped_rows, table, trained_rows
 
 ROOT = Path(__file__).parents[2]
+RECORDS = json.loads((ROOT / "src/psp_lightning/weights/toyfaces/records.json").read_text())
 
 
-def test_the_table_shows_the_measurements() -> None:
-    measured = table(json.loads(RESULTS.read_text()))
-    page = (ROOT / "docs" / "toyfaces.md").read_text(encoding="utf-8")
-    assert measured in page, f"docs/toyfaces.md should contain this table:\n{measured}"
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
-def test_the_readme_shows_the_inversion_figures() -> None:
-    row = json.loads(RESULTS.read_text())["checkpoints"]["inversion"]
+def test_the_page_shows_the_measurements(results: dict[str, Any]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text, results) == text, "run python -m benchmarks.toyfaces.results --page"
+
+
+def test_the_readme_shows_the_inversion_figures(results: dict[str, Any]) -> None:
+    row = results["tasks: inversion"]
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     sentence = (
-        f"`toyfaces/inversion` reaches a PSNR of {row['psnr']:.1f} dB and an identity similarity of "
-        f"{row['id_similarity']:.2f}, at {row['ms_per_image']:.1f} ms per image"
+        f"`toyfaces/inversion` reaches a PSNR of {row['metrics']['psnr']['mean']:.1f} dB and an identity similarity of "
+        f"{row['metrics']['id_similarity']['mean']:.2f}, at {1000 * row['seconds_per_image']:.0f} ms per image"
     )
     assert sentence in text, f"README.md should contain: {sentence}"
 
 
-def test_every_network_was_measured() -> None:
-    results = json.loads(RESULTS.read_text())
-    for part, names in ROWS.items():
-        assert set(results[part]) == set(names), f"{part} of {RESULTS.name}"
-    assert {row["images"] for part in ROWS for row in results[part].values()} == {1000}
-    assert results["frechet"]["images"] == 10_000 and results["projection"]["images"] == 64
+def test_every_row_was_measured(results: dict[str, Any]) -> None:
+    rows = {row.key: row for row in (*shipped_rows(), *trained_rows())}
+    assert set(results) <= set(rows) and {row.key for row in shipped_rows()} <= set(results)
+    for key, row in rows.items():
+        if key not in results:
+            continue  # the page says how many trainings were measured
+        assert list(results[key]["metrics"]) == row.metrics.split(","), key
+        assert results[key]["arguments"] == list(row.arguments), key
+        assert not [name for name, values in results[key]["metrics"].items() if values["mean"] is None], key
 
 
-def test_the_numbers_come_from_the_shipped_files() -> None:
-    records = json.loads((ROOT / "src/psp_lightning/weights/toyfaces/records.json").read_text())
-    measured = json.loads(RESULTS.read_text())["sha256"]
-    assert measured == {name: record["sha256"] for name, record in records.items()}
+def test_the_numbers_come_from_the_shipped_files(results: dict[str, Any]) -> None:
+    for key, row in results.items():
+        (name,) = [a for a in row["arguments"] if a.startswith("ckpt=")] or [""]
+        if name.startswith("ckpt=toyfaces/"):
+            assert row["checkpoint_sha256"] == RECORDS[name.removeprefix("ckpt=")]["sha256"], key
+    measured = json.loads(generator.RESULTS.read_text())
+    assert measured["sha256"] == {name: RECORDS[name]["sha256"] for name in generator.MEASURED}
+    assert measured["frechet"]["images"] == 10_000
 
 
-def test_mean_iou() -> None:
-    labels = torch.arange(len(KINDS)).repeat(2)[:, None]
-    assert mean_iou(labels, labels) == 1
-    shifted = labels.clone()
-    shifted[0] = 1  # background: one of two pixels is missed; skin: three are found, two of them are right
-    expected = (1 / 2 + 2 / 3 + len(KINDS) - 2) / len(KINDS)
-    assert mean_iou(shifted, labels) == pytest.approx(expected)
+def test_the_page_shows_the_generators_distances() -> None:
+    measured = json.loads(generator.RESULTS.read_text())
+    text = " ".join((ROOT / "docs" / "toyfaces.md").read_text(encoding="utf-8").split())
+    assert f"drawn faces is {measured['frechet']['generated']:.2f};" in text
+    assert f"drawn sets of 10,000 it is {measured['frechet']['drawn']:.2f}." in text
+    rows = re.findall(r"\| [\d,]+ \| [\d,]+ \| [\d.]+ \|", text)
+    exports = [f"| {e['steps']:,} | {e['images']:,} | {e['frechet']:.2f} |" for e in measured["training"]["exports"]]
+    assert len(rows) == 6 and set(rows) <= set(exports)
+
+
+def test_published_psnr_is_converted() -> None:
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d+\.\d+) \| (\d+\.\d+) \| 0\.", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) == 13
+    for there, here in rows:
+        assert float(here) - float(there) == pytest.approx(3.0103, abs=0.011), (there, here)
+
+
+def test_a_table_averages_over_trainings() -> None:
+    def values(mean: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+        return dict(zip(KEPT, (mean, low, high, mean, "dB", "higher"), strict=True))
+
+    def row(name: str, table: str, metrics: dict[str, Any], seconds: float | None = 0.0104, seed: int | None = None):
+        return {"name": name, "table": table, "seed": seed, "metrics": metrics, "seconds_per_image": seconds}
+
+    stored = {
+        "a": row("a", "one", {"psnr": values(21.44, 21.3, 21.5), "fid": values(1.5)}),
+        "b": row("b", "one", {"psnr": values(0.01234, 0.01, 0.014)}, None),
+        "c, seed 1": row("c", "many", {"psnr": values(1.0)}, seed=1),
+        "c, seed 2": row("c", "many", {"psnr": values(2.0)}, seed=2),
+    }
+    assert table(stored, "one").splitlines() == [
+        "|  | psnr, dB | fid, dB | ms per image |",
+        "| --- | --- | --- | --- |",
+        "| a | 21.4 ± 0.1 | 1.50 | 10 |",
+        "| b | 0.0123 ± 0.0020 |  |  |",
+    ]
+    assert table(stored, "many").splitlines() == [
+        "|  | psnr, dB | ms per image | trainings |",
+        "| --- | --- | --- | --- |",
+        "| c | 1.50 ± 0.71 | 10 | 2 |",
+    ]

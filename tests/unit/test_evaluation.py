@@ -15,7 +15,7 @@ from PIL import Image
 
 from psp_lightning.data.image_pairs import ImagePairs
 from psp_lightning.inference.optimize import Optimizer
-from psp_lightning.lit.evaluation import Given, LitEvaluator, collate_images, share
+from psp_lightning.lit.evaluation import Given, LitEvaluator, Network, collate_images, share
 from psp_lightning.lit.results import choose, load_results, markdown, save_results, save_table, summary, table
 from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.metrics import METRICS
@@ -276,3 +276,24 @@ def test_json_has_no_special_numbers(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.json").exists()
     save_results(tmp_path, {"value": None}, [], {})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"value": None}
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_network_in_the_loop(net: PSP, size: int) -> None:
+    """Batches of other sizes may round an output to the next of the 256 levels."""
+
+    def measure(size: int) -> list[float]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(37, 3, 32, 32, generator=generator) * 2 - 1
+        module = LitEvaluator(
+            Network(net), {name: METRICS[name]() for name in ("mse", "psnr", "ssim")}, torch.nn.Module()
+        )
+        for start in range(0, 37, size):
+            part = range(start, min(start + size, 37))
+            module.predict_step(
+                collate_images([{"source": images[i], "target": images[i], "index": i} for i in part]), 0
+            )
+        per_image, _, _ = module.results(37)
+        return [sum(values) / 37 for values in per_image.values()]
+
+    assert measure(size) == pytest.approx(measure(1), rel=1e-4)

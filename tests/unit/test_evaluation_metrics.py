@@ -12,11 +12,13 @@ import torch.nn.functional as F
 
 from psp_lightning.checkpoints.weight_files import save_embedding
 from psp_lightning.data.labels import CELEBAMASK_HQ, load_label_map
+from psp_lightning.data.toyfaces import ToyFaces
+from psp_lightning.data.toyfaces.faces import draw_scene
 from psp_lightning.losses.similarity import FeatureLoss
 from psp_lightning.metrics import METRICS, SSIM, Diversity, HoleMSE, KnownMSE, MultiScaleSSIM
 from psp_lightning.metrics.features import DomainFrechet, DomainKernel, Inception
 from psp_lightning.metrics.frechet import frechet
-from psp_lightning.metrics.networks import KIND_OF_CLASS, LabelIoU, MeanIoU, Perceptual, mean_iou
+from psp_lightning.metrics.networks import KIND_OF_CLASS, LabelIoU, MeanIoU, Perceptual, Pose, mean_iou, turn
 from psp_lightning.metrics.sources import Consistency
 from psp_lightning.models.face_parser import KINDS, ToyFaceParser
 from psp_lightning.utils.errors import UserError
@@ -194,6 +196,25 @@ def test_iou_measures_with_the_parser(pairs, parser: Path) -> None:
         LabelIoU(str(parser)).per_image(y_hat, y, source=y)
     with pytest.raises(UserError, match="not a face parser"):
         MeanIoU("toyfaces/identity")
+
+
+def test_turn_is_the_distance_of_the_features_from_the_middle_of_the_face() -> None:
+    eyes, skin = list(KINDS).index("eyes"), list(KINDS).index("skin")
+    regions = torch.zeros(2, 4, 10, dtype=torch.long)
+    regions[:, 1:3, 2:8] = skin  # the middle of the face is 0.5
+    regions[0, 1, 6] = eyes
+    assert turn(regions).tolist() == pytest.approx([0.65 - 0.5, 0]), "the second face has no eyes and mouth"
+
+
+def test_pose_follows_the_turn_of_the_head() -> None:
+    faces = ToyFaces(size=64, seed=8, n=60)
+    yaw = torch.tensor([draw_scene(np.random.default_rng([8, 2, i])).yaw for i in range(60)])
+    images, fronts = (
+        torch.stack([draw(i) for i in range(60)]) for draw in (lambda i: faces[i]["image"], faces.frontal)
+    )
+    metric = Pose()
+    assert float(torch.corrcoef(torch.stack([metric.per_image(images, fronts), yaw.sin().abs()]))[0, 1]) > 0.8
+    assert metric.per_image(fronts, fronts).tolist() == [0.0] * 60
 
 
 def test_frechet_distance_of_sets(pairs) -> None:

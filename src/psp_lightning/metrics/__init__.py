@@ -2,7 +2,7 @@
 
 from psp_lightning.metrics.features import FID, KID, DomainFrechet, DomainKernel
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity, ImageMean
-from psp_lightning.metrics.networks import LPIPS, LabelIoU, MeanIoU, Perceptual
+from psp_lightning.metrics.networks import LPIPS, LabelIoU, MeanIoU, Perceptual, Pose
 from psp_lightning.metrics.registry import METRICS, register_metric
 from psp_lightning.metrics.sources import Consistency, Diversity, HoleMSE, KnownMSE
 from psp_lightning.metrics.structure import SSIM, MultiScaleSSIM
@@ -27,5 +27,6 @@ __all__ = [
     "MeanIoU",
     "MultiScaleSSIM",
     "Perceptual",
+    "Pose",
     "register_metric",
 ]
