@@ -27,8 +27,8 @@ WHEN = os.environ.get("KILL", "")
 class Watched(MSE):
     def per_image(self, y_hat, y):
         self.seen = getattr(self, "seen", 0) + 1
-        if WHEN == "measuring" and self.seen == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if WHEN in ("measuring", "terminated") and self.seen == 2:
+            os.kill(os.getpid(), signal.SIGKILL if WHEN == "measuring" else signal.SIGTERM)
         return super().per_image(y_hat, y)
 
 
@@ -182,14 +182,15 @@ def test_mistakes(psp, folders: list[str], tmp_path: Path, settings: list[str], 
     assert not (tmp_path / "evaluation" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("when", ["measuring", "writing"])
+@pytest.mark.parametrize("when", ["measuring", "writing", "terminated"])
 def test_kill_leaves_nothing_half_written(
     shell, psp, folders: list[str], tmp_path: Path, monkeypatch, when: str
 ) -> None:
     (tmp_path / "my_kill.py").write_text(KILL)
     metric = ["+metric.watched._target_=my_kill.Watched", "metric=[mse]", "images=1", *folders, *QUIET]
     done = shell("evaluate", *metric, KILL=when, PYTHONPATH=path_with(tmp_path))
-    assert done.code == -9, done.err
+    assert done.code == (130 if when == "terminated" else -9) and "Traceback" not in done.err, done.err
+    assert ("interrupted" in done.err) == (when == "terminated"), done.err
     left = {path.name for path in (tmp_path / "evaluation").rglob("*") if not path.name.startswith(".")}
     assert "metrics.json" not in left and ("per_image.csv" in left) == (when == "writing"), left
     for path in (tmp_path / "evaluation").glob("images/[!.]*.png"):

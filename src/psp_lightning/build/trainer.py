@@ -173,6 +173,18 @@ def _build_group(cfg: DictConfig, group: str, kind: type) -> list[Any]:
     return built
 
 
+def run_prediction(trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> None:
+    """Predict. The module and the callbacks keep the results.
+
+    Raises:
+        KeyboardInterrupt: ctrl-C or SIGTERM; Lightning itself would end the process with status 1.
+    """
+    try:
+        trainer.predict(module, loader, return_predictions=False)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
 def build_loggers(cfg: DictConfig, resume: Checkpoint | None) -> list[Logger]:
     """Build the selected loggers; in a resumed run they continue after the checkpoint's step."""
     loggers = _build_group(cfg, "logger", Logger)

@@ -31,10 +31,11 @@ def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
     """Measure this rank's share of the images; rank 0 writes the files and returns the content of metrics.json."""
     from psp_lightning.build.evaluation import build_evaluation, build_subject
     from psp_lightning.build.evaluation_record import finish
+    from psp_lightning.build.trainer import run_prediction
 
     subject = build_subject(cfg)
     trainer, module, loader, errors = build_evaluation(cfg, subject)
-    trainer.predict(module, loader, return_predictions=False)
+    run_prediction(trainer, module, loader)
     return finish(cfg, subject, module, errors)
 
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from psp_lightning.cli.mistakes import message
+from psp_lightning.cli.mistakes import end_on_sigterm, message
 from psp_lightning.utils.errors import UserError
 
 Job = Callable[[DictConfig], Any]
@@ -95,6 +95,7 @@ def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent:
     import torch
 
     _die_with(parent)
+    end_on_sigterm()
     os.chdir(folder)
     cfg = _thaw(*frozen)
     rank = os.environ["LOCAL_RANK"]

@@ -7,7 +7,9 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +50,7 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] | None = None) -> None:
     """Call a command's function with reproducible arithmetic.
 
-    A user's mistake ends in one message and status 1, ctrl-C in status 130.
+    A user's mistake ends in one message and status 1, ctrl-C or SIGTERM in status 130.
 
     Args:
         run: the function.
@@ -57,6 +59,7 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
     make_reproducible()  # before anything imports PyTorch
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as in stderr, for names that the locale cannot print
+    end_on_sigterm()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -91,6 +94,15 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
         if error.filename is None and error.errno is None:
             raise
         fail(message(error))
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as ctrl-C does.
+
+    Lightning's Trainer ignores SIGTERM unless a handler exists, so a prediction would continue to its end.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def message(error: Exception) -> str:

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
     """Predict this rank's share of the inputs; return the manifest records of all ranks."""
     from psp_lightning.build.prediction import build_prediction
+    from psp_lightning.build.trainer import run_prediction
     from psp_lightning.lit.distributed import gather
 
     trainer, module, loader, writer = build_prediction(cfg, plan)
-    trainer.predict(module, loader, return_predictions=False)
+    run_prediction(trainer, module, loader)
     return [record for share in gather(writer.records) for record in share]
 
 
