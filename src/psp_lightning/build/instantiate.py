@@ -20,7 +20,7 @@ from psp_lightning.utils.errors import UserError, suggest
 
 DERIVED = ("n_styles", "style_dim", "in_channels")  # arguments that are never settings
 LISTS = ("loss", "metric")  # groups that select a list of options
-PARTIAL = ("encoder", "optimizer", "task.datamodule")  # nodes whose objects receive further arguments later
+PARTIAL = ("encoder", "refiner", "optimizer", "task.datamodule")  # nodes whose objects receive further arguments later
 
 
 def instantiate(cfg: DictConfig, key: str, *settings: str, without: Sequence[str] = (), **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.metrics.images import ImageMean
 from psp_lightning.models.checkpointing import checkpoint_units
+from psp_lightning.models.layers import freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, whole
 from psp_lightning.utils.errors import UserError, suggest
@@ -90,11 +91,17 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         del derived["n_styles"]  # an encoder into W predicts one style
     with naming(cfg, "encoder"):
         encoder = make(**derived)
-    net = PSP(encoder, generator, latent_avg, start_from_latent_avg=cfg.model.start_from_latent_avg, source=source)
+    refiner = build_refiner(cfg, generator)
+    average = cfg.model.start_from_latent_avg
+    net = PSP(encoder, generator, latent_avg, start_from_latent_avg=average, source=source, refiner=refiner)
     if cfg.model.backbone is not None:
         log.info("%s", load_backbone(net.encoder, cfg.model.backbone))
     if cfg.init_from is not None:
-        log.info("%s", load_strict(net, load_psp(cfg.init_from).state_dict(), what=f"init_from={cfg.init_from}"))
+        state = load_psp(cfg.init_from).state_dict()
+        own = [key for key in net.state_dict() if key.startswith("refiner.") and key not in state]
+        log.info("%s", load_strict(net, state, own, what=f"init_from={cfg.init_from}"))
+    if refiner is not None and not cfg.refiner.train_encoder:
+        freeze(net.encoder)
     if cfg.model.checkpointing:
         if cfg.model.compile:
             raise UserError("model.checkpointing=true and model.compile=true exclude each other. Leave one out.")
@@ -103,6 +110,20 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         net.encoder.compile()  # in place, to keep the state-dict keys unchanged
     on_cpu = computes_on_cpu(cfg.trainer.accelerator)
     return freeze_psp_generator(net, autocast_dtype(cfg.trainer.precision, on_cpu))
+
+
+def build_refiner(cfg: DictConfig, generator: Any) -> torch.nn.Module | None:
+    """Build the selected refiner for a feature map of the generator."""
+    if cfg.get("refiner") is None:
+        return None
+    side = whole("refiner.resolution", cfg.refiner.resolution, 4, optional=True) or max(16, generator.output_size // 16)
+    maps = getattr(generator, "feature_channels", {})
+    if side not in maps:
+        raise UserError(f"refiner.resolution={side}: the generator's feature maps have the sides {list(maps)}.")
+    make = instantiate(cfg, "refiner", without=["edit_share", "train_encoder"])
+    with naming(cfg, "refiner"):
+        refiner: torch.nn.Module = make(resolution=side, channels=maps[side], input_size=cfg.domain.input_size)
+    return refiner
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
@@ -192,6 +213,7 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
             total_steps=cfg.trainer.max_steps,
             log_every=cfg.trainer.log_every_n_steps,
             source_is_target=getattr(data, "source_is_target", False),
+            edit_share=0.0 if net.refiner is None else cfg.refiner.edit_share,
         )
     if getattr(net.encoder, "widths", [WIDE])[0] < WIDE:
         return module

@@ -74,9 +74,8 @@ class Part(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.what != "generator":
-            x = self.net.encode(x)
-        return x if self.what == "encoder" else self.net.decode(x)
+        part = {"encoder": self.net.encode, "generator": self.net.decode, "both": self.net}[self.what]
+        return part(x)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from psp_lightning.inference.frozen import freeze_generator, plain_generator
 from psp_lightning.models.encoders import StridedConv
 from psp_lightning.models.irse import PReLU
-from psp_lightning.models.layers import EqualisedLinear, HalfPrecision
+from psp_lightning.models.layers import EqualisedLinear, HalfPrecision, freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 
@@ -31,7 +31,8 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
     if dtype != torch.float32 and isinstance(generator, HalfPrecision):
         generator.use_half(16, dtype)
     generator = freeze_generator(generator)
-    return PSP(encoder, generator, net.latent_avg, net.start_from_latent_avg, net.source).eval()
+    refiner = None if net.refiner is None else freeze(copy.deepcopy(net.refiner))
+    return PSP(encoder, generator, net.latent_avg, net.start_from_latent_avg, net.source, refiner).eval()
 
 
 class FusedEncoder(nn.Module):

@@ -17,12 +17,13 @@ from torchmetrics import Metric
 from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.lit import rng
 from psp_lightning.lit.distributed import gather
+from psp_lightning.lit.edits import Edit, draw_edits
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.models.psp import PSP
+from psp_lightning.models.psp import PSP, Inversion
 from psp_lightning.models.registry import check_encoder
 from psp_lightning.models.stylegan2 import Noise
-from psp_lightning.utils.arguments import choice, whole
+from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.errors import UserError
 
 Batch = dict[str, Any]
@@ -30,7 +31,8 @@ BATCH_NORM_POLICIES = ("sync", "frozen", "local")
 
 
 class LitPSP(pl.LightningModule):
-    """Trains the encoder of `net`; the generator and the networks inside the losses are frozen.
+    """Trains the encoder and the refiner of `net`, or what of them is not frozen. The generator and the networks inside
+    the losses are frozen.
 
     Logs `train/loss`, `train/loss_<term>` and `train/lr` every `log_every` optimizer steps, and `val/loss`,
     `val/loss_<term>` and `val/<metric>` after each validation. A shorter run logs its last step. The logged step is the
@@ -39,7 +41,7 @@ class LitPSP(pl.LightningModule):
     Args:
         net: encoder, frozen generator and average latent.
         losses: the objective.
-        optimizer: builds the optimizer from the encoder's trainable parameters.
+        optimizer: builds the optimizer from the trainable parameters.
         metrics: torchmetrics metrics by name; each validation updates them with (output, target), both (B, 3, S, S).
         noise: the generator's noise in training, `random` or `const`; validation always uses `const`.
         batch_norm: `sync` and `local` train the BatchNorm layers (the Trainer implements the difference); `frozen`
@@ -49,6 +51,8 @@ class LitPSP(pl.LightningModule):
         total_steps: length of the run in optimizer steps; required if `decay_steps` is not 0.
         log_every: optimizer steps between two training rows of the log.
         source_is_target: the source and the target are the same image; a loss then processes it only once.
+        edit_share: share of each training batch, at least 0 and below 1, in which a generated image and an edit of its
+            codes replace source and target, so that the refiner keeps edits. Only for inversion.
 
     Raises:
         UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, or a metric is no `Metric`.
@@ -68,9 +72,15 @@ class LitPSP(pl.LightningModule):
         total_steps: int = 0,
         log_every: int = 10,
         source_is_target: bool = False,
+        edit_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
+        self.edit_share = number("edit_share", edit_share, 0)
+        if self.edit_share and (net.refiner is None or not source_is_target or self.edit_share >= 1):
+            raise UserError(
+                f"edit_share={edit_share} must be below 1 and needs a refiner and task=inversion. Set edit_share=0."
+            )
         self.losses = losses
         for name, metric in (metrics or {}).items():
             if not isinstance(metric, Metric):
@@ -119,13 +129,25 @@ class LitPSP(pl.LightningModule):
         """Map a source (B, C, S, S) to an output (B, 3, output_size, output_size), not clamped."""
         return self.net(x)
 
-    def evaluate(self, batch: Batch, noise: Noise) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return the objective, the detached values to log, and the output (B, 3, S, S) pooled to the target's size."""
+    def evaluate(self, batch: Batch, noise: Noise, edits: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the objective, the detached values to log, and the output (B, 3, S, S) pooled to the target's size.
+
+        Pairs of generated and edited images replace the last `edits` images.
+        """
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
+        edit: Edit | None = None
+        if edits:
+            drawn, edited, edit = draw_edits(self.net.generator, self.net.latent_avg, edits)
+            size = (y.shape[-2], y.shape[-1])
+            source = torch.cat([source[:-edits], F.adaptive_avg_pool2d(drawn, size)])
+            y = torch.cat([y[:-edits], F.adaptive_avg_pool2d(edited, size)])
         delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
         w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
-        y_hat = self.net.decode(w_plus, noise=noise)  # (B, 3, output_size, output_size)
+        features = self.net.refine(source, w_plus)
+        if edit is not None:
+            w_plus = torch.cat([w_plus[:-edits], edit(w_plus[-edits:])])
+        y_hat = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
         y_hat = F.adaptive_avg_pool2d(y_hat, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
         inputs = LossInputs(
             y_hat=y_hat, y=y, x=source, delta_w_plus=delta, w_plus=w_plus, latent_avg=self.net.latent_avg
@@ -134,7 +156,8 @@ class LitPSP(pl.LightningModule):
         return total, values, y_hat
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        total, values, y_hat = self.evaluate(batch, self.noise)
+        edits = min(round(self.edit_share * len(batch["target"])), len(batch["target"]) - 1)
+        total, values, y_hat = self.evaluate(batch, self.noise, edits)
         self._refuse_non_finite(total, values, batch)
         named = self._log_names(total, values)
         self.log_dict({f"train/{k}": v for k, v in named.items()}, prog_bar=True, logger=False)
@@ -199,7 +222,7 @@ class LitPSP(pl.LightningModule):
     # --- optimizer
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer([p for p in self.net.encoder.parameters() if p.requires_grad])
+        optimizer = self.make_optimizer([p for p in self.net.parameters() if p.requires_grad])
         if self.warmup_steps == self.decay_steps == 0:
             return optimizer
         # checkpoints do not save a partial, so a run resumed with more steps decays at its new end
@@ -212,7 +235,7 @@ class LitPSP(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then free the gradients, which Lightning would keep through the next forward pass, the memory peak."""
         super().optimizer_step(*args, **kwargs)
-        self.net.encoder.zero_grad()
+        self.net.zero_grad()
 
     def train(self, mode: bool = True) -> LitPSP:
         """Set the mode of every module that is not frozen."""

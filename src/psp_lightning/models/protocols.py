@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from psp_lightning.models.stylegan2 import Noise
+from psp_lightning.models.stylegan2 import FeatureEdit, Noise
 
 
 class Encoder(Protocol):
@@ -80,6 +80,44 @@ class Generator(Protocol):
         """Return the mean w (style_dim,) of `n` draws of z."""
 
 
+class FeatureGenerator(Generator, Protocol):
+    """A generator whose feature maps can be changed, which a refiner needs.
+
+    Attributes:
+        feature_channels: channels of the feature map of each resolution.
+    """
+
+    feature_channels: dict[int, int]
+
+    def synthesis(self, w_plus: Tensor, noise: Noise = "const", features: FeatureEdit | None = None) -> Tensor:
+        """Map codes to images; see `Generator.synthesis` in `models/stylegan2.py`."""
+
+
+class Refiner(Protocol):
+    """A network that adds to a feature map of the generator, registered with `register_refiner`.
+
+    Attributes:
+        config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.
+        resolution: side of the feature map.
+        channels: channels of the feature map.
+        input_size: side of the source.
+    """
+
+    config: dict[str, Any]
+    resolution: int
+    channels: int
+    input_size: int
+
+    def __call__(self, x: Tensor, first: Tensor, features: Tensor) -> Tensor:
+        """Return what to add to the map, (B, channels, resolution, resolution).
+
+        Args:
+            x: (B, 3, input_size, input_size), the source.
+            first: the same shape, the image of the codes.
+            features: (B, channels, resolution, resolution), the generator's map for the codes.
+        """
+
+
 class Embedding(Protocol):
     """A network from images to unit vectors, registered with `register_embedding`.
 
@@ -100,5 +138,9 @@ class EncoderModule(nn.Module, Encoder):
     """The type of `PSP.encoder`."""
 
 
-class GeneratorModule(nn.Module, Generator):
+class GeneratorModule(nn.Module, FeatureGenerator):
     """The type of `PSP.generator`."""
+
+
+class RefinerModule(nn.Module, Refiner):
+    """The type of `PSP.refiner`."""

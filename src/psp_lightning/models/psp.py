@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import psp_lightning.models.encoders  # noqa: F401  fills the registry that from_description reads
+import psp_lightning.models.refiner  # noqa: F401
 from psp_lightning.models.layers import freeze
-from psp_lightning.models.protocols import EncoderModule, GeneratorModule
+from psp_lightning.models.protocols import EncoderModule, GeneratorModule, RefinerModule
 from psp_lightning.models.registry import build_described
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.arguments import ArgumentError
@@ -23,8 +26,21 @@ from psp_lightning.utils.errors import UserError
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """What represents an image: codes, and optionally a change of one feature map of the generator.
+
+    Attributes:
+        w_plus: (B, n_styles, style_dim).
+        features: (B, channels, r, r), added to the generator's map of side r; None changes nothing.
+    """
+
+    w_plus: Tensor
+    features: Tensor | None = None
+
+
 class PSP(nn.Module):
-    """An encoder, a frozen generator and an average latent.
+    """An encoder, a frozen generator and an average latent, and optionally a refiner.
 
     Args:
         encoder: see `models.protocols.Encoder` and `RefiningEncoder`.
@@ -32,16 +48,18 @@ class PSP(nn.Module):
         latent_avg: (style_dim,) or (n_styles, style_dim) average latent; None means zeros.
         start_from_latent_avg: add the average latent to the codes of the encoder.
         source: description of the source as plain values (`InputSpec.to_dict()`); it is only stored.
+        refiner: see `models.protocols.Refiner`; the generator must be a `FeatureGenerator`.
 
     Attributes:
         latent_avg: buffer (n_styles, style_dim).
 
     Raises:
-        UserError: encoder, generator and average latent do not match.
+        UserError: encoder, generator, average latent and refiner do not match.
     """
 
     encoder: EncoderModule
     generator: GeneratorModule
+    refiner: RefinerModule | None
     latent_avg: Tensor
 
     def __init__(
@@ -51,6 +69,7 @@ class PSP(nn.Module):
         latent_avg: Tensor | None = None,
         start_from_latent_avg: bool = True,
         source: Mapping[str, Any] | None = None,
+        refiner: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder = cast(EncoderModule, encoder)
@@ -72,6 +91,20 @@ class PSP(nn.Module):
                 f"({self.n_styles}, {self.style_dim})."
             )
         self.register_buffer("latent_avg", average.expand(self.n_styles, -1).clone())
+        self.refiner = cast("RefinerModule | None", refiner)
+        if self.refiner is not None:
+            self._check_refiner(self.refiner)
+
+    def _check_refiner(self, refiner: RefinerModule) -> None:
+        maps = getattr(self.generator, "feature_channels", {})
+        if maps.get(refiner.resolution) != refiner.channels:
+            known = ", ".join(f"{channels} at {side}" for side, channels in maps.items())
+            raise UserError(
+                f"The refiner changes a feature map of {refiner.channels} channels at {refiner.resolution} px, but the "
+                f"generator has {known or 'no maps that can be changed'}. It belongs to another generator."
+            )
+        if (found := getattr(self.encoder, "in_channels", 3)) != 3:
+            raise UserError(f"A refiner compares the source with an RGB image, but the source has {found} channels.")
 
     @property
     def passes(self) -> int:
@@ -117,24 +150,81 @@ class PSP(nn.Module):
     def _add_average(self, delta: Tensor) -> Tensor:
         return delta + self.latent_avg if self.start_from_latent_avg else delta
 
-    def decode(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
-        """Map w_plus (B, n_styles, style_dim) to images (B, 3, output_size, output_size), about [-1, 1], not clamped.
-
-        `noise` is explained in `Generator.synthesis`.
-        """
-        return self.generator.synthesis(w_plus, noise)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map a source to an image, `decode(encode(x))`."""
-        return self.decode(self.encode(x))
-
-    def mix_styles(
-        self, w_plus: Tensor, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
-    ) -> Tensor:
-        """Return the codes with some styles replaced, (B, n_styles, style_dim).
+    def refine(self, x: Tensor, w_plus: Tensor) -> Tensor | None:
+        """Return what the refiner adds to its feature map, (B, channels, r, r); None without a refiner.
 
         Args:
-            w_plus: (B, n_styles, style_dim); it is not modified.
+            x: (B, 3, input_size, input_size), the source.
+            w_plus: (B, n_styles, style_dim), its codes. No gradient flows into them.
+        """
+        if self.refiner is None:
+            return None
+        kept: list[Tensor] = []
+
+        def keep(resolution: int, features: Tensor) -> Tensor:
+            if resolution == self.refiner.resolution:  # type: ignore[union-attr]
+                kept.append(features)
+            return features
+
+        with torch.no_grad():
+            first = self.generator.synthesis(w_plus, features=keep)
+            first = F.adaptive_avg_pool2d(first, x.shape[-2:])
+        return self.refiner(x, first, kept[0])
+
+    def invert(self, x: Tensor) -> Inversion:
+        """Map a source (B, C, input_size, input_size) to codes and, with a refiner, the change of its feature map."""
+        w_plus = self.encode(x)
+        return Inversion(w_plus, self.refine(x, w_plus))
+
+    def decode(self, codes: Tensor | Inversion, noise: Noise = "const") -> Tensor:
+        """Map codes to images (B, 3, output_size, output_size), about [-1, 1], not clamped.
+
+        Args:
+            codes: w_plus (B, n_styles, style_dim), or an inversion.
+            noise: see `Generator.synthesis`.
+
+        Raises:
+            UserError: the features of the inversion are those of another network.
+        """
+        if isinstance(codes, Tensor):
+            return self.generator.synthesis(codes, noise)
+        change = codes.features
+        if change is None:
+            return self.generator.synthesis(codes.w_plus, noise)
+        side = change.shape[-1]
+        expected = (getattr(self.generator, "feature_channels", {}).get(side), side, side)
+        if tuple(change.shape[1:]) != expected and not torch.jit.is_tracing():
+            raise UserError(
+                f"The inversion has features of shape {tuple(change.shape)}, but this generator has "
+                f"{expected[0] or 'no'} channels at {side} px."
+            )
+
+        def add(resolution: int, features: Tensor) -> Tensor:
+            return features + change.to(features.dtype) if resolution == side else features
+
+        return self.generator.synthesis(codes.w_plus, noise, add)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a source to an image, `decode(invert(x))`."""
+        return self.decode(self.invert(x))
+
+    @overload
+    def mix_styles(
+        self, w_plus: Tensor, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+    ) -> Tensor: ...
+
+    @overload
+    def mix_styles(
+        self, w_plus: Inversion, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+    ) -> Inversion: ...
+
+    def mix_styles(
+        self, w_plus: Tensor | Inversion, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+    ) -> Tensor | Inversion:
+        """Return the codes with some styles replaced, (B, n_styles, style_dim), or an inversion with such codes.
+
+        Args:
+            w_plus: (B, n_styles, style_dim), or an inversion, which keeps its features; it is not modified.
             inject: (B or 1, style_dim) or (B or 1, n_styles, style_dim); None sets the styles to zero.
             latent_mask: indices of the styles to replace, 0 (coarsest) to n_styles - 1.
             alpha: the styles become `alpha * inject + (1 - alpha) * w_plus`.
@@ -144,6 +234,8 @@ class PSP(nn.Module):
 
         Source: pSp (arXiv:2008.00951), section 4.5 (multi-modal synthesis by style mixing).
         """
+        if isinstance(w_plus, Inversion):
+            return replace(w_plus, w_plus=self.mix_styles(w_plus.w_plus, inject, latent_mask, alpha))
         indices = [int(i) for i in latent_mask]
         for i in indices:
             if not 0 <= i < self.n_styles:
@@ -182,13 +274,16 @@ class PSP(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return plain values from which `from_description` rebuilds this network without its weights."""
-        return {
+        described = {
             "format": FORMAT,
             "encoder": {"class": type(self.encoder).__name__, **self.encoder.config},
             "generator": {"class": type(self.generator).__name__, **self.generator.config},
             "start_from_latent_avg": self.start_from_latent_avg,
             "source": dict(self.source),
         }
+        if self.refiner is not None:
+            described["refiner"] = {"class": type(self.refiner).__name__, **self.refiner.config}
+        return described
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any], generator: nn.Module | None = None) -> PSP:
@@ -210,7 +305,8 @@ class PSP(nn.Module):
         encoder = build_described("encoder", description.get("encoder"))
         if generator is None:
             generator = build_described("generator", description.get("generator"))
-        return cls(encoder, generator, None, description.get("start_from_latent_avg", True), source)
+        refiner = build_described("refiner", description["refiner"]) if "refiner" in description else None
+        return cls(encoder, generator, None, description.get("start_from_latent_avg", True), source, refiner)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PSP:

@@ -19,7 +19,8 @@ InitT = TypeVar("InitT", bound=Callable[..., None])
 ENCODERS: dict[str, type[nn.Module]] = {}
 GENERATORS: dict[str, type[nn.Module]] = {}
 EMBEDDINGS: dict[str, type[nn.Module]] = {}
-TABLES = {"encoder": ENCODERS, "generator": GENERATORS, "embedding": EMBEDDINGS}
+REFINERS: dict[str, type[nn.Module]] = {}
+TABLES = {"encoder": ENCODERS, "generator": GENERATORS, "embedding": EMBEDDINGS, "refiner": REFINERS}
 
 LARGEST = 1 << 20  # the largest number allowed in a description of this library's networks
 
@@ -37,6 +38,11 @@ def register_generator(cls: ClassT) -> ClassT:
 def register_embedding(cls: ClassT) -> ClassT:
     """Decorate an embedding class to make it loadable by name, see `protocols.Embedding`."""
     return register(EMBEDDINGS, cls.__name__, cls)
+
+
+def register_refiner(cls: ClassT) -> ClassT:
+    """Decorate a refiner class to make it loadable by name, see `protocols.Refiner`."""
+    return register(REFINERS, cls.__name__, cls)
 
 
 def record_config(init: InitT) -> InitT:
@@ -111,7 +117,7 @@ def build_described(role: str, node: Any) -> Any:
     """Build a network from its description: call the class `node["class"]` with the other values.
 
     Args:
-        role: `encoder`, `generator` or `embedding`, which selects the registry.
+        role: `encoder`, `generator`, `embedding` or `refiner`, which selects the registry.
         node: the description, as plain values.
 
     Raises:

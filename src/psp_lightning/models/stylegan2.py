@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,6 +21,8 @@ from psp_lightning.ops import modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
+# Receives the resolution r and the feature map (B, C, r, r) at the end of its block, and returns the map to use instead
+FeatureEdit: TypeAlias = Callable[[int, Tensor], Tensor]
 FIR_PADDING = (1, 1)  # of the four-tap filter: an upsampling 3x3 convolution then exactly doubles its input
 
 
@@ -161,6 +163,7 @@ class Generator(HalfPrecision):
         self.style = nn.Sequential(PixelNorm(), *layers)
         rule = [channel_base * channel_multiplier // 2**i for i in range(2, log_size + 1)]
         widths = [max(1, min(max_channels, width)) for width in rule] if channels is None else list(map(int, channels))
+        self.feature_channels = {4 << i: width for i, width in enumerate(widths)}  # by resolution
         self.input = nn.ParameterDict({"input": torch.randn(1, widths[0], 4, 4)})
         self.conv1 = StyledConv(widths[0], widths[0], style_dim)
         self.to_rgb1 = ToRGB(widths[0], image_channels, style_dim, up=False)
@@ -227,13 +230,16 @@ class Generator(HalfPrecision):
                 raise UserError(f"noise[{i}]: expected (1 or B, 1, {side}, {side}), got {tuple(given.shape)}.")
         return noise
 
-    def synthesis(self, w_plus: Tensor, noise: Noise = "const") -> Tensor:
+    def synthesis(self, w_plus: Tensor, noise: Noise = "const", features: FeatureEdit | None = None) -> Tensor:
         """Map W+ codes to images.
 
         Args:
             w_plus: (B, n_styles, style_dim), or (B, style_dim) for the same w in every layer.
             noise: "const" for the stored maps, "random" for new ones (drawn layer by layer from the global random
                 state), or `n_noises` maps (1 or B, 1, r, r) with r = 4, 8, 8, 16, 16, ...
+            features: reads or replaces feature maps: called as `features(r, map)` for r = 4, 8, ..., output_size after
+                the last convolution of the resolution. The map (B, channels, r, r) that it returns goes to the next
+                block and to the image.
 
         Returns:
             (B, image_channels, output_size, output_size) float, about [-1, 1], not clamped.
@@ -251,6 +257,8 @@ class Generator(HalfPrecision):
         maps, styles = self._noise_list(noise), w_plus.unbind(1)
         x = self.input["input"].expand(w_plus.shape[0], -1, -1, -1)  # (B, 512, 4, 4)
         x = self.conv1(x, styles[0], maps[0])  # (B, 512, 4, 4)
+        if features is not None:
+            x = features(4, x)
         image = self.to_rgb1(x, styles[1])  # (B, 3, 4, 4)
         for i, to_rgb in enumerate(self.to_rgbs):
             first = 2 * i + 1  # ToRGB shares its style with the first convolution of the next block
@@ -259,6 +267,8 @@ class Generator(HalfPrecision):
                 x, bound = self.cast(x, resolution), self.bound(resolution)
                 x = self.convs[2 * i](x, styles[first], maps[first], bound)  # (B, C, 2H, 2W)
                 x = self.convs[2 * i + 1](x, styles[first + 1], maps[first + 1], bound)
+                if features is not None:
+                    x = features(resolution, x)
                 image = to_rgb(x, styles[first + 2], image)  # (B, 3, 2H, 2W)
         return image
 
