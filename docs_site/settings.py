@@ -41,6 +41,8 @@ TEXTS = {
     "model": "How the network starts and how it is trained.",
     "optimizer": "The optimizer of the encoder: `optimizer=adam optimizer.lr=1e-3`.",
     "paths": "Where runs are written.",
+    "refiner": "A network that adds to a feature map of the generator what the codes cannot express: "
+    "`refiner=features`.",
     "task": "What the source is and how it becomes a tensor: `task=sketch2face`.",
     "trainer": "Devices, precision, number of steps: `trainer=ddp trainer.max_steps=10000`.",
     "generator_training": "The keys of `psp-train-generator` that belong to no group, and the groups it starts from. "

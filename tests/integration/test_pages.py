@@ -36,6 +36,12 @@ def test_evaluation_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F8
     assert "| toyfaces/superres | 10 |" in (place / "superres" / "table.md").read_text()
 
 
+def test_refiner_page(psp, tiny: list[str], place: Path) -> None:
+    names = run_page("refiner.md", psp, tiny, place)
+    assert names["inversion"].features.shape[-1] == 16  # type: ignore[attr-defined]
+    assert len(list((place / "out").glob("*.png"))) == 4
+
+
 def test_evaluation_page_names_every_metric() -> None:
     from psp_lightning.metrics import METRICS
 

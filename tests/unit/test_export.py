@@ -21,6 +21,7 @@ from psp_lightning.inference.model_card import facts_of
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.models.encoders import EncoderIntoW, EncoderIntoWPlus, GradualStyleEncoder
 from psp_lightning.models.psp import PSP
+from psp_lightning.models.refiner import FeatureRefiner
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
@@ -244,3 +245,20 @@ def test_a_folder_in_place_of_the_card_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="net.pt.md is a folder"):
         export(network(), tmp_path / "net.pt", "torchscript")
     assert not (tmp_path / "net.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["onnx", "torchscript", "safetensors"])
+@torch.no_grad()
+def test_a_refiner_is_part_of_both(format: str, tmp_path: Path) -> None:
+    plain = network()
+    refiner = FeatureRefiner(16, 12, 32, width=16, blocks=1)
+    torch.nn.init.normal_(refiner.change.weight, std=0.1)
+    net = PSP(plain.encoder, plain.generator, plain.latent_avg, source=plain.source, refiner=refiner).eval()
+    path = tmp_path / f"x.{SUFFIX[format]}"
+    export(net, path, format, "both")
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    assert not torch.allclose(net(x), plain(x), atol=1e-2)
+    found = load_psp(path)(x) if format == "safetensors" else runner(path)(x)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if format != "safetensors" else {"rtol": 1e-2, "atol": 2e-2}  # float16
+    torch.testing.assert_close(found, net(x), **tolerance)
