@@ -7,7 +7,6 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +68,16 @@ def write_report(path: Path, folders: Sequence[Path]) -> None:
     """
     evaluations = [load_evaluation(folder) for folder in folders]
     names = list(dict.fromkeys(name for one in evaluations for name in one.metrics))
-    filters: dict[str, Any] = {"number": number, "embed": embed, "histogram": partial(histogram, evaluations)}
     write_page(
         path,
         "report.html",
-        filters,
+        {"number": number, "embed": embed},
         title=evaluations[0].name if len(evaluations) == 1 else f"{len(evaluations)} evaluations",
         evaluations=evaluations,
         names=names,
         best={name: best(evaluations, name) for name in names},
         kinds=KINDS,
+        histograms=[svg for name in names if (svg := histogram(evaluations, name)) is not None],
         trade_offs=[(name, trade_off(evaluations, name)) for name in names if is_traded(evaluations, name)],
     )
 
