@@ -112,6 +112,29 @@ def test_values_and_errors_are_in_the_page(tmp_path: Path) -> None:
     assert "bad, ssim: weights are missing" in page
 
 
+def test_an_evaluation_that_failed_does_not_decide_what_is_best(tmp_path: Path) -> None:
+    """A metric that could not be built does not know which direction is better."""
+    folders = [evaluation(tmp_path / name, name, seed) for seed, name in enumerate(("a", "b", "c"))]
+    file = folders[0] / "metrics.json"
+    record = json.loads(file.read_text())
+    record["metrics"]["ssim"] |= {**dict.fromkeys(("mean", "low", "high", "median", "better")), "error": "missing"}
+    file.write_text(json.dumps(record))
+    write_report(tmp_path / "report.html", folders)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    means = [json.loads((folder / "metrics.json").read_text())["metrics"]["ssim"]["mean"] for folder in folders[1:]]
+    assert f'class="best">{max(means):.4g}' in page and "ssim (higher is better)" in page
+
+
+def test_a_page_without_values_has_no_empty_section(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "a", "one", 0)
+    (folder / "per_image.csv").write_text("index,name\n0,0.png\n")
+    record = json.loads((folder / "metrics.json").read_text())
+    record["images"]["shown"] = []
+    (folder / "metrics.json").write_text(json.dumps(record))
+    write_report(tmp_path / "report.html", [folder])
+    assert "Distribution" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
     folder = evaluation(tmp_path / "a", "one", 0)
     for name in ("first", "second"):

@@ -16,7 +16,16 @@ from PIL import Image
 from psp_lightning.data.image_pairs import ImagePairs
 from psp_lightning.inference.optimize import Optimizer
 from psp_lightning.lit.evaluation import Given, LitEvaluator, Network, collate_images, share
-from psp_lightning.lit.results import choose, load_results, markdown, save_results, save_table, summary, table
+from psp_lightning.lit.results import (
+    choose,
+    delete_results,
+    load_results,
+    markdown,
+    save_results,
+    save_table,
+    summary,
+    table,
+)
 from psp_lightning.losses.perceptual import PerceptualLoss
 from psp_lightning.metrics import METRICS
 from psp_lightning.metrics.features import DomainFrechet, DomainKernel
@@ -115,17 +124,37 @@ def test_a_metric_that_fails_leaves_the_others(alone) -> None:
         def per_image(self, y_hat, y):
             raise UserError("it broke")
 
-    module = LitEvaluator(Given(), {"broken": Broken(), "mse": METRICS["mse"]()}, torch.nn.Identity())
+    class TooSmall(METRICS["mse"]):  # type: ignore[misc]
+        def per_image(self, y_hat, y):
+            return torch.nn.functional.conv2d(y_hat, torch.zeros(1, 3, 99, 99))
+
+    class Endless(DomainKernel):
+        def compute(self):
+            return torch.tensor(math.inf)
+
+    broken = {"broken": Broken(), "small": TooSmall(), "endless": Endless()}
+    module = LitEvaluator(Given(), {**broken, "mse": METRICS["mse"]()}, torch.nn.Identity())
     for item in items(2):
         module.predict_step(collate_images([item]), 0)
-    per_image, _, errors = module.results(2)
-    assert errors == {"broken": "it broke"} and per_image == {"mse": alone[2][0]["mse"]}
+    per_image, single, errors = module.results(2)
+    assert per_image == {"mse": alone[2][0]["mse"]} and single == {}
+    assert errors["broken"] == "it broke" and "kernel size" in errors["small"].lower()
+    assert errors["endless"] == "the value is inf, not a finite number."
+
+
+def test_an_output_that_is_not_finite_ends_the_evaluation() -> None:
+    """Rounded to 8 bits it would be a picture, and as floats the mean would leave it out."""
+    (item,) = items(1)
+    item["output"][0, 0, 0] = math.nan
+    module = LitEvaluator(Given(), {"mse": METRICS["mse"]()}, torch.nn.Identity())
+    with pytest.raises(UserError, match="output for a.png has values that are not finite"):
+        module.predict_step(collate_images([{**item, "path": "a.png"}]), 0)
 
 
 def test_a_metric_says_what_the_images_lack() -> None:
     module = LitEvaluator(Given(), {"consistency": METRICS["consistency"]()}, torch.nn.Identity())
     module.predict_step(collate_images(items(1)), 0)
-    assert "consistency needs source, factor" in module.results(1)[2]["consistency"]
+    assert "it needs source, factor of each image" in module.results(1)[2]["consistency"]
 
 
 # --- summaries
@@ -139,10 +168,13 @@ def test_summary() -> None:
     assert found["low"] == pytest.approx(x.mean() - 1.96 * error, abs=0.2 * error)
     assert found["high"] == pytest.approx(x.mean() + 1.96 * error, abs=0.2 * error)
     assert summary(x.tolist()) == found != summary(x.tolist(), seed=1)
-    assert summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "median": 2.0}
-    assert summary([1.0, math.nan, 3.0])["mean"] == 2.0
+    assert summary([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "median": 2.0, "n_images": 1}
+    found = summary([1.0, math.nan, 3.0])
+    assert (found["mean"], found["n_images"]) == (2.0, 2)
     with pytest.raises(ValueError, match="no image"):
         summary([math.nan])
+    with pytest.raises(ValueError, match="infinite for 1 of 2 images"):
+        summary([math.inf, math.nan, 3.0])
 
 
 def test_summary_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +209,23 @@ def test_files(tmp_path: Path) -> None:
     lines = (tmp_path / "per_image.csv").read_bytes().splitlines()
     assert lines == [b"index,name,mse", b'0,"a,b.png",0.1', b"1,\\udcff.png,"]
     assert {path.name for path in tmp_path.iterdir()} == {"per_image.csv", "metrics.json"}
+
+
+def test_results_of_an_earlier_evaluation_are_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    (folder / "images").mkdir(parents=True)
+    kept = [tmp_path / "target.png", folder / "images" / "mine.png"]
+    gone = [folder / "images" / "000001_output.png", folder / "report.html"]
+    for path in (*kept, *gone):
+        path.touch()
+    entry = {"source": None, "target": "../target.png", "output": "images/000001_output.png"}
+    save_results(folder, {"images": {"shown": [entry]}}, [], {})
+    delete_results(folder)
+    assert all(path.exists() for path in kept), "only files of the evaluation, whatever metrics.json names"
+    assert sorted(path.name for path in folder.rglob("*")) == ["images", "mine.png"]
+    (folder / "metrics.json").write_text("junk")
+    delete_results(folder)
+    assert not (folder / "metrics.json").exists()
 
 
 def test_table_of_several_evaluations(tmp_path: Path) -> None:
@@ -218,7 +267,7 @@ def test_image_pairs_of_different_sizes(tmp_path: Path) -> None:
 
 def test_image_pairs_without_a_counterpart(tmp_path: Path) -> None:
     outputs, targets = write(tmp_path / "out", a=8), write(tmp_path / "in", a=8, b=8)
-    with pytest.raises(UserError, match="1 target without a source: b.png") as error:
+    with pytest.raises(UserError, match="^Outputs in .* 1 target without an output: b.png") as error:
         ImagePairs(outputs, targets)
     assert "data.unpaired" not in str(error.value), "there is no such setting"
     with pytest.raises(UserError, match="contain no images"):

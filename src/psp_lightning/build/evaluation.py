@@ -76,6 +76,7 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(f"{lacking}=DIR must be given too: outputs are compared with the targets of the same name.")
     if (cfg.ckpt is None) == (cfg.outputs is None):
         raise UserError("give either ckpt=NAME_OR_RUN, or outputs=DIR and targets=DIR.")
+    _check_used(cfg)
     if not cfg.get("metric"):
         raise UserError("metric=[] measures nothing. Choose metrics, e.g. metric=[mse,psnr].")
     if cfg.mask.kind is not None:
@@ -88,6 +89,18 @@ def check_settings(cfg: DictConfig) -> None:
     cfg.size = whole("size", cfg.size, 1, optional=True)
     cfg.factor = whole("factor", cfg.factor, 1, 2**15, optional=True)
     number("mix.alpha", cfg.mix.alpha)
+
+
+def _check_used(cfg: DictConfig) -> None:
+    """Raise a UserError for a setting that would have no effect, because its row would be labelled wrongly."""
+    if cfg.ckpt not in (None, IDENTITY):
+        return
+    keys = ["refine", "mix.latent_mask"] + ([] if cfg.outputs is None else ["task", "factor", "mask.kind"])
+    given = [key for key in keys if OmegaConf.select(cfg, key) is not None]
+    given += [] if cfg.mix.n_outputs == 1 else ["mix.n_outputs"]
+    if given:
+        what = "ckpt=identity has no codes" if cfg.outputs is None else "outputs= are measured as they are"
+        raise UserError(f"{what}: {', '.join(given)} would have no effect. Leave it out.")
 
 
 def build_subject(cfg: DictConfig) -> Subject:
@@ -129,7 +142,8 @@ def build_subject(cfg: DictConfig) -> Subject:
 def _refinement(cfg: DictConfig) -> Refinement | None:
     if cfg.refine is None:
         return None
-    weights: Any = OmegaConf.to_container(cfg.refine.losses)
+    given: Any = OmegaConf.to_container(cfg.refine.losses)
+    weights = {name: weight for name, weight in given.items() if weight != 0}  # otherwise each step computes it
     losses = CompositeLoss({name: instantiate(cfg, f"loss.{name}", without=["weight"]) for name in weights}, weights)
     with naming(cfg, "refine"):
         return Refinement(losses, instantiate(cfg, "refine", without=["losses"]))

@@ -4,27 +4,50 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
+from tqdm.auto import tqdm
 
 import psp_lightning
 from psp_lightning.build.evaluation import IDENTITY, PAIRS, Subject
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.data.spec import source_to_rgb
-from psp_lightning.lit.evaluation import LitEvaluator, collate_images
-from psp_lightning.lit.results import FORMAT, choose, files_sha256, save_results, summary
+from psp_lightning.lit.evaluation import LitEvaluator
+from psp_lightning.lit.results import FORMAT, IMAGES, choose, delete_results, files_sha256, save_results, summary
+from psp_lightning.utils.errors import UserError, plural
 from psp_lightning.utils.images import save_atomic, to_pil
 from psp_lightning.utils.memory import peak_memory, reset_peak_memory
 from psp_lightning.zoo.locate import sha256
 
 VERSIONS = ("torch", "torchmetrics", "pytorch-lightning", "torchvision", "numpy", "pillow", "lpips", "torch-fidelity")
 DISPLAY = ("progress_bar", "num_workers", "output", "name")  # settings that do not affect the numbers
-FOLDER, EDGE = "images", 256  # folder of the shown images, and their largest side in pixels
+EDGE = 256  # the largest side of the shown images in pixels
+
+
+def check_output(cfg: DictConfig) -> None:
+    """Make the folder for the results, before anything is measured.
+
+    Raises:
+        UserError: it is a file, cannot be written, or lies in a folder of images, which would then contain more images.
+    """
+    folder = Path(cfg.output)
+    for key in ("outputs", "targets", "data.root", "data.source", "data.target"):
+        home = OmegaConf.select(cfg, key)
+        if cfg.images and home is not None and Path(home).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(
+                f"output={folder} is in {key}={home}, so the next call would measure the images that this one writes. "
+                "Choose another folder, or set images=0."
+            )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder} is a file. Give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output={folder} cannot be written. Choose another folder.")
 
 
 def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict[str, str]) -> dict[str, Any] | None:
@@ -37,15 +60,17 @@ def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict
     if module.global_rank:
         return None
     rows: dict[str, Any] = {}
-    empty = dict.fromkeys(("mean", "low", "high", "median"))
+    empty = dict.fromkeys(("mean", "low", "high", "median", "n_images"))
     for name in map(str, cfg.metric):
-        numbers: dict[str, Any] = {**empty, "mean": single.get(name)}
+        numbers: dict[str, Any] = dict(empty)
+        if name in single:
+            numbers |= {"mean": single[name], "n_images": len(subject.names)}
         error = {**errors, **failed}.get(name)
         if name in columns:
             try:
                 numbers = summary(columns[name], cfg.seed)
             except ValueError as reason:
-                error = f"{name}: {reason}"
+                error = str(reason)
         rows[name] = {**numbers, **facts(module.metrics[name] if name in module.metrics else None), "error": error}
     folder = Path(cfg.output)
     record = {
@@ -54,8 +79,8 @@ def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict
         **measure_cost(cfg, subject, module),
         "metrics": rows,
     }
-    shown = save_images(cfg, subject, module, columns, folder) if columns else []
-    record["images"] = {"folder": FOLDER, "shown": shown}
+    delete_results(folder)
+    record["images"] = {"folder": IMAGES, "shown": save_images(cfg, subject, module, columns, folder)}
     save_results(folder, record, subject.names, columns)
     return record
 
@@ -65,33 +90,37 @@ def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dic
     if subject.task == PAIRS or not cfg.timing:
         return {"seconds_per_image": None, "peak_memory_mib": None}
     items = [subject.dataset[index] for index in range(min(cfg.timing, len(subject.names)))]
+    warm_up = 3 if cfg.refine is None else 0  # a refinement takes so long that the first image hardly differs
     reset_peak_memory(module.device)
-    seconds = module.time(items, warm_up=3 if cfg.refine is None else 0)
-    return {"seconds_per_image": seconds, "peak_memory_mib": peak_memory(module.device)}
+    with torch.no_grad():
+        bar = tqdm([items[0]] * warm_up + items, "time", disable=not cfg.progress_bar)
+        seconds = [module.one(item)[1] for item in bar][warm_up:]
+    return {"seconds_per_image": statistics.median(seconds), "peak_memory_mib": peak_memory(module.device)}
 
 
 def save_images(
     cfg: DictConfig, subject: Subject, module: LitEvaluator, columns: dict[str, list[float]], folder: Path
 ) -> list[dict[str, Any]]:
     """Write the best, median and worst images by the first metric that has values per image, and return their list."""
+    if not columns:
+        return []
     name = next(iter(columns))
     chosen = choose(columns[name], bool(module.metrics[name].higher_is_better), cfg.images)
     shown = []
-    for which, indices in chosen.items():
-        for index in indices:
-            item = subject.dataset[index]
-            with torch.no_grad():
-                batch = module.transfer_batch_to_device(collate_images([item]), module.device, 0)
-                pictures = {"target": item["target"], "output": module.outputs(batch)[0][0]}
-            if subject.spec is not None:
-                pictures["source"] = source_to_rgb(item["source"][None], subject.spec)[0]
-            entry = {"index": index, "name": subject.names[index], "which": which, "source": None}
-            for kind, picture in pictures.items():
-                image = to_pil(picture)
-                image.thumbnail((EDGE, EDGE))
-                entry[kind] = f"{FOLDER}/{index:06d}_{kind}.png"
-                save_atomic(image, folder / str(entry[kind]))
-            shown.append(entry)
+    pairs = [(which, index) for which, indices in chosen.items() for index in indices]
+    for which, index in tqdm(pairs, IMAGES, disable=not cfg.progress_bar):
+        item = subject.dataset[index]
+        with torch.no_grad():
+            pictures = {"target": item["target"], "output": module.one(item)[0][0]}
+        if subject.spec is not None:
+            pictures["source"] = source_to_rgb(item["source"][None], subject.spec)[0]
+        entry = {"index": index, "name": subject.names[index], "which": which, "source": None}
+        for kind, picture in pictures.items():
+            image = to_pil(picture)
+            image.thumbnail((EDGE, EDGE))
+            entry[kind] = f"{IMAGES}/{index:06d}_{kind}.png"
+            save_atomic(image, folder / str(entry[kind]))
+        shown.append(entry)
     return shown
 
 
@@ -103,15 +132,19 @@ def row_name(cfg: DictConfig) -> str:
         return Path(str(cfg.outputs)).name
     name = str(cfg.ckpt)
     if os.path.exists(name):
-        name = Path(name).resolve().stem
-    return name if cfg.refine is None else f"{name} + {cfg.refine.steps} steps"
+        path = Path(name).resolve()
+        run = f"{path.parents[1].name}/" if path.parent.name == "checkpoints" else ""  # last.ckpt alone says nothing
+        name = path.name if path.is_dir() else f"{run}{path.stem}"
+    return name if cfg.refine is None else f"{name} + {plural(cfg.refine.steps, 'step')}"
 
 
 def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
     """Return the part of metrics.json that says what was measured, and with what."""
     network = cfg.ckpt not in (None, IDENTITY)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings["loss"] = {term: settings["loss"][term] for term in _used(settings["metric"].values())}
+    measured_with = {node["loss"] for node in settings["metric"].values() if "loss" in node}
+    refined_with = {} if settings["refine"] is None else settings["refine"]["losses"]
+    settings["loss"] = {term: settings["loss"][term] for term in sorted(measured_with | refined_with.keys())}
     return {
         "name": row_name(cfg),
         "checkpoint": str(cfg.ckpt) if network else None,
@@ -129,10 +162,6 @@ def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[st
     }
 
 
-def _used(nodes: Iterable[Any]) -> list[str]:
-    return sorted({node["loss"] for node in nodes if "loss" in node})
-
-
 def versions() -> dict[str, str]:
     """Return the versions of this package and of those that its numbers depend on."""
     found = {"psp_lightning": psp_lightning.__version__}
@@ -145,10 +174,10 @@ def versions() -> dict[str, str]:
 
 
 def facts(metric: Metric | None) -> dict[str, Any]:
-    """Return the entries of a metric in metrics.json that say how to read its values."""
-    higher = bool(getattr(metric, "higher_is_better", False))
+    """Return the entries of a metric in metrics.json that say how to read its values; None if it was not built."""
+    higher = getattr(metric, "higher_is_better", None)
     return {
-        "better": "higher" if higher else "lower",
+        "better": None if higher is None else "higher" if higher else "lower",
         "unit": getattr(metric, "unit", ""),
         "convention": getattr(metric, "convention", "" if metric is None else type(metric).__qualname__),
     }

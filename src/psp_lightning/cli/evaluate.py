@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,7 +19,7 @@ from psp_lightning._conf import config_root
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
-from psp_lightning.cli.settings import quote_text
+from psp_lightning.cli.settings import quote_text, separate
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, plural
 
@@ -30,10 +31,11 @@ folders: list[str] = []  # of the jobs of a sweep
 def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
     """Measure this rank's share of the images; rank 0 writes the files and returns the content of metrics.json."""
     from psp_lightning.build.evaluation import build_evaluation, build_subject
-    from psp_lightning.build.evaluation_record import finish
+    from psp_lightning.build.evaluation_record import check_output, finish
     from psp_lightning.build.trainer import run_prediction
 
     subject = build_subject(cfg)
+    check_output(cfg)
     trainer, module, loader, errors = build_evaluation(cfg, subject)
     run_prediction(trainer, module, loader)
     return finish(cfg, subject, module, errors)
@@ -51,7 +53,9 @@ def _run(cfg: DictConfig) -> None:
     import_plugins(cfg.plugins)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
-        cfg.output = _job_folder(cfg.output, row_name(cfg))
+        if cfg.name is None:
+            cfg.name = ", ".join([row_name(cfg), *_swept()])
+        cfg.output = _job_folder(cfg.output, cfg.name)
     folder = Path(cfg.output)
     if (wanted := count_devices(cfg.accelerator, cfg.devices)) > 1 and (ranks := count_ranks(cfg, wanted)) < wanted:
         wanted = cfg.devices = ranks
@@ -66,9 +70,18 @@ def _run(cfg: DictConfig) -> None:
     print(f"{plural(record['n_images'], 'image')}; {page or folder / METRICS}")
 
 
+def _swept() -> list[str]:
+    """Return the settings of this job that vary in the sweep and that `row_name` does not show."""
+    parse = OverridesParser.create().parse_overrides
+    varied = {item.key_or_group for item in parse(separate(sys.argv[1:])[1]) if item.is_sweep_override()}
+    varied -= {"ckpt", "outputs", "refine", "refine.steps"}
+    job = parse(HydraConfig.get().overrides.task)
+    return [f"{item.key_or_group}={item.value()}" for item in job if item.key_or_group in varied]
+
+
 def _job_folder(folder: str, name: str) -> str:
     """Return a folder for a job of a sweep that no other job of it has."""
-    path = os.path.join(folder, re.sub(r"[^\w.-]+", "_", name))
+    path = os.path.join(folder, re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")
     path = next(p for p in itertools.chain([path], (f"{path}_{k}" for k in itertools.count(2))) if p not in folders)
     folders.append(path)
     return path
@@ -78,14 +91,15 @@ def _report(folder: Path, evaluations: list[Path]) -> Path | None:
     """Write report.html and return its path, or say what is missing and return None."""
     from psp_lightning.cli.page import check_packages
     from psp_lightning.cli.report import write_report
+    from psp_lightning.lit.results import REPORT
 
     try:
-        check_packages("report.html")
+        check_packages(REPORT)
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
         return None
-    write_report(folder / "report.html", evaluations)
-    return folder / "report.html"
+    write_report(folder / REPORT, evaluations)
+    return folder / REPORT
 
 
 def _run_all() -> None:

@@ -7,17 +7,15 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from psp_lightning.cli.page import plot, write_page
-from psp_lightning.lit.results import PER_IMAGE, load_results
+from psp_lightning.lit.results import KINDS, PER_IMAGE, load_results
 
 COLOURS = ("#5b9bd5", "#d1495b", "#66a182", "#edae49", "#8d6cab", "#7f7f7f")  # readable on white and on black
-KINDS = ("source", "target", "output")
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,16 @@ def write_report(path: Path, folders: Sequence[Path]) -> None:
     """
     evaluations = [load_evaluation(folder) for folder in folders]
     names = list(dict.fromkeys(name for one in evaluations for name in one.metrics))
-    filters: dict[str, Any] = {"number": number, "embed": embed, "histogram": partial(histogram, evaluations)}
     write_page(
         path,
         "report.html",
-        filters,
+        {"number": number, "embed": embed},
         title=evaluations[0].name if len(evaluations) == 1 else f"{len(evaluations)} evaluations",
         evaluations=evaluations,
         names=names,
         best={name: best(evaluations, name) for name in names},
         kinds=KINDS,
+        histograms=[svg for name in names if (svg := histogram(evaluations, name)) is not None],
         trade_offs=[(name, trade_off(evaluations, name)) for name in names if is_traded(evaluations, name)],
     )
 
@@ -97,17 +95,17 @@ def embed(picture: Path) -> str:
 def best(evaluations: Sequence[Evaluation], name: str) -> float | None:
     """Return the best mean of a metric, or None if there is nothing to compare."""
     rows = [one.metrics[name] for one in evaluations if name in one.metrics]
-    means = [row["mean"] for row in rows if row["mean"] is not None]
-    if len(means) < 2:
+    rows = [row for row in rows if row["mean"] is not None]
+    if len(rows) < 2 or rows[0]["better"] is None:
         return None
-    return max(means) if rows[0]["better"] == "higher" else min(means)
+    return (max if rows[0]["better"] == "higher" else min)(row["mean"] for row in rows)
 
 
 def axis_label(evaluations: Sequence[Evaluation], name: str) -> str:
     """Return a metric's name with its unit and which way is better."""
-    row = next(one.metrics[name] for one in evaluations if name in one.metrics)
+    row = next(one.metrics[name] for one in evaluations if one.metrics.get(name, {}).get("mean") is not None)
     unit = f", {row['unit']}" if row["unit"] else ""
-    return f"{name}{unit} ({row['better']} is better)"
+    return f"{name}{unit}" + (f" ({row['better']} is better)" if row["better"] else "")
 
 
 def histogram(evaluations: Sequence[Evaluation], name: str) -> Any:

@@ -33,10 +33,7 @@ class ImagePairs(Dataset[dict[str, Any]]):
         for name, folder in (("outputs", outputs), ("targets", targets)):
             if not Path(folder).is_dir():
                 raise UserError(f"{name}={folder} is not a folder. Set {name}= to a folder of images.")
-        try:
-            self.pairs = pair(outputs, targets)
-        except UserError as error:  # every image counts, so there is no setting to skip some
-            raise UserError(str(error).split(" To use the other")[0]) from None
+        self.pairs = pair(outputs, targets, what="output", hint="")  # every image counts: none can be skipped
         self.root, self.size = Path(targets), size
 
     def __len__(self) -> int:

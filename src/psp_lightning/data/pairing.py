@@ -190,7 +190,11 @@ def _first_few(names: Sequence[str]) -> str:
 
 
 def pair(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], unpaired: str = "error"
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    unpaired: str = "error",
+    what: str = "source",
+    hint: str = "set data.unpaired=skip",
 ) -> list[tuple[Path, Path]]:
     """Return pairs of source and target files in the order of the targets.
 
@@ -199,6 +203,8 @@ def pair(
 
     Args:
         unpaired: `error`, or `skip` to omit files without a counterpart.
+        what: noun for the files of `source` in messages.
+        hint: how to omit files without a counterpart, for the message; empty if there is no way.
 
     Raises:
         UserError: if a folder is missing or empty, stems are duplicated, or files have no counterpart. The message
@@ -207,29 +213,26 @@ def pair(
     if unpaired not in ("error", "skip"):
         raise UserError(f"unpaired={unpaired!r} is unknown. Use 'error' or 'skip'.")
     source, target = Path(source), Path(target)
-    sources, targets = _list(source, "source folder"), _list(target, "target folder")
+    sources, targets = _list(source, f"{what} folder"), _list(target, "target folder")
     left, right = _by_name(sources, source, targets, target)
     extra_sources = [path.name for key, path in left.items() if key not in right]
     extra_targets = [path.name for key, path in right.items() if key not in left]
     # several names may be links to one file, for example one target of many sources, but no pair is repeated
     pairs = {(sources[left[key]], targets[path]): (left[key], path) for key, path in right.items() if key in left}
     if (extra_sources or extra_targets) and (unpaired == "error" or not pairs):
-        raise UserError(
-            f"Sources in {source} ({plural(len(left), 'file')}) and targets in {target} ({plural(len(right), 'file')}) "
-            "do not pair up."
-            + (
-                f" {plural(len(extra_sources), 'source')} without a target: {_first_few(extra_sources)}."
-                if extra_sources
-                else ""
-            )
-            + (
-                f" {plural(len(extra_targets), 'target')} without a source: {_first_few(extra_targets)}."
-                if extra_targets
-                else ""
-            )
-            + " A source and its target have the same name, apart from the extension."
-            + (f" To use the other {plural(len(pairs), 'pair')}, set data.unpaired=skip." if pairs else "")
-        )
+        one = f"an {what}" if what[0] in "aeiou" else f"a {what}"
+        parts = [
+            f"{what.capitalize()}s in {source} ({plural(len(left), 'file')}) and targets in {target} "
+            f"({plural(len(right), 'file')}) do not pair up."
+        ]
+        if extra_sources:
+            parts.append(f"{plural(len(extra_sources), what)} without a target: {_first_few(extra_sources)}.")
+        if extra_targets:
+            parts.append(f"{plural(len(extra_targets), 'target')} without {one}: {_first_few(extra_targets)}.")
+        parts.append(f"{one.capitalize()} and its target have the same name, apart from the extension.")
+        if pairs and hint:
+            parts.append(f"To use the other {plural(len(pairs), 'pair')}, {hint}.")
+        raise UserError(" ".join(parts))
     return list(pairs.values())
 
 

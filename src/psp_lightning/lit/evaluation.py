@@ -7,6 +7,7 @@ in. Batches consist of the same images for any number of ranks, and each rank co
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
 
 Batch = dict[str, Any]
-FAILURES = (UserError, ValueError)  # of one metric; the others are still measured
+FAILURES = (UserError, ValueError, RuntimeError)  # of one metric; the others are still measured
 
 
 def collate_images(items: list[dict[str, Any]]) -> Batch:
@@ -178,12 +179,21 @@ class LitEvaluator(pl.LightningModule):
 
     @torch.no_grad()
     def predict_step(self, batch: Batch, batch_idx: int) -> int:
-        """Predict and measure a batch; return the number of its images."""
-        outputs = self.outputs(batch)
+        """Predict and measure a batch; return the number of its images.
+
+        Raises:
+            UserError: an output is not finite; a mean without it would be too good.
+        """
+        outputs = self.predict(batch)
         with one_thread():
             for i, output in enumerate(outputs):
                 item = {key: value[i] for key, value in batch.items()}
-                self._measure(item, output, self.seen(item["target"])[None])
+                if not bool(output.isfinite().all()):
+                    raise UserError(
+                        f"The output for {item.get('path', item['index'])} has values that are not finite. Check the "
+                        "checkpoint, or lower refine.lr."
+                    )
+                self._measure(item, self.seen(output), self.seen(item["target"])[None])
         return len(outputs)
 
     def _measure(self, item: dict[str, Any], outputs: Tensor, target: Tensor) -> None:
@@ -194,7 +204,7 @@ class LitEvaluator(pl.LightningModule):
                 continue
             try:
                 if hasattr(metric, "per_image"):
-                    needed = needs(name, metric, given)
+                    needed = needs(metric, given)
                     values = [float(metric.per_image(output[None], target, **needed)) for output in outputs]
                     self.values[name][index] = sum(values) / len(values)
                 else:
@@ -224,32 +234,33 @@ class LitEvaluator(pl.LightningModule):
             else:
                 try:
                     single[name] = float(metric.compute())
+                    if not math.isfinite(single[name]):
+                        raise ValueError(f"the value is {single.pop(name)}, not a finite number.")
                 except FAILURES as error:
                     found[name] = (n, str(error))
         return per_image, single, {name: reason for name, (_, reason) in found.items()}
 
     @torch.no_grad()
-    def time(self, items: list[dict[str, Any]], warm_up: int = 3) -> float:
-        """Return the median of the seconds that one image takes, each on its own, after `warm_up` images.
+    def one(self, item: dict[str, Any]) -> tuple[Tensor, float]:
+        """Predict one image by itself.
 
-        Reading is not included. On a GPU, the clock waits until the image is complete.
+        Returns:
+            Its outputs as they are compared, (n_outputs, 3, H, W), and the seconds that they took. Reading is not
+            included. On a GPU, the clock waits until the outputs are complete.
         """
-        seconds = []
-        for item in [items[0]] * warm_up + items:
-            batch = self.transfer_batch_to_device(collate_images([item]), self.device, 0)
-            self._synchronise()
-            start = time.perf_counter()
-            self.outputs(batch)
-            self._synchronise()
-            seconds.append(time.perf_counter() - start)
-        return float(torch.tensor(seconds[warm_up:], dtype=torch.float64).median())
+        batch = self.transfer_batch_to_device(collate_images([item]), self.device, 0)
+        self._synchronise()
+        start = time.perf_counter()
+        (outputs,) = self.outputs(batch)
+        self._synchronise()
+        return outputs, time.perf_counter() - start
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def needs(name: str, metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def needs(metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that a metric asks for, as batches of one.
 
     Raises:
@@ -257,7 +268,7 @@ def needs(name: str, metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]
     """
     keys = getattr(metric, "needs", ())
     if missing := [key for key in keys if given.get(key) is None]:
-        raise UserError(f"{name} needs {', '.join(missing)} of each image, which this task or data do not have.")
+        raise UserError(f"it needs {', '.join(missing)} of each image, which this task or these data do not have.")
     return {key: torch.as_tensor(given[key])[None] for key in keys}
 
 

@@ -16,29 +16,35 @@ import numpy as np
 from psp_lightning.utils.atomic import replacing
 
 FORMAT = 1
-METRICS, PER_IMAGE = "metrics.json", "per_image.csv"
+METRICS, PER_IMAGE, REPORT, IMAGES = "metrics.json", "per_image.csv", "report.html", "images"
+KINDS = ("source", "target", "output")  # of the shown images
 RESAMPLES, BLOCK = 2000, 1 << 18  # resamples of the bootstrap, and numbers drawn at once
 
 
 def summary(values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Return mean, 95 % interval of the mean, and median, all in float64; images without a value (NaN) are left out.
+    """Return mean, 95 % interval of the mean, median, all in float64, and the number of images that have a value.
+
+    An image whose value is NaN has none, such as the error inside a hole for an image without a hole.
 
     The interval is the percentile bootstrap over images. Its draws depend only on `seed` and the number of values.
 
     Raises:
-        ValueError: no image has a value.
+        ValueError: no image has a value, or a value is infinite.
     """
     x = np.asarray(values, np.float64)
     x = x[~np.isnan(x)]
     if not len(x):
-        raise ValueError("no image has a value")
+        raise ValueError("no image has a value.")
+    if np.isinf(x).any():
+        raise ValueError(f"the value is infinite for {np.isinf(x).sum()} of {len(x)} images.")
     rng, means = np.random.default_rng(seed), []
     rows = max(1, BLOCK // len(x))
     for start in range(0, RESAMPLES, rows):
         chosen = rng.integers(0, len(x), (min(rows, RESAMPLES - start), len(x)))
         means.append(x[chosen].mean(1))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return {"mean": math.fsum(x) / len(x), "low": float(low), "high": float(high), "median": float(np.median(x))}
+    mean = math.fsum(x) / len(x)
+    return {"mean": mean, "low": float(low), "high": float(high), "median": float(np.median(x)), "n_images": len(x)}
 
 
 def files_sha256(names: Sequence[str]) -> str:
@@ -67,6 +73,17 @@ def save_results(folder: Path, record: dict[str, Any], names: Sequence[str], col
         rows.append([index, name, *("" if math.isnan(value) else repr(value) for value in values)])
     _write(folder / PER_IMAGE, _csv(rows))
     _write(folder / METRICS, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def delete_results(folder: Path) -> None:
+    """Delete what an earlier evaluation wrote, metrics.json first: without it, no other file counts as complete."""
+    try:
+        shown = load_results(folder)["images"]["shown"]
+        images = [Path(entry[kind]).name for entry in shown for kind in KINDS if entry[kind]]
+    except (OSError, ValueError, LookupError, TypeError):
+        images = []
+    for path in (METRICS, PER_IMAGE, REPORT, *(f"{IMAGES}/{name}" for name in images)):
+        (folder / path).unlink(missing_ok=True)
 
 
 def load_results(folder: Path) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class FrechetDistance(Metric):
         for name in SETS:
             count, total = int(getattr(self, f"{name}_count")), getattr(self, f"{name}_sum")
             if count < 2:
-                raise UserError(f"FrechetDistance needs at least two {name} images, got {count}.")
+                raise UserError(f"a Frechet distance needs at least two {name} images, got {count}.")
             mean = total / count
             moments += [mean, (getattr(self, f"{name}_products") - count * torch.outer(mean, mean)) / (count - 1)]
         return frechet(*moments)

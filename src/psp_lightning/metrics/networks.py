@@ -104,7 +104,7 @@ class LabelIoU(_RegionMetric):
     def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:
         if source.shape[1] != len(KIND_OF_CLASS):
             raise UserError(
-                f"miou_labels needs label maps with the {len(KIND_OF_CLASS)} classes of CelebAMask-HQ as source (task "
+                f"it needs label maps with the {len(KIND_OF_CLASS)} classes of CelebAMask-HQ as source (task "
                 "seg2face). Use miou for other tasks."
             )
         classes = torch.nn.functional.interpolate(source, self.parser.input_size, mode="nearest").argmax(1)

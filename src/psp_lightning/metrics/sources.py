@@ -37,7 +37,7 @@ class _Region(ImageMean):
 
     def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:
         if source.shape[1] != 4:
-            raise UserError("mse_hole and mse_known need sources with a hole (task inpainting).")
+            raise UserError("it needs sources with a hole (task inpainting).")
         hole = F.interpolate(source[:, 3:], size=y.shape[-2:], mode="nearest")
         weight = (hole if self.inside else 1 - hole).expand_as(y)
         return ((y_hat - y).square() * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
@@ -70,7 +70,7 @@ class Diversity(ImageMean):
     def per_image(self, y_hat: Tensor, y: Tensor, outputs: Tensor) -> Tensor:
         n = outputs.shape[1]
         if n < 2:
-            raise UserError("diversity needs several outputs for each source: set mix.latent_mask and mix.n_outputs.")
+            raise UserError("it needs several outputs for each source: set mix.latent_mask and mix.n_outputs.")
         pairs = [absolute_difference(outputs[:, i], outputs[:, j]) for i in range(n) for j in range(i)]
         return torch.stack(pairs).mean(0)
 

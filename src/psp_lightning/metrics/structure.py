@@ -51,7 +51,7 @@ class SSIM(ImageMean):
 
     def per_image(self, y_hat: Tensor, y: Tensor) -> Tensor:
         if min(y.shape[-2:]) < WINDOW:
-            raise UserError(f"ssim needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
+            raise UserError(f"SSIM needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
         return ssim(_unit(y_hat), _unit(y))
 
 
@@ -75,7 +75,7 @@ class MultiScaleSSIM(ImageMean):
         size = min(y.shape[-2:])
         n = next((n for n in range(len(BETAS), 0, -1) if size >> (n - 1) >= WINDOW), 0)
         if not n:
-            raise UserError(f"ms_ssim needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
+            raise UserError(f"MS-SSIM needs images of at least {WINDOW} px, not {y.shape[-1]} x {y.shape[-2]}.")
         a, b = _unit(y_hat), _unit(y)
         value = torch.ones(len(y), dtype=a.dtype, device=a.device)
         for scale, beta in enumerate(BETAS[:n]):
