@@ -74,8 +74,9 @@ class Part(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        part = {"encoder": self.net.encode, "generator": self.net.decode, "both": self.net}[self.what]
-        return part(x)
+        if self.what == "both":
+            return self.net(x)
+        return self.net.encode(x) if self.what == "encoder" else self.net.decode(x)
 
 
 @torch.no_grad()

@@ -168,7 +168,7 @@ class PSP(nn.Module):
 
         with torch.no_grad():
             first = self.generator.synthesis(w_plus, features=keep)
-            first = F.adaptive_avg_pool2d(first, x.shape[-2:])
+            first = F.adaptive_avg_pool2d(first, (x.shape[-2], x.shape[-1]))
         return self.refiner(x, first, kept[0])
 
     def invert(self, x: Tensor) -> Inversion:
