@@ -311,3 +311,5 @@ def test_photos_page(psp, tiny: list[str], place: Path) -> None:
         assert {path.name for path in (place / folder).glob("*.png")} == names
     assert (place / "faces/face_1.png").read_bytes() == (place / "again/face_1.png").read_bytes()
     assert Image.open(place / "face.png").size == (256, 256)
+    for name in ("out/pasted/face_0.png", "out/pasted/face_1.png", "pasted.png"):
+        assert Image.open(place / name).size == (512, 512)
