@@ -60,7 +60,9 @@ def test_faces_are_translated_and_put_back(psp, photos, tmp_path):
             for axis in "xy"
         )
         output = np.asarray(Image.open(tmp_path / "out" / row["file"]), int)[30:34, 30:34].mean((0, 1))
-        assert abs(after[y - 10 : y + 10, x - 10 : x + 10].mean((0, 1)) - output).max() < 12, "not the output of this face"
+        assert abs(after[y - 10 : y + 10, x - 10 : x + 10].mean((0, 1)) - output).max() < 12, (
+            "not the output of this face"
+        )
     assert changed.any() and not changed[:, :3].any()
 
     again = psp("predict", *common)
