@@ -102,17 +102,6 @@ def test_landmarks_instead_of_the_detector(psp, photos, tmp_path):
     assert done.code == 0 and "photos: 1 face; out/aligned/faces.csv" in done.out, done.err
 
 
-@pytest.mark.slow
-def test_two_devices(shell, photos, tmp_path):
-    crowd(photos, 2, 300).save(tmp_path / "four.png")
-    common = [*PLAIN, "ckpt=toyfaces/inversion", "input=four.png", "faces=all", "paste_back=true"]
-    for devices in (1, 2):
-        done = shell("predict", *common, f"output=out_{devices}", f"devices={devices}", "batch_size=1")
-        assert done.code == 0, done.err
-    one, two = (np.asarray(Image.open(tmp_path / f"out_{n}/pasted/four.png"), int) for n in (1, 2))
-    assert abs(one - two).max() <= 1
-
-
 def test_networks_that_do_not_fit(psp, photos, tmp_path):
     shutil.copy(photos / "face_0.jpg", tmp_path)
     network(tmp_path / "frontal.safetensors", task="frontalization")
