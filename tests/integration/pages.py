@@ -65,6 +65,8 @@ def run_block(block: Block, psp, tiny: list[str]) -> None:
             arguments += ["data.num_workers=0", "trainer.enable_progress_bar=false"]
         elif command == "evaluate":
             arguments = [*arguments, "progress_bar=false", "accelerator=cpu", "timing=1"]
+        elif command == "align":
+            arguments = [*arguments, "progress_bar=false", "workers=0"]
         elif command == "predict":
             arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
         done = psp(command, *arguments)

@@ -299,3 +299,17 @@ def small_network() -> dict[str, object]:
     encoder = GradualStyleEncoder(generator.n_styles, 64, input_size=64, blocks=(1, 1, 1, 1), width=8)
     net = PSP(encoder, generator, generator.latent_average(64), source={"kind": "rgb", "size": 64})
     return {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}
+
+
+# --- docs/photos.md
+
+
+def test_photos_page(psp, tiny: list[str], place: Path) -> None:
+    pytest.importorskip("facenet_pytorch")
+    run_page("photos.md", psp, tiny, place)
+    for folder, names in (("faces", {"face_0.png", "face_1.png", "sheet.png"}), ("by_hand", {"face_0.png"})):
+        assert {path.name for path in (place / folder).glob("*.png")} == names
+    assert (place / "faces/face_1.png").read_bytes() == (place / "again/face_1.png").read_bytes()
+    assert Image.open(place / "face.png").size == (256, 256)
+    for name in ("out/pasted/face_0.png", "out/pasted/face_1.png", "pasted.png"):
+        assert Image.open(place / name).size == (512, 512)

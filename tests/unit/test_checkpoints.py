@@ -172,7 +172,7 @@ def test_keys_with_the_prefix_of_a_wrapper(tmp_path):
     "opts, channels, expected",
     [
         (dict(dataset_type="ffhq_encode"), 3, dict(kind="rgb", size=32)),
-        (dict(dataset_type="ffhq_frontalize"), 3, dict(kind="rgb", size=32)),
+        (dict(dataset_type="ffhq_frontalize"), 3, dict(kind="rgb", size=32, task="frontalization")),
         (dict(dataset_type="celebs_sketch_to_face", input_nc=1), 1, dict(kind="sketch", size=32)),
         (
             dict(dataset_type="celebs_seg_to_face", input_nc=19, label_nc=19),

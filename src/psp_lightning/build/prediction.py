@@ -21,7 +21,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from psp_lightning.build.alignment import AlignmentPlan
 from psp_lightning.build.instantiate import import_plugins, naming
+from psp_lightning.build.photos import align_inputs, check_photo_settings, crops, paste_jobs, paste_outputs
 from psp_lightning.build.trainer import quiet
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
@@ -32,12 +34,13 @@ from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator,
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
-from psp_lightning.lit.prediction import FORMATS, LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
+from psp_lightning.lit.prediction import LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.devices import count_devices, resolve_devices
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.images import FORMATS
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 from psp_lightning.utils.names import native
 from psp_lightning.utils.pictures import open_image
@@ -62,6 +65,7 @@ class PredictionPlan:
     skipped: list[dict[str, Any]]
     latents: Latents | None
     inputs: InputDataset | None = None  # filled by `build_prediction`
+    alignment: AlignmentPlan | None = None  # of the photos, if the inputs are faces from photos
 
     def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors with all codes and return its path, or None if `latents` is off.
@@ -76,6 +80,14 @@ class PredictionPlan:
         gather_latents(path, [self.outputs.code(index) for index in good])
         return path
 
+    def paste(self, cfg: DictConfig, records: list[dict[str, Any]]) -> dict[str, list[str]] | None:
+        """Write OUTPUT/pasted, the photos with the outputs in their places; see `paste_outputs`. None: not wanted."""
+        if not cfg.paste_back or self.alignment is None:
+            return None
+        good = [record for record in records if record["status"] != "error"]
+        outputs = {record["source"]: self.outputs.images(record["index"]) for record in good}
+        return paste_outputs(cfg, paste_jobs(cfg, self.alignment, outputs, self.outputs.made))
+
 
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     """Check the settings, list the inputs and find the outputs that exist already.
@@ -87,9 +99,14 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     _check_settings(cfg)
     folder = Path(cfg.output)
     latents = None
+    alignment = None
     if Path(str(cfg.input)).suffix in (*DESCRIBED, *PLAIN):
         latents = _read_latents(cfg)
         files = [InputFile(Path(str(cfg.input)).expanduser(), native(name)) for name in latents.names]
+    elif cfg.align:
+        import_plugins(cfg.plugins)
+        alignment = align_inputs(cfg, _spec(cfg, load_psp(cfg.ckpt)))
+        files = crops(alignment)
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
     masks = {} if cfg.mask.dir is None else input_masks(files, cfg.mask.dir)
@@ -109,7 +126,7 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     todo = sorted({*range(len(files))} - {record["index"] for record in skipped})
     if todo:  # an interrupted prediction can then tell its own outputs from others
         save_manifest(folder, skipped + [outputs.record(index, "pending") for index in todo])
-    return PredictionPlan(outputs, todo, skipped, latents)
+    return PredictionPlan(outputs, todo, skipped, latents, alignment=alignment)
 
 
 def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
@@ -155,6 +172,7 @@ def _existing(outputs: Outputs) -> list[dict[str, Any]]:
 
 def _check_settings(cfg: DictConfig) -> None:
     """Raise a UserError for invalid settings, before a network is loaded."""
+    check_photo_settings(cfg)
     choice("format", cfg.format, FORMATS)
     choice("precision", cfg.precision, PRECISIONS)
     for key in SWITCHES:
@@ -187,7 +205,7 @@ def _check_settings(cfg: DictConfig) -> None:
 def _read_latents(cfg: DictConfig) -> Latents:
     """Read the codes in `input`; raise a UserError for a file without latents or for settings that need images."""
     path = Path(str(cfg.input)).expanduser()
-    image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None}
+    image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None, "align": cfg.align}
     image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
     if given := [key for key, value in image.items() if value]:
         raise UserError(f"{given[0]} is for images; input={cfg.input} contains latents.")

@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.align import report, report_unknown, summary
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
@@ -35,6 +36,8 @@ def predict_job(plan: PredictionPlan, cfg: DictConfig) -> list[dict[str, Any]]:
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="predict")
 @user_errors
 def _run(cfg: DictConfig) -> None:
+    from psp_lightning.build.alignment import TABLE
+    from psp_lightning.build.photos import PASTED
     from psp_lightning.build.prediction import plan_prediction, sheet_inputs
     from psp_lightning.lit.manifest import MANIFEST, save_manifest
     from psp_lightning.lit.prediction import save_sheet
@@ -51,6 +54,7 @@ def _run(cfg: DictConfig) -> None:
     save_manifest(folder, records)
     if cfg.sheet:
         save_sheet(folder / "sheet.png", records, sheet_inputs(cfg, plan))
+    pasted = plan.paste(cfg, records)
     count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
     for record in records:
         if record["status"] == "error":
@@ -59,6 +63,16 @@ def _run(cfg: DictConfig) -> None:
     print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {folder / MANIFEST}")
     if codes := plan.write_latents(cfg, records):
         print(f"latents: {codes}")
+    if pasted is not None:
+        for reason in pasted["failed"]:
+            print(f"error: {reason}", file=sys.stderr)
+        counted = ", ".join(f"{len(items)} {name}" for name, items in pasted.items())
+        print(f"pasted: {counted}; {folder / PASTED}")
+        count["error"] += len(pasted["failed"])
+    if plan.alignment is not None:
+        rows = plan.alignment.rows()
+        count["error"] += report(rows) + report_unknown(plan.alignment)
+        print(f"photos: {summary(rows)}; {plan.alignment.folder / TABLE}")
     if count["error"]:
         sys.exit(1)
 

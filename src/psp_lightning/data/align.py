@@ -7,6 +7,7 @@ FFHQ preprocessing, which the pSp reference uses with an output size of 256.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -39,35 +40,111 @@ def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_rig
 
 
 def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur (H, W, C) with a Gaussian truncated at 4 sigma, mirroring the borders including the edge pixel."""
+    """Blur (H, W) with a Gaussian truncated at 4 sigma, mirroring the borders including the edge pixel."""
     radius = int(4 * sigma + 0.5)
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-6)) ** 2)
     taps /= taps.sum()
-    for axis in (0, 1):
-        n = image.shape[axis]
+    for _ in range(2):
+        n = image.shape[1]
         index = np.arange(-radius, n + radius) % (2 * n)
-        padded = image.take(np.where(index < n, index, 2 * n - 1 - index), axis=axis)
-        total = np.zeros_like(image)
-        for k, tap in enumerate(taps):
-            total += tap * padded.take(np.arange(k, k + n), axis=axis)
-        image = total
+        index = np.where(index < n, index, 2 * n - 1 - index)
+        length = 1 << (n + 4 * radius).bit_length()  # a product of spectra is a convolution: much faster than the sum
+        spectrum = np.fft.rfft(taps, length)
+        blurred = np.empty_like(image)
+        for start in range(0, len(image), 128):  # bounds the memory
+            rows = np.fft.rfft(image[start : start + 128, index], length, axis=1)
+            blurred[start : start + 128] = np.fft.irfft(rows * spectrum, length, axis=1)[:, 2 * radius : 2 * radius + n]
+        image = blurred.T
     return image
 
 
 def _pad(image: Image.Image, pads: np.ndarray, quad_size: float) -> Image.Image:
     """Extend the photo (left, top, right, bottom) by mirroring, fading outwards into blur and the median colour."""
     left, top, right, bottom = pads.tolist()
-    array = np.pad(np.asarray(image, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
-    height, width = array.shape[:2]
-    y, x = np.ogrid[:height, :width]
-    near = np.minimum(
-        np.minimum(x / max(left, 1e-6), (width - 1 - x) / max(right, 1e-6)),
-        np.minimum(y / max(top, 1e-6), (height - 1 - y) / max(bottom, 1e-6)),
+    planes = []
+    for plane in image.split():  # one by one: less memory
+        array = np.pad(np.asarray(plane, np.float32), ((top, bottom), (left, right)), "reflect")
+        height, width = array.shape
+        y, x = np.ogrid[:height, :width]
+        near = np.minimum(
+            np.minimum(x / max(left, 1e-6), (width - 1 - x) / max(right, 1e-6)),
+            np.minimum(y / max(top, 1e-6), (height - 1 - y) / max(bottom, 1e-6)),
+        )
+        outside = 1 - near
+        array += (_blur(array, quad_size * 0.02) - array) * np.clip(3 * outside + 1, 0, 1)
+        array += (np.median(array) - array) * np.clip(outside, 0, 1)
+        planes.append(Image.fromarray(np.clip(array.round(), 0, 255).astype(np.uint8)))
+    return Image.merge("RGB", planes)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a crop is cut from a photo.
+
+    Attributes:
+        shrink: the photo is first made smaller by this factor.
+        size: width and height of the photo after this.
+        box: left, top, right and bottom of the part that is used.
+        pads: pixels that are added to the left, top, right and bottom of the part; all 0 if it is large enough.
+        quad: float64 (4, 2), the corners of the crop within the padded part, in the order of `crop_corners`.
+    """
+
+    shrink: int
+    size: tuple[int, int]
+    box: np.ndarray
+    pads: np.ndarray
+    quad: np.ndarray
+
+    @property
+    def quad_size(self) -> float:
+        """Side of the crop within the padded part, in pixels."""
+        return float(np.hypot(*(self.quad[3] - self.quad[0])))
+
+
+def plan_cut(photo_size: tuple[int, int], corners: np.ndarray, size: int) -> Cut:
+    """Return how the square with these corners is cut from a photo and scaled to `size` x `size`.
+
+    Raises:
+        UserError: the square lies outside the photo.
+    """
+    quad = np.asarray(corners, float)
+    quad_size = float(np.hypot(*(quad[3] - quad[0])))
+    shrink = max(int(np.floor(quad_size / size * 0.5)), 1)
+    width, height = photo_size
+    if shrink > 1:  # otherwise the bilinear transform would skip pixels
+        photo_size = max(int(np.rint(width / shrink)), 1), max(int(np.rint(height / shrink)), 1)
+        quad, quad_size = quad / shrink, quad_size / shrink
+    border = max(int(np.rint(quad_size * 0.1)), 3)
+    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
+    box = np.concatenate([np.maximum(low - border, 0), np.minimum(high + border, photo_size)])
+    if (box[2:] <= box[:2]).any():
+        raise UserError(f"The face lies outside the photo of {width} x {height} pixels.")
+    quad = quad - box[:2]
+    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
+    pads = np.maximum(np.concatenate([border - low, high - (box[2:] - box[:2]) + border]), 0)
+    pads = np.maximum(pads, int(np.rint(quad_size * 0.3))) if pads.max() > border - 4 else np.zeros_like(pads)
+    return Cut(shrink, photo_size, box, pads, quad + pads[:2])
+
+
+def cut_face(photo: Image.Image, corners: np.ndarray, size: int = 256) -> Image.Image:
+    """Return the square with these corners from an RGB photo, scaled to `size` x `size`; see `align_face`.
+
+    Args:
+        corners: float64 (4, 2) in pixels, see `crop_corners`.
+
+    Raises:
+        UserError: the square lies outside the photo.
+    """
+    cut = plan_cut(photo.size, corners, size)
+    if cut.shrink > 1:
+        photo = photo.resize(cut.size, Image.Resampling.LANCZOS)
+    if (cut.box[2:] - cut.box[:2] < photo.size).any():
+        photo = photo.crop(tuple(cut.box.tolist()))
+    if cut.pads.any():
+        photo = _pad(photo, cut.pads, cut.quad_size)
+    return photo.transform(
+        (size, size), Image.Transform.QUAD, tuple((cut.quad + 0.5).ravel().tolist()), Image.Resampling.BILINEAR
     )
-    outside = (1 - near)[..., None]
-    array += (_blur(array, quad_size * 0.02) - array) * np.clip(3 * outside + 1, 0, 1)
-    array += (np.median(array, axis=(0, 1)) - array) * np.clip(outside, 0, 1)
-    return Image.fromarray(np.clip(array.round(), 0, 255).astype(np.uint8))
 
 
 def align_face(
@@ -75,10 +152,11 @@ def align_face(
 ) -> Image.Image:
     """Return the FFHQ crop of a photo, an RGB image of `size` x `size`.
 
-    Areas outside the photo are filled by mirroring and blurring.
+    Areas outside the photo are filled by mirroring and blurring. `psp_lightning.data.faces.detect_faces` finds the
+    positions: `align_face(image, *face.points)`.
 
     Args:
-        image: path or PIL image, upright.
+        image: path or PIL image; the EXIF orientation is applied.
         eye_left, eye_right: x, y in pixels of the eye centres; left and right are as seen in the photo.
         mouth_left, mouth_right: x, y in pixels of the mouth corners.
         size: height and width of the crop.
@@ -87,28 +165,4 @@ def align_face(
         UserError: if the image cannot be read, the points do not form a face, or the face lies outside the photo.
     """
     photo = open_8bit(image, "RGB")
-    quad = crop_corners(eye_left, eye_right, mouth_left, mouth_right)
-    quad_size = float(np.hypot(*(quad[3] - quad[0])))
-    shrink = int(np.floor(quad_size / size * 0.5))
-    if shrink > 1:  # otherwise the bilinear transform below would skip pixels
-        photo = photo.resize(
-            (int(np.rint(photo.width / shrink)), int(np.rint(photo.height / shrink))), Image.Resampling.LANCZOS
-        )
-        quad, quad_size = quad / shrink, quad_size / shrink
-    border = max(int(np.rint(quad_size * 0.1)), 3)
-    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
-    box = np.concatenate([np.maximum(low - border, 0), np.minimum(high + border, photo.size)])
-    if (box[2:] <= box[:2]).any():
-        raise UserError(f"The face lies outside the photo of {photo.width} x {photo.height} pixels.")
-    if (box[2:] - box[:2] < photo.size).any():
-        photo = photo.crop(tuple(box.tolist()))
-        quad = quad - box[:2]
-    low, high = np.floor(quad.min(0)).astype(int), np.ceil(quad.max(0)).astype(int)
-    pads = np.maximum(np.concatenate([border - low, high - np.array(photo.size) + border]), 0)
-    if pads.max() > border - 4:
-        pads = np.maximum(pads, int(np.rint(quad_size * 0.3)))
-        photo = _pad(photo, pads, quad_size)
-        quad = quad + pads[:2]
-    return photo.transform(
-        (size, size), Image.Transform.QUAD, tuple((quad + 0.5).ravel().tolist()), Image.Resampling.BILINEAR
-    )
+    return cut_face(photo, crop_corners(eye_left, eye_right, mouth_left, mouth_right), size)

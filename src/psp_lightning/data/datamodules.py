@@ -88,7 +88,8 @@ class TaskDataModule(_DataModule):
         spec: InputSpec | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
-        self.spec = spec or InputSpec("rgb", input_size)
+        turned = self.layout.target == "frontal"  # the output is not in the place of the source
+        self.spec = spec or InputSpec("rgb", input_size, task=self.layout.task if turned else None)
         self.target_size = target_size
         self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
         self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)

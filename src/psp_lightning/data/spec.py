@@ -31,6 +31,8 @@ class InputSpec:
         factors: down-sampling factors of `lowres`.
         label_map: ids, names and colours of `labels` from `LabelMap.to_dict()`. None: the ids 0..n_classes-1.
         mask: options of `psp_lightning.data.masks.draw_mask` for the holes of `masked`.
+        task: name of the task if the output is not in the place of the source: `frontalization`. None: it is, or this
+            is not known.
 
     Raises:
         UserError: if the kind or interpolation is unknown, or a number is out of range.
@@ -43,6 +45,7 @@ class InputSpec:
     factors: tuple[int, ...] = ()
     label_map: dict[str, Any] | None = None
     mask: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -80,8 +83,9 @@ class InputSpec:
         return self.source.channels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as strings, numbers, lists and dicts."""
-        return {**asdict(self), "factors": list(self.factors)}
+        """Return the fields as strings, numbers, lists and dicts; without `task` if it is None."""
+        values = {**asdict(self), "factors": list(self.factors)}
+        return {key: value for key, value in values.items() if key != "task" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputSpec:

@@ -183,6 +183,8 @@ def convert_source(opts: Mapping[str, Any], in_channels: int, input_size: int) -
     by_channels = {3: "rgb", 1: "sketch"}.get(in_channels, "labels")
     kind = SOURCE_KINDS.get(str(opts.get("dataset_type")), by_channels)
     source: dict[str, Any] = {"kind": kind, "size": input_size}
+    if opts.get("dataset_type") == "ffhq_frontalize":
+        source["task"] = "frontalization"
     if kind == "labels":
         # the released segmentation networks were trained on bilinearly resized label maps
         source |= {"n_classes": int(opts.get("label_nc") or in_channels), "interpolation": "legacy_bilinear"}

@@ -19,6 +19,15 @@ MANIFEST = "manifest.jsonl"
 NAMES = ("source", "name", "output", "files")  # the fields that contain names of files
 
 
+def stamp(path: Path) -> list[int] | None:
+    """Return size and modification time of a file, by which a change of the file is noticed; None if it is missing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _converted(record: dict[str, Any], convert: Any) -> dict[str, Any]:
     """Return a record with `convert` applied to the names of files."""
     names = {key: record[key] for key in NAMES if key in record}
@@ -83,7 +92,7 @@ def difference(recorded: dict[str, Any] | None, now: dict[str, Any]) -> str | No
     if os.path.realpath(recorded["source"]) != os.path.realpath(now["source"]):
         return f"was made from {recorded['source']}"
     before, after = recorded["made"], now["made"]
-    if before.get("sha256") != after["sha256"]:
+    if before.get("sha256") != after.get("sha256"):
         name = recorded.get("checkpoint")
         return f"was made by {'an earlier ' if name == now['checkpoint'] else 'another checkpoint, '}{name}"
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +24,13 @@ from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
-from psp_lightning.lit.manifest import append_record
+from psp_lightning.lit.manifest import append_record, stamp
 from psp_lightning.models.psp import PSP
+from psp_lightning.utils.atomic import DISK
 from psp_lightning.utils.errors import UserError, clean
-from psp_lightning.utils.images import save_atomic, to_pil, to_uint8
+from psp_lightning.utils.images import FORMATS, save_atomic, to_pil, to_uint8
 from psp_lightning.utils.names import portable
 from psp_lightning.utils.pictures import open_8bit
-
-FORMATS: dict[str, dict[str, Any]] = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
-# failures of the disk, which would meet every later output too; other failures concern one output
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class LitPredictor(pl.LightningModule):
@@ -178,19 +174,10 @@ class Outputs:
             **({} if error is None else {"error": error}),
             "checkpoint": self.checkpoint,
             "made": self.made,
-            "stamp": _stamp(source) if mask is None else [_stamp(source), _stamp(mask)],
+            "stamp": stamp(source) if mask is None else [stamp(source), stamp(mask)],
             "files": [path.relative_to(self.folder).as_posix() for path in files],
         }
         return line
-
-
-def _stamp(path: Path) -> list[int] | None:
-    """Return size and modification time of a file, by which a change of an input or its mask is noticed."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 class PredictionWriter(Callback):

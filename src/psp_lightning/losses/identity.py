@@ -16,21 +16,11 @@ from psp_lightning.losses.similarity import SimilarityLoss
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.optional import facenet_pytorch
 from psp_lightning.zoo.locate import find
 
 INPUT_SIZE = {"ir_se50": 112, "facenet": 160}  # side of the face crops that the network was trained on
 RECORD = {"ir_se50": "ir_se50", "facenet": "inception_resnet_v1"}  # weight record of the network
-
-
-def _facenet() -> nn.Module:
-    try:
-        from facenet_pytorch import InceptionResnetV1
-    except ImportError as error:
-        raise UserError(
-            "The identity network 'facenet' needs the package facenet-pytorch. Its metadata forbids current torch and "
-            f"numpy, so install it with: pip install --no-deps facenet-pytorch==2.6.0 ({error})"
-        ) from error
-    return InceptionResnetV1(pretrained=None)
 
 
 @register_loss("id")
@@ -70,7 +60,11 @@ class IDLoss(SimilarityLoss):
                 f"Unknown identity network '{backbone}'.{suggest(backbone, RECORD)} Known: {', '.join(RECORD)}, and "
                 "files of embeddings, such as toyfaces/identity."
             )
-        network = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112) if backbone == "ir_se50" else _facenet()
+        if backbone == "ir_se50":
+            network: nn.Module = ArcFaceIRSE(n_layers=50, mode="ir_se", input_size=112)
+        else:
+            package = facenet_pytorch("The identity network 'facenet'")
+            network = package.InceptionResnetV1(pretrained=None)
         path = find(RECORD[backbone], Path(weights) if weights is not None else None)
         # facenet-pytorch's files also contain the classifier of the training set
         load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))

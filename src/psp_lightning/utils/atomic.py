@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# failures of the disk, which would meet every later file too; other failures concern one file
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:

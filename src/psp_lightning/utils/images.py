@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from psp_lightning.utils.atomic import replacing
+
+# suffixes of written images, and Pillow's options for them
+FORMATS: dict[str, dict[str, Any]] = {"png": {"compress_level": 3}, "jpg": {"quality": 95}, "webp": {"quality": 95}}
 
 
 def to_uint8(image: Tensor) -> Tensor:
