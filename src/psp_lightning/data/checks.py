@@ -175,22 +175,22 @@ def check_sizes(facts: Iterable[Facts], target_size: int = 0) -> list[Finding]:
     for group in _by_role(item for item in facts if min(item.size) > 0 and item.kind != "mask"):
         (width, height), count = Counter(item.size for item in group).most_common(1)[0]
         usual = f"{width} x {height}"
+        alike = [item for item in group if _alike(item.size, (width, height))]
         others = [item for item in group if not _alike(item.size, (width, height))]
         squashed = "Training squashes every picture to a square. Crop them"
-        if len(others) > len(group) / 2:
+        if len(others) > len(alike):
             findings.append(_finding("size", False, group, "have many shapes", f"{squashed}.", _size))
             continue
         if others:
             text = f"have another shape than the rest ({usual})"
             findings.append(_finding("size", True, others, text, f"{squashed} like the rest, or remove them.", _size))
         if not _alike((width, height), (1, 1)):
-            rest = [item for item in group if item not in others]
-            findings.append(_finding("size", False, rest, "are not square", f"{squashed}.", _size))
-        odd = [item for item in group if item.size != (width, height) and _alike(item.size, (width, height))]
+            findings.append(_finding("size", False, alike, "are not square", f"{squashed}.", _size))
+        odd = [item for item in alike if item.size != (width, height)]
         if odd and count > len(group) / 2:
             text = f"have another size than the rest ({usual})"
             findings.append(_finding("size", False, odd, text, "They are resized, so check their quality.", _size))
-        small = [item for item in group if min(item.size) < target_size and item.role != "source"]
+        small = [item for item in alike if min(item.size) < target_size and item.role != "source"]
         if small:
             text = f"are smaller than the {target_size} px of training"
             advice = "They are enlarged and look blurred. Use larger ones, or a smaller domain.target_size."

@@ -22,6 +22,7 @@ from psp_lightning.data.stores import Store
 from psp_lightning.data.transforms import check_lossless, read_labels
 from psp_lightning.utils.errors import UserError, clean
 from psp_lightning.utils.pictures import ImageLike, opacity, open_image, to_8bit
+from psp_lightning.utils.progress import track
 
 THUMB = 16  # height and width of the thumbnails in pixels
 DRAWN = 256  # pictures that are checked of a store that has no files
@@ -137,12 +138,7 @@ def survey(
     """Read all pictures, in threads, and return about one kilobyte of facts for each, in the same order."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = pool.map(functools.partial(examine, label_map=label_map), pictures)
-        if not progress:
-            return list(read)
-        from rich.console import Console
-        from rich.progress import track
-
-        return list(track(read, "reading pictures", len(pictures), console=Console(stderr=True), transient=True))
+        return list(track(read, "reading pictures", len(pictures), progress))
 
 
 def examine(picture: Picture, label_map: LabelMap | None = None) -> Facts:
