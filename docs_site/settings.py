@@ -21,10 +21,11 @@ TEXTS = {
     "predict": "The keys of `psp-predict`. It has no groups.",
     "evaluation": "The keys of `psp-evaluate` that belong to no group, and the groups it starts from. Groups that have "
     "no page below are those of `psp-train`.",
+    "doctor": "The keys of `psp-doctor data`; the others are those of `psp-train`.",
     "callbacks": "Checkpoints, image grids and other callbacks of `psp-train`: `callbacks=NAME` selects a file, and "
     "`callbacks.images=null` removes one of its entries.",
     "data": "Where the images come from: `data=folder` or `data=toyfaces`.",
-    "debug": "Short runs that check whether everything works: `debug=fast`.",
+    "debug": "Short runs that check whether everything works: `debug=fast`, `debug=overfit10`.",
     "domain": "The kind of images. A domain selects a generator, an encoder, a data source and loss terms that go "
     "together: `domain=ffhq`.",
     "encoder": "The network that is trained: `encoder=gradual`.",
@@ -32,7 +33,7 @@ TEXTS = {
     "`experiment=toyfaces_inversion`. Anything on the command line overrides it.",
     "generator": "The frozen StyleGAN2 that draws the output: `generator=file generator.path=FILE`.",
     "hparams_search": "Searches for good settings: `psp-train -m hparams_search=optuna`.",
-    "hydra": "Where runs are written, and the text of `psp-train --help`.",
+    "hydra": "Where runs are written, and the text of `psp-train --help` and `psp-doctor data --help`.",
     "logger": "Where the logged numbers go: `logger=tensorboard`. All but `none` also write the CSV file.",
     "loss": "Terms of the training objective. Select several as a list, `loss=[l2,lpips,id]`; each key of a selected "
     "term can be set, for example `loss.lpips.weight=0.4`.",
@@ -61,10 +62,14 @@ TEXTS = {
 COMMANDS = {
     "train": "train.yaml",
     "predict": "predict.yaml",
+    "doctor": "doctor.yaml",
     TRAINING: f"{TRAINING}/train_generator.yaml",
     EVALUATION: f"{EVALUATION}/evaluate.yaml",
 }
-TITLES = {"train": "psp-train", "predict": "psp-predict", TRAINING: "psp-train-generator", EVALUATION: "psp-evaluate"}
+TITLES = {
+    "train": "psp-train", "predict": "psp-predict", "doctor": "psp-doctor data", TRAINING: "psp-train-generator",
+    EVALUATION: "psp-evaluate",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,9 @@ def render_index() -> str:
     lines = [
         "# Settings",
         "",
-        "`psp-train`, `psp-predict`, `psp-evaluate` and `psp-train-generator` compose their settings from the YAML "
-        "files below `conf/` (in an installed package: `psp_lightning/conf`). These pages are generated from those "
-        "files and show every key with its default and its comment.",
+        "`psp-train`, `psp-predict`, `psp-evaluate`, `psp-doctor data` and `psp-train-generator` compose their "
+        "settings from the YAML files below `conf/` (in an installed package: `psp_lightning/conf`). These pages are "
+        "generated from those files and show every key with its default and its comment.",
         "",
         "- `KEY=VALUE` sets a key, `GROUP=NAME` selects another file of a group, `+KEY=VALUE` adds a key that does "
         "not exist.",

@@ -128,7 +128,7 @@ def test_every_setting_that_is_text_exists() -> None:
     others = [composed("task=seg2face", "logger=tensorboard"), composed("task=inpainting"), composed_generator()]
     others.append(composed_evaluation())
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        others.append(compose("predict"))
+        others += [compose("predict"), compose("doctor")]
     known = {path.name for path in (*CONF.iterdir(), *MAKER.iterdir())}
     known.update(key for cfg in (training, *others) for key in flat(OmegaConf.to_container(cfg)))
     assert TEXT - known == {"hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"}

@@ -48,6 +48,8 @@ def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
         kept.remove("trainer=cpu")
     if folder:
         kept.append("data.num_workers=0")
+    if "debug=overfit10" in arguments:  # two steps are too few to learn anything
+        kept.append("callbacks.overfit=null")
     if any(item.startswith("resume=") for item in arguments):  # two more steps than the run has done
         kept += ["trainer.max_steps=4", "trainer.val_every=4"]
     return [*arguments, *kept]
@@ -67,6 +69,9 @@ def run_block(block: Block, psp, tiny: list[str]) -> None:
             arguments = [*arguments, "progress_bar=false", "accelerator=cpu", "timing=1"]
         elif command == "align":
             arguments = [*arguments, "progress_bar=false", "workers=0"]
+        elif command == "doctor" and arguments[:1] == ["data"]:
+            arguments = [*arguments, "trainer=cpu", "doctor.progress_bar=false", "doctor.images=2", "doctor.faces=8"]
+            arguments += ["data.num_workers=0", "data.batch_size=2"]
         elif command == "predict":
             arguments = [*arguments, "progress_bar=false", "num_workers=0", "accelerator=cpu"]
         done = psp(command, *arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.pages import DOCS, blocks, commands, run_page, write_file
+from tests.integration.pages import DOCS, blocks, commands, run_block, run_page, write_file
 from tests.integration.test_docs import checkpoint
 
 
@@ -113,6 +113,33 @@ def test_completion(monkeypatch: pytest.MonkeyPatch, psp) -> None:
     assert "task=sketch2face" in psp("train", "-sc", "query=bash").out.split()
     monkeypatch.setenv("COMP_LINE", "psp-train trainer.")
     assert "trainer.max_steps=" in psp("train", "-sc", "query=bash").out
+
+
+def test_own_data_page(psp, tiny: list[str], place: Path) -> None:
+    names: dict[str, object] = {"__name__": "page"}
+    texts, outputs = [], []
+    for block in blocks(DOCS / "own_data.md"):
+        if block.language == "python":
+            exec(compile(block.text, f"own_data.md:{block.line}", "exec"), names)
+        elif block.language == "text":
+            texts.append(block.text)
+        elif "exit status 1" in block.text:
+            ((_, *arguments),) = commands(block)
+            done = psp("doctor", *arguments, "doctor.faces=0", "doctor.progress_bar=false")
+            assert done.code == 1, done.out + done.err
+            outputs.append(done.out)
+        else:
+            run_block(block, psp, tiny)
+    assert len(texts) == 2 and texts[1].splitlines() == outputs[0].splitlines()[: len(texts[1].splitlines())]
+    assert (place / "doctor" / "pairs.png").is_file() and (place / "doctor" / "generator.png").is_file()
+    assert len(list((place / "drawn").glob("*.png"))) == 65  # with the sheet
+
+
+def test_own_data_page_names_every_check() -> None:
+    from psp_lightning.data.checks import CHECKS
+
+    named = re.findall(r"^\| `(\w+)` \|", (DOCS / "own_data.md").read_text(), re.MULTILINE)
+    assert named == [*CHECKS, "training"]
 
 
 def test_released_weights_page(psp, tiny: list[str], place: Path) -> None:

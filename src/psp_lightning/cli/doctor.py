@@ -1,17 +1,25 @@
-"""psp-doctor: report whether the CUDA kernels can be built, are used and are correct."""
+"""psp-doctor: check the data of a training, the installed packages, and the CUDA kernels."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from psp_lightning.cli.settings import command, parse, verb
+from psp_lightning.cli import check_data
+from psp_lightning.cli.help import page
+from psp_lightning.cli.installed import print_installed
+from psp_lightning.cli.mistakes import guard
+from psp_lightning.cli.settings import command, parse, quote_text, verb
 from psp_lightning.utils.errors import UserError
 
 USAGE = "psp-doctor ops"
-HELP = f"""{USAGE} [build=true] [check=false]
+HELP = f"""psp-doctor finds what is wrong before a training starts.
 
-Prints which kernels are used, why, and which tools build them.
+psp-doctor                        what is installed, and the command for each part that is missing
+psp-doctor data [SETTINGS]        check the data, with the settings of psp-train: psp-doctor data --help
+{USAGE} [build=true] [check=false]
+
+ops prints which kernels are used, why, and which tools build them.
 
 build   build them now, even without a GPU (for the architectures in TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0")
 check   on a GPU: compare every kernel with plain PyTorch in float64 (default: true)
@@ -112,15 +120,26 @@ def _check() -> bool:
 
 
 def run(arguments: list[str]) -> None:
-    """Run the command."""
-    verb("psp-doctor", arguments, ["ops"])
+    """Run the command without or with `ops`."""
+    if not arguments:
+        if not print_installed():
+            sys.exit(1)
+        return
+    verb("psp-doctor", arguments, ["data", "ops"])
     if not report(**parse(arguments[1:], {"build": False, "check": True}, [], USAGE)):
         sys.exit(1)
 
 
 def main() -> None:
     """Entry point of `psp-doctor`."""
-    command(HELP, run)
+    if sys.argv[1:2] != ["data"]:
+        command(HELP, run, needs_arguments=False)
+        return
+    del sys.argv[1]
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(page("psp-doctor data"))
+        return
+    guard(check_data.run, quote_text)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,13 @@ PAGES: dict[str, tuple[str, list[str], str]] = {
         data.num_workers data.limit optimizer optimizer.lr loss encoder experiment logger paths.runs seed plugins
         hparams_search objective""",
     ),
+    "psp-doctor data": (
+        "hydra/doctor",
+        ["doctor", "train", "domain/toyfaces", "data/folder", "generator/file", "trainer/default"],
+        """task domain data data.root data.source data.target data.val_root data.unpaired data.batch_size
+        generator.path loss trainer.max_steps doctor.output doctor.workers doctor.images doctor.faces doctor.steps
+        doctor.minutes doctor.trial doctor.progress_bar""",
+    ),
     "psp-train-generator": (
         f"{MAKER}hydra/default",
         [

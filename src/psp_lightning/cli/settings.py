@@ -17,7 +17,8 @@ from psp_lightning.utils.errors import UserError, suggest
 # them: 2024_01_05 would be the number 20240105, and a comma the start of a sweep.
 TEXT = {
     "run", "resume", "init_from", "paths.runs", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir",
-    "ckpt", "input", "output", "mask.dir", "mix.reference", "landmarks", "paste.parser", "outputs", "targets", "name",
+    "ckpt", "input", "output", "doctor.output", "mask.dir", "mix.reference", "landmarks", "paste.parser", "outputs",
+    "targets", "name",
     "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
     "data.name", "data.licence", "domain.identity", "generator.path", "model.backbone",
     "task.datamodule.label_map", "task.datamodule.mask_dir",

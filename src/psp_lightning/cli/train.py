@@ -28,7 +28,9 @@ log = logging.getLogger("psp_train")
 
 def train_job(cfg: DictConfig) -> float | None:
     """Run one training, or one rank of it; return the objective."""
+    from psp_lightning.build.doctor import check_first_batch
     from psp_lightning.build.training import build_training, toy_terms
+    from psp_lightning.data.datamodules import TaskDataModule
 
     run = cfg.paths.output_dir
 
@@ -41,6 +43,9 @@ def train_job(cfg: DictConfig) -> float | None:
                 "domain=ffhq256 (faces) or domain=generic, or set domain.identity=FILE",
                 ",".join(terms),
             )
+        if isinstance(training.data, TaskDataModule):
+            for finding in check_first_batch(training.data):
+                log.warning("%s", finding.line())
         steps = training.trainer.max_steps
         log.info("%s on %s, %s; run directory %s", cfg.task.name, cfg.data.name, plural(steps, "step"), run)
 

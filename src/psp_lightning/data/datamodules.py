@@ -111,11 +111,16 @@ class TaskDataModule(_DataModule):
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 
+    def store(self, split: str) -> Store:
+        """Return the store of `train` or `val`, which `dataset` prepares."""
+        given = self._stores[split]
+        store = self._stores[split] = given if isinstance(given, Store) else given()
+        return store
+
     def dataset(self, split: str) -> TaskDataset:
         """Return the dataset of `train` or `val`."""
         if split not in self._datasets:
-            given = self._stores[split]
-            store = given if isinstance(given, Store) else given()
+            store = self.store(split)
             store.prepare(self.layout)
             self._datasets[split] = TaskDataset(
                 store,

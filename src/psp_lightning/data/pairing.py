@@ -8,12 +8,15 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError, plural
+
+Groups = dict[str, list[Path]]  # files by name
 
 # Formats that Pillow registers but reads without pixels, on some systems only, or by running another program.
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -155,38 +158,93 @@ def expand(pattern: str) -> tuple[Path, list[Path]]:
     return root, once({path: os.path.realpath(path) for path in files})
 
 
-def _groups(images: Iterable[Path], root: Path, nested: bool) -> dict[str, list[Path]]:
-    groups = defaultdict(list)
+def _groups(images: Iterable[Path], root: Path, nested: bool) -> Groups:
+    groups: Groups = defaultdict(list)
     for path in images:
         groups[path.relative_to(root).with_suffix("").as_posix() if nested else path.stem].append(path)
     return groups
 
 
-def _by_name(
-    left: Iterable[Path], left_root: Path, right: Iterable[Path], right_root: Path
-) -> tuple[dict[str, Path], dict[str, Path]]:
+def _by_name(left: Iterable[Path], left_root: Path, right: Iterable[Path], right_root: Path) -> tuple[Groups, Groups]:
     """Return the files of both folders by the name that pairs them.
 
     This is the stem. If a stem occurs more than once in a folder, it is the relative path without extension.
-
-    Raises:
-        UserError: if that occurs more than once, too.
     """
-    both = [(left_root, _groups(left, left_root, False)), (right_root, _groups(right, right_root, False))]
-    if any(len(group) > 1 for _, groups in both for group in groups.values()):
-        both = [(left_root, _groups(left, left_root, True)), (right_root, _groups(right, right_root, True))]
-    for folder, groups in both:
-        if duplicates := [group for group in groups.values() if len(group) > 1]:
-            first = _first_few([str(path) for path in duplicates[0]])
-            raise UserError(
-                f"{plural(len(duplicates), 'duplicate stem')} in {folder}, the first: {first}. "
-                "Files are paired by stem, so each stem may occur only once. Remove or rename the other files."
-            )
-    return tuple({key: group[0] for key, group in groups.items()} for _, groups in both)  # type: ignore[return-value]
+    both = _groups(left, left_root, False), _groups(right, right_root, False)
+    if any(len(group) > 1 for groups in both for group in groups.values()):
+        both = _groups(left, left_root, True), _groups(right, right_root, True)
+    return both
+
+
+def _repeated(groups: Groups) -> list[list[Path]]:
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def repeated(images: Iterable[Path], root: Path) -> list[list[Path]]:
+    """Return the groups of images in `root` whose relative paths differ only in their extension."""
+    return _repeated(_groups(images, root, True))
+
+
+def _refuse_repeated(groups: list[list[Path]], folder: Path) -> None:
+    if groups:
+        raise UserError(
+            f"{plural(len(groups), 'duplicate stem')} in {folder}, the first: "
+            f"{_first_few([str(path) for path in groups[0]])}. "
+            "Files are paired by stem, so each stem may occur only once. Remove or rename the other files."
+        )
 
 
 def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the files of a source and a target folder pair up.
+
+    Attributes:
+        n_sources, n_targets: number of different names in each folder.
+        pairs: (source, target) in the order of the targets. Of files with the same name, the first one.
+        extra_sources, extra_targets: files without a counterpart.
+        repeated_sources, repeated_targets: groups of files with the same name.
+        shared_stems: groups of files in different subfolders with the same stem; if there are any, files are paired by
+            relative path.
+    """
+
+    n_sources: int
+    n_targets: int
+    pairs: list[tuple[Path, Path]]
+    extra_sources: list[Path]
+    extra_targets: list[Path]
+    repeated_sources: list[list[Path]]
+    repeated_targets: list[list[Path]]
+    shared_stems: list[list[Path]]
+
+
+def match(source: str | os.PathLike[str], target: str | os.PathLike[str], what: str = "source") -> Matching:
+    """Pair the files of two folders as `pair` does, and return what is wrong instead of raising an error for it.
+
+    `what` is the noun for the files of `source` in messages.
+
+    Raises:
+        UserError: if a folder is missing, cannot be read or contains no images.
+    """
+    source, target = Path(source), Path(target)
+    sources, targets = _list(source, f"{what} folder"), _list(target, "target folder")
+    left, right = _by_name(sources, source, targets, target)
+    # several names may be links to one file, for example one target of many sources, but no pair is repeated
+    pairs = {(sources[left[key][0]], targets[group[0]]): (left[key][0], group[0])
+             for key, group in right.items() if key in left}  # fmt: skip
+    return Matching(
+        len(left),
+        len(right),
+        list(pairs.values()),
+        [group[0] for key, group in left.items() if key not in right],
+        [group[0] for key, group in right.items() if key not in left],
+        _repeated(left),
+        _repeated(right),
+        _repeated(_groups(sources, source, False)) + _repeated(_groups(targets, target, False)),
+    )
 
 
 def pair(
@@ -210,30 +268,40 @@ def pair(
         UserError: if a folder is missing or empty, stems are duplicated, or files have no counterpart. The message
             counts these files and names the first ones.
     """
+    found = match(source, target, what)
+    refuse_unpaired(found, source, target, unpaired, what, hint)
+    return found.pairs
+
+
+def refuse_unpaired(
+    found: Matching,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    unpaired: str = "error",
+    what: str = "source",
+    hint: str = "set data.unpaired=skip",
+) -> None:
+    """Raise the errors of `pair` about names that occur twice and files without a counterpart."""
     if unpaired not in ("error", "skip"):
         raise UserError(f"unpaired={unpaired!r} is unknown. Use 'error' or 'skip'.")
-    source, target = Path(source), Path(target)
-    sources, targets = _list(source, f"{what} folder"), _list(target, "target folder")
-    left, right = _by_name(sources, source, targets, target)
-    extra_sources = [path.name for key, path in left.items() if key not in right]
-    extra_targets = [path.name for key, path in right.items() if key not in left]
-    # several names may be links to one file, for example one target of many sources, but no pair is repeated
-    pairs = {(sources[left[key]], targets[path]): (left[key], path) for key, path in right.items() if key in left}
-    if (extra_sources or extra_targets) and (unpaired == "error" or not pairs):
+    _refuse_repeated(found.repeated_sources, Path(source))
+    _refuse_repeated(found.repeated_targets, Path(target))
+    extra_sources = [path.name for path in found.extra_sources]
+    extra_targets = [path.name for path in found.extra_targets]
+    if (extra_sources or extra_targets) and (unpaired == "error" or not found.pairs):
         one = f"an {what}" if what[0] in "aeiou" else f"a {what}"
         parts = [
-            f"{what.capitalize()}s in {source} ({plural(len(left), 'file')}) and targets in {target} "
-            f"({plural(len(right), 'file')}) do not pair up."
+            f"{what.capitalize()}s in {source} ({plural(found.n_sources, 'file')}) and targets in {target} "
+            f"({plural(found.n_targets, 'file')}) do not pair up."
         ]
         if extra_sources:
             parts.append(f"{plural(len(extra_sources), what)} without a target: {_first_few(extra_sources)}.")
         if extra_targets:
             parts.append(f"{plural(len(extra_targets), 'target')} without {one}: {_first_few(extra_targets)}.")
         parts.append(f"{one.capitalize()} and its target have the same name, apart from the extension.")
-        if pairs and hint:
-            parts.append(f"To use the other {plural(len(pairs), 'pair')}, {hint}.")
+        if found.pairs and hint:
+            parts.append(f"To use the other {plural(len(found.pairs), 'pair')}, {hint}.")
         raise UserError(" ".join(parts))
-    return list(pairs.values())
 
 
 def pair_masks(images: Sequence[str], root: str | os.PathLike[str], masks: str | os.PathLike[str]) -> dict[str, Path]:
@@ -248,4 +316,6 @@ def pair_masks(images: Sequence[str], root: str | os.PathLike[str], masks: str |
     """
     names = {Path(image): image for image in images}
     left, right = _by_name(names, Path(root), _list(masks, "mask folder"), Path(masks))
-    return {names[path]: right[key] for key, path in left.items() if key in right}
+    _refuse_repeated(_repeated(left), Path(root))
+    _refuse_repeated(_repeated(right), Path(masks))
+    return {names[group[0]]: right[key][0] for key, group in left.items() if key in right}

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from psp_lightning.data.pairing import list_images, pair
+from psp_lightning.data.pairing import Matching, list_images, match, refuse_unpaired
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.compat import moved
@@ -131,13 +131,19 @@ class FolderStore(Store):
         self.unpaired, self.limit = unpaired, whole("limit", limit, 1, optional=True)
         self._files: list[tuple[Path | None, Path]] = []
         self._listing: tuple[Path, list[str]] = (Path(), [])
+        self.matching: Matching | None = None  # of sources and targets, once prepared
 
     def _folder(self, what: str) -> Path | None:
         """Return the subfolder of `root` with `what` in the CelebAMask-HQ layout, or None."""
         folders = (Path(self.root, name) for name in CELEBA_FOLDERS[what]) if self.root else ()
         return next((folder for folder in folders if folder.is_dir()), None)
 
-    def prepare(self, layout: PairLayout) -> None:
+    def folders(self, layout: PairLayout) -> tuple[Path | None, Path]:
+        """Return the folder of the sources, or None if they are made from the targets, and the folder of the targets.
+
+        Raises:
+            UserError: a folder that `layout` needs is not set.
+        """
         source, target = self.source, self.target
         if target is None and self.root is not None:
             target = self._folder("image") or self.root
@@ -156,11 +162,21 @@ class FolderStore(Store):
             raise UserError(
                 "inpainting makes the holes itself. Set data.root=DIR to the complete images, without data.source."
             )
+        return None if source is None else Path(source), Path(target)
+
+    def prepare(self, layout: PairLayout) -> None:
+        source, target = self.folders(layout)
         if source is None:
-            self._files = [(None, path) for path in list_images(target)]
+            self.use(target, [(None, path) for path in list_images(target)])
         else:
-            self._files = list(pair(source, target, self.unpaired))
-        self._listing = (Path(target), [str(path) for _, path in self._files])
+            self.matching = match(source, target)
+            refuse_unpaired(self.matching, source, target, self.unpaired)
+            self.use(target, list(self.matching.pairs))
+
+    def use(self, target: Path, files: list[tuple[Path | None, Path]]) -> None:
+        """Take this part's share of all `files`, the pairs of source and target in the folder `target`."""
+        self._files = files
+        self._listing = (target, [str(path) for _, path in files])
         if self.part != "all" and not self.own_val and len(self._files) > 1:
             self._files = self._split(self._files)
         self._files = self._files[: self.limit]

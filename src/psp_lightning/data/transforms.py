@@ -48,7 +48,8 @@ def sketch(source: ImageLike, size: int) -> Tensor:
 LOSSLESS = ("PNG", "TIFF", "BMP", "DIB", "PPM", "TGA", "PCX", "SGI", "QOI", "GIF", "WEBP")
 
 
-def _check_lossless(image: Image.Image, source: ImageLike) -> None:
+def check_lossless(image: Image.Image, source: ImageLike) -> None:
+    """Raise a UserError if a label image, opened from `source`, is compressed with loss."""
     lossy = image.format not in (None, *LOSSLESS) or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
     if image.format == "WEBP" and not isinstance(source, Image.Image):
         lossy = b"VP8 " in Path(source).read_bytes()  # the chunk of lossy pixels; VP8L has lossless ones
@@ -117,7 +118,7 @@ def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
             numbers, or the file's compression is lossy.
     """
     image = open_image(source, "label image")
-    _check_lossless(image, source)
+    check_lossless(image, source)
     if image.mode in ("P", "PA"):
         return _read_palette(image, label_map)
     if image.mode in ("1", "L", "LA", "La", "F") or image.mode[0] == "I":

@@ -23,7 +23,8 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 def plural(n: int, noun: str) -> str:
     """Return "1 file" or "2 files" for the noun `file`."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    ending = "es" if noun.endswith(("s", "ch", "sh", "x")) else "s"
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{ending}"
 
 
 def clean(text: str, limit: int = 120) -> str:

@@ -1,0 +1,79 @@
+"""Whether pictures show a face at the place of FFHQ's crop, which the identity networks were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from psp_lightning.data.align import crop_corners
+from psp_lightning.data.checks import Finding
+from psp_lightning.utils.errors import UserError, plural
+
+INSTALL = "pip install --no-deps facenet-pytorch==2.6.0"
+EDGE = 256  # pixels; the height and width at which faces are searched
+# How far eyes may lie from their place in FFHQ, as a share of the picture's width. It is 0.01 for aligned photographs,
+# 0.06 on average and 0.11 at most for drawn faces, and 0.29 for a portrait that was not aligned.
+FFHQ_CROP, OWN_CROP = 0.05, 0.15
+FEW = 0.8  # share of pictures that should show a face, and of faces that should be aligned
+
+
+def load_detector() -> Any:
+    """Return MTCNN, whose weights are in the package facenet-pytorch.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        from facenet_pytorch import MTCNN
+    except ImportError as error:
+        raise UserError(f"faces are found with the package facenet-pytorch: {INSTALL} ({error})") from None
+    return MTCNN(post_process=False)
+
+
+def eye_offset(detector: Any, picture: Image.Image) -> float | None:
+    """Return how far the eyes lie from FFHQ's place, as a share of the picture's width; None if no face is found.
+
+    Args:
+        detector: the result of `load_detector`.
+        picture: RGB; it is squashed to a square as in training.
+    """
+    square = picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC)
+    _, _, points = detector.detect(square, landmarks=True)
+    if points is None or points[0] is None:
+        return None
+    face = np.array(points[0], float)  # eyes, nose, corners of the mouth
+    eyes, mouth = face[:2], face[3:]
+    corner, lower, _, right = crop_corners(*eyes, *mouth)  # of the aligned crop, in pixels of this picture
+    across, down = right - corner, lower - corner
+    placed = [[(eye - corner) @ across / (across @ across), (eye - corner) @ down / (down @ down)] for eye in eyes]
+    return float(np.linalg.norm(np.array(placed) - eyes / EDGE, axis=1).mean())
+
+
+def check_faces(offsets: Iterable[float | None], far: float = FFHQ_CROP) -> list[Finding]:
+    """Report pictures without a face, and faces that are not aligned, from the results of `eye_offset`.
+
+    Args:
+        offsets: one for each picture.
+        far: largest offset of an aligned face.
+    """
+    offsets = list(offsets)
+    found = [offset for offset in offsets if offset is not None]
+    if not offsets:
+        return []
+    findings = []
+    if len(found) < FEW * len(offsets):
+        text = f"a face is found in {len(found)} of {plural(len(offsets), 'image')} ({len(found) / len(offsets):.0%})"
+        advice = "The id loss compares faces: leave it out, loss=[l2,lpips,moco], or use images of faces."
+        findings.append(Finding("faces", True, text, advice))
+    wrong = [offset for offset in found if offset > far]
+    if found and len(wrong) > (1 - FEW) * len(found):
+        text = (
+            f"in {len(wrong)} of {plural(len(found), 'face')} the eyes lie more than {far:.0%} of the width from their "
+            f"place in FFHQ (median {np.median(found):.0%})"
+        )
+        advice = "The id loss looks at FFHQ's crop. Align the images with psp_lightning.data.align.align_face."
+        findings.append(Finding("faces", True, text, advice))
+    return findings
