@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from psp_lightning import PSP
+from psp_lightning.utils.images import from_uint8, to_uint8
 
 REFINED = ["task=inversion", "refiner=features", "refiner.width=16", "refiner.blocks=1", "refiner.edit_share=0.5"]
+
+
+def read_rgb(path: Path) -> torch.Tensor:
+    """Return (3, H, W) uint8."""
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
 
 
 @pytest.mark.slow
@@ -37,6 +46,26 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path) ->
     predict = ["input=faces/CelebA-HQ-img", "num_workers=0", "progress_bar=false"]
     done = psp("predict", "ckpt=runs/inversion/whole", "output=out", *predict)
     assert done.code == 0 and "2 written" in done.out, done.err
+    torch.manual_seed(0)
+    torch.nn.init.normal_(net.refiner.change.weight, std=0.1)  # after four steps, the change is too small to be seen
+    content = {"psp": net.describe(), "state_dict": {f"net.{key}": value for key, value in net.state_dict().items()}}
+    torch.save(content, tmp_path / "changed.ckpt")
+    assert psp("predict", "ckpt=changed.ckpt", "output=changed", *predict).code == 0
+    faces = [from_uint8(read_rgb(tmp_path / "faces" / "CelebA-HQ-img" / f"{i}.jpg")) for i in range(2)]
+    with torch.inference_mode():
+        expected = to_uint8(net(torch.stack(faces)))
+    for i in range(2):
+        difference = read_rgb(tmp_path / "changed" / f"{i}.png").int() - expected[i].int()
+        assert int(difference.abs().max()) <= 1
+    settings = ["as=float", "timing=0", "images=0", "progress_bar=false"]
+    done = psp(
+        "evaluate", "ckpt=changed.ckpt", "data=folder", "data.root=faces/CelebA-HQ-img", "metric=[mse]", *settings
+    )
+    assert done.code == 0, done.err
+    with torch.inference_mode():
+        mse = float((net(torch.stack(faces)).clamp(-1, 1) - torch.stack(faces)).square().mean())
+    record = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert record["metrics"]["mse"]["mean"] == pytest.approx(mse, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.lit.distributed import gather
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.models.psp import PSP
+from psp_lightning.models.psp import PSP, Inversion
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
 
@@ -121,14 +121,15 @@ class Network(nn.Module):
         """Return one (n_outputs, 3, S, S) tensor for each item."""
         target = torch.stack(batch["target"])
         size = (target.shape[-2], target.shape[-1])
-        w_plus = self.net.encode(batch["source"])
-        if self.refine is not None:
-            w_plus = self.refine(self.net, w_plus, target)
+        if self.refine is None:
+            inversion = self.net.invert(batch["source"])
+        else:
+            inversion = Inversion(self.refine(self.net, self.net.encode(batch["source"]), target))
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
-            mixed = w_plus
+            mixed = inversion
             if inject is not None:
-                mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
+                mixed = self.net.mix_styles(inversion, inject[None], self.latent_mask, self.alpha)
             outputs.append(F.adaptive_avg_pool2d(self.net.decode(mixed).float(), size))
         return list(torch.stack(outputs, dim=1))
 

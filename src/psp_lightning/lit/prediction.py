@@ -25,7 +25,7 @@ from psp_lightning.inference.fixed_batch import FixedBatch
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.lit.manifest import append_record, stamp
-from psp_lightning.models.psp import PSP
+from psp_lightning.models.psp import PSP, Inversion
 from psp_lightning.utils.atomic import DISK
 from psp_lightning.utils.errors import UserError, clean
 from psp_lightning.utils.images import FORMATS, save_atomic, to_pil, to_uint8
@@ -84,16 +84,19 @@ class LitPredictor(pl.LightningModule):
         start = time.perf_counter()
         if not batch["index"]:
             return {"seconds": 0.0}
+        features: Tensor | None = None
         if "latents" in batch:
             w_plus = to_w_plus(batch["latents"], self.space, self.net.generator, self.average)
         else:
             w_plus = self.encode(batch["source"])
+            features = self.net.refine(batch["source"], w_plus)
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = w_plus
             if inject is not None:
                 mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
-            image = self.decode(mixed).float()
+            image = self.decode(mixed) if features is None else self.net.decode(Inversion(mixed, features))
+            image = image.float()
             if self.composite:
                 image = _composite(image, batch["known"], batch["source"][:, 3:])
             if self.size is not None:
