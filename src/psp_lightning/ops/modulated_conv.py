@@ -59,4 +59,5 @@ def modulated_convolution(
     x = modconv_epilogue(x, demod=style, negative_slope=1.0, gain=1.0)  # only scales, on CUDA at the speed of copying
     if up:
         return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), factor
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2), factor
+    side = int(weight.shape[-1])  # a trace of older PyTorch versions has tensors as sizes
+    return F.conv2d(x, weight, padding=side // 2), factor
