@@ -68,7 +68,8 @@ def test_the_page_shows_the_generators_distances() -> None:
 
 
 def test_published_psnr_is_converted() -> None:
-    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d+\.\d+) \| (\d+\.\d+) \| 0\.", PAGE.read_text(), re.MULTILINE)
+    published = PAGE.read_text().split("## Published")[1]
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d+\.\d+) \| (\d+\.\d+) \| 0\.", published, re.MULTILINE)
     assert len(rows) == 13
     for there, here in rows:
         assert float(here) - float(there) == pytest.approx(3.0103, abs=0.011), (there, here)
@@ -94,7 +95,7 @@ def test_a_table_averages_over_trainings() -> None:
         "| b | 0.0123 ± 0.0020 |  |  |",
     ]
     assert table(stored, "many").splitlines() == [
-        "|  | psnr, dB | ms per image | trainings |",
-        "| --- | --- | --- | --- |",
-        "| c | 1.50 ± 0.71 | 10 | 2 |",
+        "|  | psnr, dB | trainings |",
+        "| --- | --- | --- |",
+        "| c | 1.50 ± 0.71 | 2 |",
     ]
