@@ -50,7 +50,7 @@ def test_wandb_offline_resumes_under_the_same_id(shell, tiny: list[str], tmp_pat
 def test_overfitting_few_images_lowers_the_loss(data: str, psp, photos: Path, tmp_path: Path) -> None:
     settings = ["trainer=cpu", "debug=overfit10", "optimizer.lr=1e-3", "trainer.max_steps=24", "loss=[l2]"]
     settings += ["trainer.val_every=24", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"]
-    settings += ["data.batch_size=4", "run=r"]
+    settings += ["data.batch_size=4", "run=r", "callbacks.overfit.factor=1.05"]  # it falls more in 500 steps
     if data == "folder":
         (tmp_path / "photos").mkdir()
         for path in photos.glob("face_*.jpg"):

@@ -125,8 +125,8 @@ def explain(error: Exception) -> str:
     if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
         return _unknown_option(match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
-        key = getattr(error.__cause__, "full_key", None) or match[1]  # of the entry in KEY={entry: value}
-        return _unknown_key(key, _composed(error.__cause__))
+        inner = getattr(error.__cause__, "full_key", None) or ""  # with KEY={entry: value}, the entry
+        return _unknown_key(max(match[1], inner, key=len), _composed(error.__cause__))
     if match := re.search(r"Ambiguous value for argument '(.+?)=(.*)'", text):
         key, values = match.groups()
         return f"{key}={values} is ambiguous. Write a list as {key}=[{values}]; add -m to run one job for each value."
