@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from psp_lightning import __version__
+from psp_lightning.utils.errors import plural
 
 REQUIRED = (
     "torch",
@@ -58,7 +59,7 @@ def print_installed() -> bool:
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     gpus += ["Apple GPU (mps)"] * torch.backends.mps.is_available()
-    _row("devices", ", ".join([*gpus, f"CPU, {torch.get_num_threads()} threads"]))
+    _row("devices", ", ".join([*gpus, f"CPU, {plural(torch.get_num_threads(), 'thread')}"]))
     home = toolchain.cuda_home()
     nvcc = toolchain.nvcc_version(home) if home else None
     tools = {"nvcc": nvcc, "C++ compiler": toolchain.compiler_version(), "ninja": toolchain.ninja_version()}
