@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning import make_reproducible
+from psp_lightning.data.toyfaces import write_dataset
 from psp_lightning.ops.dispatch import registered
 
 HERE = Path(__file__).parent
@@ -92,3 +93,9 @@ def is_frozen() -> Callable[[nn.Module], bool]:
         )
 
     return check
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 24 drawn faces of 64 px with their label maps and sketches; copy it before changing it."""
+    return write_dataset(tmp_path_factory.mktemp("drawn") / "faces", n=24, size=64, seed=3, progress=False)

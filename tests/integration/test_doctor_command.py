@@ -14,17 +14,11 @@ import torch
 from PIL import Image, ImageOps
 
 from psp_lightning.data.checks import CHECKS
-from psp_lightning.data.toyfaces import write_dataset
 
 IMAGES, LABELS, SKETCHES = "CelebA-HQ-img", "CelebAMask-HQ-mask", "sketch"
 FILES_ONLY = ["doctor.images=0", "doctor.trial=false", "doctor.faces=0"]
 QUICK = ["trainer=cpu", "data.batch_size=2", "doctor.progress_bar=false", "data.num_workers=0"]
 CLASSES = "classes:\n" + "".join(f"- {{id: {i}, name: class {i}}}\n" for i in range(2))
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("drawn") / "faces", n=24, size=64, seed=3, progress=False)
 
 
 @pytest.fixture

@@ -16,17 +16,11 @@ from psp_lightning.data.checks import CHECKS, Finding
 from psp_lightning.data.labels import LabelMap, load_label_map
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import FolderStore, PairLayout, ToyFacesStore
-from psp_lightning.data.toyfaces import write_dataset
 
 IMAGES, LABELS, SKETCHES = "CelebA-HQ-img", "CelebAMask-HQ-mask", "sketch"
 KINDS = {"inversion": "rgb", "sketch2face": "sketch", "seg2face": "labels"}
 LAYOUTS = {"inversion": PairLayout("inversion"), "sketch2face": PairLayout("sketch2face", "sketch"),
            "seg2face": PairLayout("seg2face", "labels")}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("drawn") / "faces", n=24, size=64, seed=3, progress=False)
 
 
 @pytest.fixture
