@@ -17,6 +17,7 @@ from psp_lightning.data.landmarks import LandmarkFile, write_table
 from psp_lightning.lit.manifest import append_record, difference, read_manifest, save_manifest, stamp
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.optional import facenet_pytorch
+from psp_lightning.utils.progress import track
 
 TABLE = "faces.csv"
 
@@ -160,14 +161,8 @@ def run_alignment(plan: AlignmentPlan, workers: int = 2, batch_size: int = 1, pr
     units = [block for block in blocks if not todo.isdisjoint(block)]
     dataset = AlignmentUnits(plan.files, units, plan.settings, plan.folder, plan.landmarks)
     spawn = "spawn" if workers and plan.settings.detector.device != "cpu" else None  # CUDA does not survive a fork
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=min(workers, len(units)), collate_fn=_same, multiprocessing_context=spawn
-    )
-    steps: Any = loader
-    if progress and units:
-        from rich.progress import track
-
-        steps = track(loader, description=f"{len(plan.files)} photos", total=len(units))
+    loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(units)), multiprocessing_context=spawn)
+    steps = track(loader, f"{len(plan.files)} photos", len(units), progress and bool(units))
     try:
         for results in steps:
             for result in results:
@@ -183,10 +178,6 @@ def run_alignment(plan: AlignmentPlan, workers: int = 2, batch_size: int = 1, pr
         ) from None
     save_manifest(plan.folder, list(plan.records.values()))
     write_table(plan.folder / TABLE, plan.rows())
-
-
-def _same(item: Any) -> Any:
-    return item
 
 
 def _keep(plan: AlignmentPlan, result: dict[str, Any]) -> None:

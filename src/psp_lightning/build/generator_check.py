@@ -16,6 +16,7 @@ from psp_lightning.build.instantiate import instantiate
 from psp_lightning.data.checks import Finding
 from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.inference.optimize import Optimizer
+from psp_lightning.lit.callbacks.forecast import duration
 from psp_lightning.losses.l2 import mse_per_image
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.progress import track
@@ -102,7 +103,7 @@ def measure_floor(
     _optimise(frozen, images[:1], start, 2)
     needed = (time.monotonic() - began) / 2 * steps * len(images)
     if needed > seconds:
-        raise TooSlow(f"{needed / 60:.0f} min")
+        raise TooSlow(duration(needed))
     codes = torch.cat(
         [_optimise(frozen, image[None], start, steps) for image in track(images, "drawing", len(images), progress)]
     )

@@ -28,6 +28,7 @@ from psp_lightning.utils.arguments import number
 from psp_lightning.utils.atomic import DISK
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import FORMATS, save_atomic
+from psp_lightning.utils.progress import track
 
 ALIGNED, PASTED = "aligned", "pasted"  # folders below the output folder
 TAKES_FACES = ("rgb", "lowres", "masked")  # kinds of source that are made from a photo of a face
@@ -151,12 +152,8 @@ def paste_outputs(cfg: DictConfig, jobs: list[PasteJob]) -> dict[str, list[str]]
     work = _Pasting(todo, cfg.paste.feather, cfg.paste.match_colour, None if parser is None else cfg.paste.parser)
     folder.mkdir(parents=True, exist_ok=True)
     save_manifest(folder, [*records, *({**job.record, "status": "pending"} for job in todo)])
-    loader = DataLoader(work, batch_size=None, num_workers=min(cfg.num_workers, len(todo)), collate_fn=_same)
-    steps: Any = loader
-    if cfg.progress_bar and todo:
-        from rich.progress import track
-
-        steps = track(loader, description=f"paste into {len(todo)} photos", total=len(todo))
+    loader = DataLoader(work, batch_size=None, num_workers=min(cfg.num_workers, len(todo)))
+    steps = track(loader, f"paste into {len(todo)} photos", len(todo), cfg.progress_bar and bool(todo))
     for job, failure in zip(todo, steps, strict=True):
         if failure is not None and "stop" in failure:
             raise OSError(*failure["stop"])
@@ -169,10 +166,6 @@ def paste_outputs(cfg: DictConfig, jobs: list[PasteJob]) -> dict[str, list[str]]
         append_record(folder, records[-1])
     save_manifest(folder, records)
     return result
-
-
-def _same(item: Any) -> Any:
-    return item
 
 
 class _Pasting(Dataset[dict[str, Any] | None]):

@@ -48,7 +48,7 @@ format        png, jpg or webp
 longest       photos with a longer side are searched at this size, in which a face must be 20 px wide
 score         smallest score of a face, 0 to 1
 turned        true: also search every photo turned by 90, 180 and 270 degrees; false: only
-              photos in which no face, or none for certain, is upright
+              photos without a face, or with one that may not be upright
 workers       processes; 0: none but this one
 batch_size    photos that a process searches together if they have the same size; useful on GPUs
 device        of the detector: cpu, cuda, cuda:1, mps

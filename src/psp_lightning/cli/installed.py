@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from psp_lightning import __version__
 from psp_lightning.utils.errors import plural
+from psp_lightning.utils.optional import FACENET
 
 REQUIRED = (
     "torch",
@@ -20,7 +21,7 @@ REQUIRED = (
     "wandb",
 )
 OPTIONAL = (  # package, what it is for, command
-    ("facenet-pytorch", "finds faces; loss.id.backbone=facenet", "pip install --no-deps facenet-pytorch==2.6.0"),
+    ("facenet-pytorch", "finds faces; loss.id.backbone=facenet", FACENET),
     ("onnx", "psp-export to ONNX", "pip install 'psp-lightning[export]'"),
     ("onnxruntime", "psp-export checks the ONNX file", "pip install 'psp-lightning[export]'"),
     ("matplotlib", "psp-demo, and the report of psp-evaluate", "pip install 'psp-lightning[demo]'"),

@@ -10,9 +10,9 @@ from PIL import Image
 
 from psp_lightning.data.align import crop_corners
 from psp_lightning.data.checks import Finding
-from psp_lightning.utils.errors import UserError, plural
+from psp_lightning.utils.errors import plural
+from psp_lightning.utils.optional import facenet_pytorch
 
-INSTALL = "pip install --no-deps facenet-pytorch==2.6.0"
 EDGE = 256  # pixels; the height and width at which faces are searched
 # How far eyes may lie from their place in FFHQ, as a share of the picture's width. It is 0.01 for aligned photographs,
 # 0.06 on average and 0.11 at most for drawn faces, and 0.29 for a portrait that was not aligned.
@@ -26,11 +26,7 @@ def load_detector() -> Any:
     Raises:
         UserError: the package is not installed.
     """
-    try:
-        from facenet_pytorch import MTCNN
-    except ImportError as error:
-        raise UserError(f"faces are found with the package facenet-pytorch: {INSTALL} ({error})") from None
-    return MTCNN(post_process=False)
+    return facenet_pytorch("Face detection").MTCNN(post_process=False)
 
 
 def eye_offset(detector: Any, picture: Image.Image) -> float | None:
@@ -74,6 +70,6 @@ def check_faces(offsets: Iterable[float | None], far: float = FFHQ_CROP) -> list
             f"in {len(wrong)} of {plural(len(found), 'face')} the eyes lie more than {far:.0%} of the width from their "
             f"place in FFHQ (median {np.median(found):.0%})"
         )
-        advice = "The id loss looks at FFHQ's crop. Align the images with psp_lightning.data.align.align_face."
+        advice = "The id loss looks at FFHQ's crop. Align the images with psp-align input=DIR output=DIR."
         findings.append(Finding("faces", True, text, advice))
     return findings

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from psp_lightning.lit.distributed import gather
 from psp_lightning.utils.arguments import number, whole
@@ -30,20 +31,21 @@ class LossFalls(pl.Callback):
 
     def __init__(self, factor: float = 2.0, window: int = 10) -> None:
         self.factor, self.window = number("factor", factor, 1), whole("window", window, 1)
-        self._losses: list[float] = []
+        self._losses: list[torch.Tensor] = []
         self._first = 0
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self._losses, self._first = [], trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self._losses.append(float(outputs["loss"]))
+        self._losses.append(outputs["loss"].detach())
 
     def on_fit_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if self._first or trainer.global_step < trainer.max_steps:
             return
-        n = min(self.window, max(1, len(self._losses) // 2))
-        ends = gather((sum(self._losses[:n]) / n, sum(self._losses[-n:]) / n))
+        losses = torch.stack(self._losses).tolist()
+        n = min(self.window, max(1, len(losses) // 2))
+        ends = gather((sum(losses[:n]) / n, sum(losses[-n:]) / n))
         first, last = (sum(values) / len(ends) for values in zip(*ends, strict=True))
         fell = first / last if last > 0 else float("inf")
         text = f"the loss went from {first:.4g} to {last:.4g} in {trainer.max_steps} steps, a factor of {fell:.2f}"
