@@ -71,14 +71,15 @@ def test_maps_are_read_at_every_resolution(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32])
-def test_a_replaced_map_determines_the_rest(side: int) -> None:
-    """The finest map with the codes after it is all that an image depends on, except for the coarser images' sum."""
-    net, maps = generator(), {}
+def test_a_changed_map_changes_only_what_follows(side: int) -> None:
+    net = generator()
+    before: dict[int, torch.Tensor] = {}
+    after: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        net.synthesis(codes(), features=lambda r, m: maps.setdefault(r, m))
-        changed = net.synthesis(codes(), features=lambda r, m: m + 1 if r == side else m)
-        again = net.synthesis(codes(), features=lambda r, m: maps[side] + 1 if r == side else m)
-    assert torch.equal(changed, again) and not torch.equal(changed, net.synthesis(codes()))
+        plain = net.synthesis(codes(), features=lambda r, m: before.setdefault(r, m))
+        changed = net.synthesis(codes(), features=lambda r, m: after.setdefault(r, m + 1 if r == side else m))
+    assert [torch.equal(before[r], after[r]) for r in before] == [r < side for r in before]
+    assert not torch.equal(changed, plain)
 
 
 def test_gradients_with_respect_to_a_map() -> None:
@@ -274,15 +275,32 @@ def test_edits_are_a_share_of_a_training_batch(x: torch.Tensor, monkeypatch: pyt
     drawn = torch.ones(1, 3, 32, 32)
     edit = Edit(torch.ones(1, 8, 1, dtype=torch.bool), torch.full((1, 8, 16), 7.0), torch.ones(1, 8, 16))
     monkeypatch.setattr("psp_lightning.lit.psp.draw_edits", lambda *_: (drawn, -drawn, edit))
+    refine = net.refine
+    monkeypatch.setattr(net, "refine", lambda source, w: seen.update(source=source) or refine(source, w))
     monkeypatch.setattr(net, "decode", decode)
     total, _, y_hat = module.evaluate({"target": x}, "const", edits=1)
     with torch.no_grad():
         plain = net.encode(x[:1])
     torch.testing.assert_close(seen["w_plus"][0], plain[0])
     assert bool((seen["w_plus"][1] == 8).all())
+    assert torch.equal(seen["source"], torch.cat([x[:1], drawn])), "the refiner sees the unedited image"
     expected = torch.cat([x[:1], -drawn])
     error = (y_hat - expected).square().mean()
     assert float(total.detach()) == pytest.approx(float(error.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "n", "edits"), [(0.5, 4, 2), (0.9, 2, 1), (0.5, 1, 0), (0.0, 4, 0)])
+def test_number_of_edits_in_a_training_step(share: float, n: int, edits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = lit(network(), edit_share=share), []
+
+    def evaluate(batch: Any, noise: Any, number: int = 0) -> None:
+        seen.append(number)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    with pytest.raises(InterruptedError):
+        module.training_step({"target": torch.zeros(n, 3, 32, 32)}, 0)
+    assert seen == [edits]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -98,9 +98,14 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         log.info("%s", load_backbone(net.encoder, cfg.model.backbone))
     if cfg.init_from is not None:
         state = load_psp(cfg.init_from).state_dict()
-        own = [key for key in net.state_dict() if key.startswith("refiner.") and key not in state]
+        own = [] if any(key.startswith("refiner.") for key in state) else ["refiner.*"]  # the file may have no refiner
         log.info("%s", load_strict(net, state, own, what=f"init_from={cfg.init_from}"))
     if refiner is not None and not cfg.refiner.train_encoder:
+        if cfg.init_from is None and cfg.resume is None:
+            raise UserError(
+                "refiner.train_encoder=false freezes the encoder, which is not trained yet. Give "
+                "init_from=NAME_OR_RUN, or set refiner.train_encoder=true."
+            )
         freeze(net.encoder)
     if cfg.model.checkpointing:
         if cfg.model.compile:

@@ -39,8 +39,8 @@ class Edit:
 def draw_edits(generator: Generator, latent_avg: Tensor, n: int) -> tuple[Tensor, Tensor, Edit]:
     """Draw images, edits of their codes, and the edited images from the global random state.
 
-    Half of the edits replace the styles from a random layer of the finer half on; the others add a tenth to half of the
-    difference of two codes.
+    About half of the edits replace the styles from a random layer of the finer half on; the others add a tenth to half
+    of the difference of two codes.
 
     Args:
         generator: the generator.

@@ -31,8 +31,8 @@ BATCH_NORM_POLICIES = ("sync", "frozen", "local")
 
 
 class LitPSP(pl.LightningModule):
-    """Trains the encoder and the refiner of `net`, or what of them is not frozen. The generator and the networks inside
-    the losses are frozen.
+    """Trains those of the encoder and the refiner of `net` that are not frozen. The generator and the networks inside
+    the losses are always frozen.
 
     Logs `train/loss`, `train/loss_<term>` and `train/lr` every `log_every` optimizer steps, and `val/loss`,
     `val/loss_<term>` and `val/<metric>` after each validation. A shorter run logs its last step. The logged step is the
@@ -79,7 +79,8 @@ class LitPSP(pl.LightningModule):
         self.edit_share = number("edit_share", edit_share, 0)
         if self.edit_share and (net.refiner is None or not source_is_target or self.edit_share >= 1):
             raise UserError(
-                f"edit_share={edit_share} must be below 1 and needs a refiner and task=inversion. Set edit_share=0."
+                f"edit_share={edit_share}: it must be below 1, and it needs a refiner and task=inversion. Set "
+                "edit_share=0 without them."
             )
         self.losses = losses
         for name, metric in (metrics or {}).items():
