@@ -40,7 +40,7 @@ class LossInputs:
     latent_avg: Tensor | None = None
 
     def float(self) -> LossInputs:
-        """Return the inputs in float32; if `x` is the same object as `y`, it stays so."""
+        """Return the inputs in float32; if `x` and `y` are one object, they stay one."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value.float() for name, value in values.items() if value is not None}
         if self.x is self.y:
@@ -64,8 +64,8 @@ class LossTerm(nn.Module, ABC):
     """A term of the training objective.
 
     Subclasses implement `forward`, which runs in float32 with autocast off (see `CompositeLoss`). It must not modify
-    its inputs or wait for the device (no `.item()`). `register_loss` sets `name`. `convention` names the network that
-    it compares images with, for tables of results.
+    its inputs or wait for the device (no `.item()`). `register_loss` sets `name`. `convention` says, for tables of
+    results, with which network the term compares images.
     """
 
     name: str = ""
@@ -73,7 +73,7 @@ class LossTerm(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:
-        """Return the unweighted value, a scalar averaged over the batch, optionally with further logs."""
+        """Return the unweighted value, a scalar averaged over the batch; optionally, return further values to log."""
 
 
 LOSSES: dict[str, type[LossTerm]] = {}

@@ -1,4 +1,4 @@
-"""l2 and LPIPS of the face crop: frontalization weights the face more than its surroundings."""
+"""l2 and LPIPS of the face crop, because frontalization weights the face more than its surroundings."""
 
 from __future__ import annotations
 

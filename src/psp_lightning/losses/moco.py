@@ -43,8 +43,8 @@ class MocoLoss(SimilarityLoss):
     Raises:
         UserError: the file is missing, unreadable or for another network.
 
-    Source: e4e (Tov et al. 2021), section 4.3.1, in the form of pSp's code at commit 5cfff38, against which the
-        numbers were checked: images in [-1, 1], without ImageNet's mean and deviation, resized to 224 (nearest).
+    Source: e4e (Tov et al. 2021), section 4.3.1, in the form of pSp's code at commit 5cfff38, against which the numbers
+        were checked: images in [-1, 1], not normalised with ImageNet's mean and deviation, resized to 224 (nearest).
     """
 
     def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:

@@ -13,9 +13,9 @@ from psp_lightning.utils.errors import UserError
 class WNormLoss(LossTerm):
     """Euclidean norm of the whole code of each sample relative to the average latent, averaged over the batch.
 
-    The encoder's output (`delta_w_plus`) is this difference if the average is added to it, and otherwise the code
-    itself; the reference uses its norm in both settings. If it is missing, the difference is `w_plus - latent_avg`, or
-    `w_plus` without an average.
+    If the average is added to the encoder's output (`delta_w_plus`), this output is the difference; otherwise it is the
+    code itself. The reference uses its norm in both settings. Without `delta_w_plus`, the difference is
+    `w_plus - latent_avg`, or `w_plus` if there is no average.
 
     Source: pSp, section 3.2, eq. 4 (numbers checked against its code at commit 5cfff38).
     """

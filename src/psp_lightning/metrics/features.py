@@ -1,4 +1,4 @@
-"""Distances between the features of two sets of images, Frechet (FID) and kernel (KID).
+"""Frechet distances (FID) and kernel distances (KID) between the features of two sets of images.
 
 The features are those of Inception or of the domain's own network.
 """
@@ -23,7 +23,7 @@ from psp_lightning.models.layers import freeze
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import to_uint8
 
-BLOCK = 1024  # images whose kernel values are in memory at once, against all others
+BLOCK = 1024  # images whose kernel values with all others are in memory at once
 
 
 class Statistics(nn.Module):
@@ -95,7 +95,7 @@ class _Frechet(FrechetDistance):
         self.convention = f"{network.convention}; covariances in float64"
 
     def update(self, y_hat: Tensor, y: Tensor) -> None:  # type: ignore[override]
-        """Add outputs, clamped here, and targets in [-1, 1], both (B, 3, H, W) float."""
+        """Add outputs (clamped here) and targets in [-1, 1], both (B, 3, H, W) float."""
         super().update(y_hat, real=False)
         super().update(y, real=True)
 
@@ -117,9 +117,9 @@ class FID(_Frechet):
 
 
 class _Kernel(Metric):
-    """Squared maximum mean discrepancy of features under the kernel (x y / size + 1)^3, the unbiased estimate.
+    """Unbiased estimate of the squared maximum mean discrepancy of features under the kernel (x y / size + 1)^3.
 
-    All pairs of images count, without subsets. The features of all images are kept as float32, 8 KB for each image with
+    It uses all pairs of images and no subsets. The features of all images are kept as float32, 8 KB for each image with
     Inception.
 
     Source: Binkowski et al., "Demystifying MMD GANs" (arXiv:1801.01401), section 3 and equation 4.
@@ -140,7 +140,7 @@ class _Kernel(Metric):
 
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor) -> None:
-        """Add outputs, clamped here, and targets in [-1, 1], both (B, 3, H, W) float."""
+        """Add outputs (clamped here) and targets in [-1, 1], both (B, 3, H, W) float."""
         self.real.append(self.network(y.clamp(-1, 1)))
         self.fake.append(self.network(y_hat.clamp(-1, 1)))
 
@@ -157,7 +157,7 @@ class _Kernel(Metric):
 
 
 def _mean(a: Tensor, b: Tensor, same: bool) -> Tensor:
-    """Return the mean kernel value of all pairs; if both sets are the same, without those of an image with itself."""
+    """Return the mean kernel value of all pairs; if both sets are the same, leave out pairs of an image with itself."""
     total = torch.zeros((), dtype=torch.float64, device=a.device)
     for block in a.split(BLOCK):
         total += _kernel(block.double() @ b.double().t(), a.shape[1]).sum()

@@ -17,9 +17,9 @@ SETS = ("real", "fake")
 class FrechetDistance(Metric):
     """Distance between two Gaussians fitted to the features of two sets of images; lower is better.
 
-    Values are comparable only if the features are the same, and so not with published FID, which uses Inception's.
-    Memory does not grow with the number of images. Batch sizes and ranks change the result only by rounding in float64;
-    a rank may have no images. The sums are float64, which mps does not support.
+    Compare values only if they use the same features; published FID uses Inception's. Memory does not grow with the
+    number of images. Batch sizes and ranks change the result only by rounding in float64; a rank may have no images.
+    The sums are float64, which mps does not support.
 
     Args:
         features: maps images (B, 3, H, W) in [-1, 1] to (B, size). A network is not part of the state dict, and
@@ -44,7 +44,7 @@ class FrechetDistance(Metric):
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
-        """Add images (B, 3, H, W), clamped to [-1, 1] here, to the real or the fake set."""
+        """Clamp images (B, 3, H, W) to [-1, 1] and add them to the real or the fake set."""
         name = SETS[0] if real else SETS[1]
         values = self.features(images.clamp(-1, 1)).double()
         setattr(self, f"{name}_count", getattr(self, f"{name}_count") + len(values))
@@ -71,8 +71,8 @@ def frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: 
     """Return the squared 2-Wasserstein distance of two Gaussians with means (D,) and covariances (D, D), float64.
 
     The trace of `(A B)^(1/2)` is the sum of the square roots of the eigenvalues of the symmetric `A^(1/2) B A^(1/2)`.
-    Eigenvalues that are zero except for rounding, as with fewer images than features, count as zero: the square roots
-    of their rounding errors would add up.
+    Eigenvalues that are zero except for rounding, which occur if there are fewer images than features, count as zero,
+    because the square roots of their rounding errors would add up.
     """
     values, vectors = torch.linalg.eigh(covariance_a)
     root = (vectors * _without_rounding(values).sqrt()) @ vectors.t()
@@ -81,6 +81,6 @@ def frechet(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: 
 
 
 def _without_rounding(eigenvalues: Tensor) -> Tensor:
-    """Return ascending eigenvalues with those below the rounding error of the largest set to zero."""
+    """Return ascending eigenvalues; set those below the rounding error of the largest to zero."""
     limit = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     return torch.where(eigenvalues > limit, eigenvalues, 0.0)

@@ -24,12 +24,12 @@ class ImageMean(Metric):
 
     Subclasses implement `per_image(y_hat, y)`, which maps outputs and targets (B, 3, H, W) float in [-1, 1] to (B,).
 
-    It keeps and reduces the sum and the count separately, so each image has the same weight, also in a short last batch
+    It keeps and reduces the sum and the count separately, so each image has the same weight, even in a short last batch
     or on a rank with fewer images.
 
     Attributes:
         unit: unit of the values, for tables.
-        convention: what must be known to compare the values with others: ranges, constants, networks.
+        convention: what a reader must know to compare the values with others: ranges, constants, networks.
         needs: keys of a batch that `update` and `per_image` receive as further arguments, such as `source`.
     """
 
@@ -50,7 +50,7 @@ class ImageMean(Metric):
 
     @torch.no_grad()
     def update(self, y_hat: Tensor, y: Tensor, **needed: Any) -> None:
-        """Add outputs `y_hat`, clamped here, and targets `y` in [-1, 1], both (B, 3, H, W) float."""
+        """Add outputs `y_hat` (clamped here) and targets `y` in [-1, 1], both (B, 3, H, W) float."""
         self._add(self.per_image(y_hat.float().clamp(-1, 1), y.float(), **needed))
 
     def _add(self, values: Tensor) -> None:
@@ -111,8 +111,7 @@ class IdSimilarity(ImageMean):
         return self.similarity(y_hat, y)
 
     def update(self, y_hat: Tensor, y: Tensor | None = None) -> None:  # type: ignore[override]
-        """Add outputs (B, 3, H, W) float, clamped here, and targets (B, 3, H, W) float in [-1, 1]; or, without `y`,
-        computed similarities (B,).
+        """Add outputs (clamped here) and targets in [-1, 1], float (B, 3, H, W); without `y`, add similarities (B,).
 
         Raises:
             UserError: `y` is given and the metric has no `similarity`.

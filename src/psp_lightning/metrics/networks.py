@@ -1,4 +1,4 @@
-"""Metrics per image that measure with a network: distances of features, and regions that a face parser finds."""
+"""Metrics per image that use a network: distances of features, and regions that a face parser finds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Perceptual(FeatureMetric):
 
 
 def mean_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return intersection over union (B,) of maps of region indices (B, H, W), averaged over the regions in either."""
+    """Return the mean intersection over union (B,) of the regions that occur in either of two maps (B, H, W)."""
     values = []
     for kind in range(len(KINDS)):
         x, y = (a == kind).flatten(1), (b == kind).flatten(1)
@@ -59,7 +59,7 @@ def mean_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _RegionMetric(ImageMean):
-    """Measure with the regions that a face parser finds.
+    """Base class of the metrics that compare regions found by a face parser.
 
     Args:
         parser: file or name of a `ToyFaceParser`.
@@ -92,7 +92,7 @@ class MeanIoU(_RegionMetric):
 
 @register_metric("miou_labels")
 class LabelIoU(_RegionMetric):
-    """Mean intersection over union of the regions of the output and the label map that is the source (seg2face).
+    """Mean intersection over union of the regions in the output and in the source, a label map (seg2face).
 
     Higher is better.
     """
@@ -115,8 +115,8 @@ class LabelIoU(_RegionMetric):
 def turn(regions: Tensor) -> Tensor:
     """Return how far eyes and mouth lie to the right of the middle of the face, (B,), for region indices (B, H, W).
 
-    The unit is the width of the image; 0 where a face has no eyes and mouth. On 150 drawn faces, the correlation with
-    the sine of the angle by which the head is turned is 0.96.
+    The unit is the width of the image. The value is 0 for a face without eyes and mouth. On 150 drawn faces, the
+    correlation with the sine of the angle by which the head is turned is 0.96.
     """
     x = (torch.arange(regions.shape[-1], device=regions.device) + 0.5) / regions.shape[-1]
     kinds = list(KINDS)

@@ -1,7 +1,7 @@
 """Structural similarity of images: torchmetrics' maps, in float64 where the device supports it.
 
-The mean is over the pixels at which the window lies inside the image, as in the papers and in scikit-image. The means
-that torchmetrics itself returns include the padded border, depending on its version.
+The mean is over the pixels at which the window lies inside the image, as in the papers and in scikit-image. Some
+versions of torchmetrics include the padded border in the means that they return themselves.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class SSIM(ImageMean):
 class MultiScaleSSIM(ImageMean):
     """Mean multi-scale structural similarity of outputs clamped to [-1, 1], at most 1; higher is better.
 
-    Images of 176 px and more have the five scales of the paper. Smaller ones have as many as the window fits into, with
-    the first weights of the paper divided by their sum.
+    Images of 176 px and more have the five scales of the paper. Smaller images have as many scales as the window fits
+    into; their weights are the paper's first ones, divided by their sum.
 
     Source: Wang et al., "Multiscale Structural Similarity for Image Quality Assessment", 2003.
     """

@@ -47,9 +47,9 @@ class CheckpointedUnit(ResidualUnit):
 
 
 class _WithoutStatistics:
-    """A reusable context in which the BatchNorm layers of a module do not count a batch again.
+    """A reusable context in which the BatchNorm layers of a module do not count a batch a second time.
 
-    It changes settings of the layers, so only one thread may be in it at a time.
+    It changes settings of the layers, so only one thread may enter it at a time.
     """
 
     def __init__(self, unit: nn.Module) -> None:

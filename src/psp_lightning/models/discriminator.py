@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
-    """Append a channel: the standard deviation of the features over a group of images, one value per group.
+    """Append a channel with the standard deviation of the features over a group of images, one value per group.
 
     Args:
         x: (B, C, H, W).

@@ -38,7 +38,7 @@ class _Stage(nn.Module):
 
 @register_embedding
 class ToyFaceEmbedding(nn.Module):
-    """A network from images to unit vectors, whose dot product measures the similarity of two identities.
+    """A network from images to unit vectors; the dot product of two vectors measures how similar the identities are.
 
     Raises:
         UserError: `input_size` is not a power of two, or too small for the stages to halve it.

@@ -32,7 +32,7 @@ class IRSEEncoder(IRSEBody):
     """
 
     smallest_input = 16
-    image_channels = 0  # channels of an image that is an input besides the source
+    image_channels = 0  # channels of an image that the encoder receives in addition to the source
     iterations = 0  # see `models.protocols.RefiningEncoder`
 
     @record_config
@@ -178,7 +178,7 @@ def _add_to_first(codes: Tensor) -> Tensor:
 
 @register_encoder
 class EncoderIntoW(IRSEEncoder):
-    """An encoder to one w for all layers, from the average of the last feature map; arguments as for `IRSEEncoder`."""
+    """An encoder from the average of the last feature map to one w for all layers; arguments as for `IRSEEncoder`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,7 +193,7 @@ class EncoderIntoW(IRSEEncoder):
 
 @register_encoder
 class EncoderIntoWPlus(IRSEEncoder):
-    """An encoder to all styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
+    """An encoder from one vector to all styles: ArcFace's head pooled to 7x7, then a linear layer.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
@@ -222,7 +222,7 @@ class EncoderIntoWPlus(IRSEEncoder):
 class ReStyleEncoder(IRSEEncoder):
     """The encoder of ReStyle: all styles from the last feature map, refined by `PSP` in several passes.
 
-    The channels of the image follow those of the source in the input of the first layer.
+    In the input of the first layer, the channels of the image follow the channels of the source.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.

@@ -24,7 +24,7 @@ KINDS = {
 
 @register_embedding
 class ToyFaceParser(nn.Module):
-    """A network from images to one score for each kind of region and pixel."""
+    """A network from images to a score for each kind of region at each pixel."""
 
     @record_config
     def __init__(

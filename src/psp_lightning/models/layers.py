@@ -60,8 +60,9 @@ class FIRFilter(nn.Module):
     def taps(self) -> Tensor:
         """The filter, never as an inference tensor.
 
-        The CUDA kernels cache the factors of a filter with its version counter, which inference tensors do not have. So
-        a network that was built, copied or moved under `torch.inference_mode` is as fast as any other.
+        The CUDA kernels cache the factors of a filter together with its version counter, which inference tensors lack.
+        With this property, a network that was built, copied or moved under `torch.inference_mode` is as fast as any
+        other.
         """
         if not torch.compiler.is_compiling() and self.kernel.is_inference():
             with torch.inference_mode(False):
@@ -84,12 +85,12 @@ class HalfPrecision(nn.Module):
         self.half_dtype = torch.bfloat16
 
     def use_half(self, resolution: int | None, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Run blocks at `resolution` and above in `dtype`; None: run all in the precision of the weights."""
+        """Run blocks at `resolution` and above in `dtype`; None: run all blocks in the precision of the weights."""
         self.half_from, self.half_dtype = resolution, dtype
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Run every block in the precision of the weights inside this context; restore `use_half` afterwards."""
+        """Run every block in the precision of the weights inside this context, then restore `use_half`."""
         resolution, self.half_from = self.half_from, None
         try:
             yield
@@ -111,7 +112,7 @@ class HalfPrecision(nn.Module):
         return x.to(self.half_dtype) if self.is_half(resolution) else x.float() if self.half_from is not None else x
 
     def bound(self, resolution: int) -> float | None:
-        """Return the bound of absolute activations, which only float16 blocks have."""
+        """Return the bound of absolute activations; only float16 blocks have one."""
         return FLOAT16_LIMIT if self.is_half(resolution) and self.half_dtype == torch.float16 else None
 
     def clamp(self, x: Tensor, resolution: int) -> Tensor:
@@ -121,7 +122,7 @@ class HalfPrecision(nn.Module):
 
 
 class _StayInEval:
-    """Replace `train` of a frozen module. It is a class so that it can be pickled and copied, unlike a closure."""
+    """A replacement for `train` of a frozen module. It is a class because a closure cannot be pickled and copied."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -133,9 +134,9 @@ class _StayInEval:
 def freeze(module: ModuleT) -> ModuleT:
     """Freeze `module` in place and return it.
 
-    It stays in eval mode: calling `.train()` on it or on a parent changes neither it nor its submodules, so BatchNorm
-    statistics do not change and dropout stays off. No parameter requires a gradient, so backward computes none for the
-    weights; gradients still flow to the input.
+    The module stays in eval mode: `.train()`, called on it or on a parent, changes neither the module nor its
+    submodules, so BatchNorm statistics do not change and dropout stays off. No parameter requires a gradient, so
+    backward computes none for the weights; gradients still flow to the input.
     """
     module.eval()
     module.requires_grad_(False)

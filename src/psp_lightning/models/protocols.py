@@ -31,12 +31,12 @@ class Encoder(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, input_size, input_size) to codes relative to the average latent.
 
-        They are (B, n_styles, style_dim), or (B, style_dim) to use one style for all layers.
+        The codes are (B, n_styles, style_dim), or (B, style_dim) to use one style for all layers.
         """
 
 
 class RefiningEncoder(Encoder, Protocol):
-    """An encoder that refines its codes in several passes, see `PSP.encode_delta`.
+    """An encoder that refines its codes in several passes; see `PSP.encode_delta`.
 
     Attributes:
         iterations: number of passes; `PSP` calls an encoder without it, or with 0, as an `Encoder`.

@@ -48,8 +48,9 @@ def register_refiner(cls: ClassT) -> ClassT:
 def record_config(init: InitT) -> InitT:
     """Decorate a constructor to store its arguments, including defaults, as plain values in `self.config`.
 
-    `cls(**config)` rebuilds the module. `self.config` is filled before the constructor runs, which may change it. If it
-    forwards `*args, **kwargs`, the decorated constructor of the base class adds those arguments.
+    `cls(**config)` rebuilds the module. `self.config` is filled before the constructor runs, and the constructor may
+    change it. If the constructor forwards `*args, **kwargs`, the decorated constructor of the base class adds those
+    arguments.
     """
     signature = inspect.signature(init)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}

@@ -21,7 +21,7 @@ from psp_lightning.ops import modconv_epilogue, modulated_convolution, upfirdn2d
 from psp_lightning.utils.errors import UserError
 
 Noise: TypeAlias = Literal["const", "random"] | Sequence[Tensor]
-# Receives the resolution r and the feature map (B, C, r, r) at the end of its block, and returns the map to use instead
+# Receives the resolution r and the feature map (B, C, r, r) at the end of its block; returns the map to use instead
 FeatureEdit: TypeAlias = Callable[[int, Tensor], Tensor]
 FIR_PADDING = (1, 1)  # of the four-tap filter: an upsampling 3x3 convolution then exactly doubles its input
 
@@ -73,7 +73,7 @@ class ModulatedConv(nn.Module):
 
 
 class StyledConv(nn.Module):
-    """A modulated convolution, then noise, bias and leaky ReLU."""
+    """A modulated convolution, followed by noise, bias and leaky ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, style_dim: int, up: bool = False) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from psp_lightning.ops.upfirdn2d import fir_filter, upfirdn2d, upfirdn2d_ref
 BOUNDS = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 16e-3}
 
 BOUND = 2.5  # clamp in the cases below
-SIZES = ((2, 28, 133, 131), (2, 16, 256, 256))  # with and without packs of neighbours; several blocks per map
+SIZES = ((2, 28, 133, 131), (2, 16, 256, 256))  # with and without packs of neighbours, and with several blocks per map
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Dispatch calls to plain PyTorch or to a registered operator with a CUDA kernel, and register these operators.
+"""Dispatch calls to plain PyTorch or to registered operators with CUDA kernels, and register these operators.
 
 Operators are declared to torch.library, so torch.compile, torch.export and autocast treat each as one step. An operator
-has an implementation for the CPU (plain PyTorch) and CUDA (the kernel, or plain PyTorch if it cannot be built), a fake
-one (only shapes and strides), and a derivative. Derivatives use these operators again, so every order exists.
+has an implementation for the CPU (plain PyTorch) and for CUDA (the kernel, or plain PyTorch if it cannot be built), a
+fake implementation (only shapes and strides), and a derivative. Derivatives use these operators again, so derivatives
+of every order exist.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def kernels_for(x: Tensor) -> Any:
 def is_captured() -> bool:
     """Return whether a graph is being captured, or torch.func or forward-mode AD is active.
 
-    Operators that do not support these must not be used then.
+    Operators that do not support these must not be used in these cases.
     """
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return True
@@ -70,7 +71,7 @@ def is_batched(x: Tensor) -> bool:
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Use the registered operators for every call in this context, also on the CPU: to test and trace them there."""
+    """Use the registered operators for every call in this context, even on the CPU, to test and trace them there."""
     global _forced
     before, _forced = _forced, True
     try:

@@ -1,7 +1,7 @@
 """Modulated convolution, computed by scaling activations instead of weights.
 
-Modulating the weights is equivalent to scaling the input channels, and demodulating them to scaling the output
-channels. So the whole batch shares one weight, without grouped convolutions.
+To modulate the weights is equivalent to scaling the input channels, and to demodulate them is equivalent to scaling the
+output channels. The whole batch therefore shares one weight, without grouped convolutions.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Ranger(torch.optim.RAdam):
         UserError: alpha or k is out of range.
 
     Source: Liu et al. 2020 (RAdam), Yong et al. 2020 (gradient centralisation), Zhang et al. 2019 (lookahead), with
-        the defaults and order of Ranger 20.4.11, against which trajectories were checked. torch's RAdam has the same
-        threshold of 5, place of eps and unrectified first steps.
+        the defaults and order of Ranger 20.4.11, against which trajectories were checked. torch's RAdam agrees in the
+        threshold of 5, the place of eps and the unrectified first steps.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Styled layers with constant weights on the CPU: few passes over memory, one tensor kept for the backward pass.
+"""Styled layers with constant weights on the CPU: few passes over memory, and one tensor kept for the backward pass.
 
-A layer computes `y = gain * lrelu(demod * fir(conv(x * style)) + noise + bias)`. As separate operators it keeps five
-tensors of the size of y for its derivative. With constant weights, y and x are enough: y has the sign of the
-activation, and `demod * fir(conv(...))`, which the derivative of `demod` sums, is y without activation, noise and bias.
-x is the y of the previous layer.
+A layer computes `y = gain * lrelu(demod * fir(conv(x * style)) + noise + bias)`. As separate operators, it keeps five
+tensors of the size of y for its derivative. With constant weights, y and x are enough. y has the sign of the
+activation. The derivative of `demod` sums `demod * fir(conv(...))`, which is y without activation, noise and bias. x is
+the y of the previous layer.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def _before_activation(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradient before the demodulation, and sums over pixels (B, C) for the gradient of the demodulation.
 
-    The sums are of du * gain * demod * conv, where du is the gradient before gain and activation. This is du times the
-    argument of the activation, that is dy * y, minus noise and bias. The slices keep intermediate values in the
+    The sums add up du * gain * demod * conv, where du is the gradient before gain and activation. Each term is du times
+    the argument of the activation (dy * y), minus noise and bias. The slices keep intermediate values in the
     processor's cache, where half precision is widened.
     """
     wide = factor.dtype

@@ -10,7 +10,7 @@ def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     """Return `a @ b + plus` of matrices (M, K) and (K, N), on any device and dtype; fast on the CPU in float32.
 
     `plus` is a row (N,) or a matrix (M, N). In float32 PyTorch uses MKL, which reaches only half the speed of oneDNN on
-    non-Intel processors. oneDNN's operator has no derivative, so PyTorch's product is used if one is needed.
+    non-Intel processors. oneDNN's operator has no derivative, so PyTorch's product is used if a derivative is needed.
     """
     plain = a.dtype != torch.float32 or a.device.type != "cpu" or not has_onednn() or not a.numel() or not b.numel()
     size = (a.shape[0], b.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from psp_lightning.ops.cpu.product import has_onednn, product
 from psp_lightning.ops.dispatch import is_batched, is_captured
 
-WIDE = 1 << 20  # number of weights; below it, arithmetic dominates the cost of a convolution
+WIDE = 1 << 20  # number of weights below which arithmetic dominates the cost of a convolution
 PIXELS = 2048  # of the result per product; with 512 channels their neighbourhoods take 38 MB
 
 

@@ -6,7 +6,7 @@ by `A`. Over all channels and tiles these multiplications are 36 matrix products
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv:1509.09308), section 4, F(4x4, 3x3).
 The interpolation points differ from theirs (0, +-1, +-2): 0, +-3/4, +-3/2 halve the rounding errors, which are then
-twice those of oneDNN's convolution in the same memory layout. A pixel that is not finite spoils its whole tile.
+twice as large as in oneDNN's convolution in the same memory layout. A pixel that is not finite spoils its whole tile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from psp_lightning.ops.cpu.product import has_onednn, product
 from psp_lightning.ops.dispatch import is_captured
 
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
-CHANNELS, TILES = 256, 64  # the least with which it was faster than oneDNN's convolution in measurements
+CHANNELS, TILES = 256, 64  # fewest with which it was faster than oneDNN's convolution in measurements
 NUMBERS = 1 << 22  # elements of transformed tiles per product: fewer are slow, more exceed the cache
 
 
@@ -39,7 +39,7 @@ def winograd_pays(x: Tensor, weight: Tensor) -> bool:
 def _is_exact() -> bool:
     """Return whether matrix products use full precision.
 
-    PyTorch's setting for a lower one does not apply to convolutions, and its errors would grow here.
+    PyTorch's setting for lower precision does not apply to convolutions, and its errors would grow here.
     """
     try:
         return torch.get_float32_matmul_precision() == "highest"

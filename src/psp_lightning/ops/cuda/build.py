@@ -95,7 +95,7 @@ def load(library: Path) -> Any:
 
 
 def try_launch(kernels: Any) -> None:
-    """Launch a kernel on the current GPU: a library for other GPUs is loaded without an error.
+    """Launch a kernel on the current GPU, because a library for other GPUs loads without an error.
 
     Raises:
         BuildError: the launch fails.
@@ -254,8 +254,8 @@ _COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |\S*(nvcc|c\+\+|g\+\+|clang\S*) .* 
 def compiler_message(log: str) -> str:
     """Return the lines of a build's output that tell what is wrong: the compiler's errors, each with its source line.
 
-    If there are none, they are the last lines, or the message of the exception that ended the build. The traceback of
-    PyTorch's builder, which follows the compiler's output and tells nothing about it, is left out.
+    If there are no such lines, return the last lines, or the message of the exception that ended the build. Leave out
+    the traceback of PyTorch's builder, which follows the compiler's output and says nothing about it.
     """
     output, _, traceback = log.partition("Traceback (most recent call last):\n")
     lines = [line for line in output.splitlines() if line.strip() and not _COMMAND.match(line)]

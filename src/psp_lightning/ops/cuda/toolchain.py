@@ -29,7 +29,8 @@ def source_files() -> list[Path]:
 def architectures() -> list[str]:
     """Return the compute capabilities to build for, such as `["8.0", "9.0"]`.
 
-    They come from `$TORCH_CUDA_ARCH_LIST` if it is set, otherwise from the visible GPUs, as does its item `native`.
+    They come from `$TORCH_CUDA_ARCH_LIST` if it is set, otherwise from the visible GPUs. The item `native` of the list
+    stands for the visible GPUs, too.
     """
     result: list[str] = []
     for item in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ") or "native"):
@@ -45,7 +46,7 @@ def _of_gpus() -> list[str]:
 
 
 def key(architectures: list[str]) -> str:
-    """Return the name of a build: it changes with everything that changes the library or makes it unusable here.
+    """Return the name of a build, which changes with everything that changes the library or makes it unusable here.
 
     The CUDA toolkit is not included, so a machine without one can use a library that another machine built.
     """
@@ -61,8 +62,8 @@ def key(architectures: list[str]) -> str:
 def link_flags(home: Path, scratch: Path) -> list[str]:
     """Return the linker flags for the CUDA runtime of a toolkit from pip.
 
-    Its libraries are in `lib`, where PyTorch's builder does not look, and without the name `libcudart.so`, which is
-    made in `scratch`.
+    The libraries of such a toolkit are in `lib`, where PyTorch's builder does not look. They lack the name
+    `libcudart.so`, which is made in `scratch`.
     """
     if (home / "lib64" / "libcudart.so").exists():
         return []
@@ -78,8 +79,8 @@ def link_flags(home: Path, scratch: Path) -> list[str]:
 def cuda_home() -> Path | None:
     """Return the CUDA toolkit: `$CUDA_HOME`, `$CUDA_PATH`, the nvcc on the PATH, the usual folders, or pip's packages.
 
-    The first with the major version of PyTorch's CUDA is preferred, because PyTorch rejects others. A folder counts
-    only if it has the compiler and the headers: an nvcc on the PATH may be a script in another place.
+    The first toolkit with the major version of PyTorch's CUDA is preferred, because PyTorch rejects others. A folder
+    counts only if it has the compiler and the headers: an nvcc on the PATH may be a script in another place.
     """
     candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if found := shutil.which("nvcc"):
