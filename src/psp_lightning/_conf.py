@@ -1,4 +1,4 @@
-"""Where the shipped configuration lies: inside the wheel, or beside `src` in a source tree."""
+"""The place of the shipped configuration: inside the wheel, or beside `src` in a source tree."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def config_root() -> str:
-    """Absolute path of the folder that holds `train.yaml`.
+    """Return the absolute path of the folder with `train.yaml`.
 
     Raises:
-        FileNotFoundError: when the installation lacks its configuration files.
+        FileNotFoundError: the installation lacks its configuration files.
     """
     package = Path(__file__).resolve().parent
     for candidate in (package / "conf", package.parents[1] / "conf"):

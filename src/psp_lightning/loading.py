@@ -1,7 +1,8 @@
 """Load networks from files: runs, self-describing files, shipped weights, and released checkpoints of other projects.
 
-A path is resolved once and its file is read once. `checkpoints/weight_files.py` interprets this library's files,
-`importers/published.py` those of others. NVIDIA's pickles must be converted first, see `importers/imports.py`.
+A path is resolved once and its file is read once. `checkpoints/weight_files.py` interprets this library's files, and
+`importers/published.py` interprets the files of other projects. NVIDIA's pickles must be converted first; see
+`importers/imports.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def load_pretrained(name: str, device: str | torch.device = "cpu") -> PSP:
     """Load a shipped pSp network in eval mode.
 
     Args:
-        name: for example `toyfaces/inversion`; not a path.
+        name: a name such as `toyfaces/inversion`, not a path.
 
     Raises:
         UserError: no shipped pSp network has this name; the message lists them.
@@ -83,7 +84,7 @@ def load_generator(path: str | os.PathLike[str]) -> tuple[Generator, Tensor | No
 
 
 def load_decoder(path: str | os.PathLike[str]) -> PSP:
-    """Load a network that is used for its generator: a pSp network, or a generator wrapped without an encoder.
+    """Load a network for its generator: a pSp network, or a generator in a network without an encoder.
 
     Args:
         path: see `load_psp` and `load_generator`.

@@ -1,4 +1,4 @@
-"""Align the faces in a folder of photos: plan, work in processes, record and table."""
+"""Align the faces in a folder of photos: the plan, the work in processes, the record and the table."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _find_done(plan: AlignmentPlan, overwrite: bool) -> None:
 
 
 def _existing(plan: AlignmentPlan) -> dict[str, list[str]]:
-    """Return the files in the output folder whose names are those of crops, by the name of the photo."""
+    """Return, by the name of the photo, the files in the output folder that have the names of crops."""
     found: dict[str, list[str]] = {}
     suffix = f".{plan.settings.format}"
     for base, _, names in os.walk(plan.folder):
@@ -146,11 +146,12 @@ def run_alignment(plan: AlignmentPlan, workers: int = 2, batch_size: int = 1, pr
 
     Args:
         workers: number of processes; 0: this process.
-        batch_size: photos that a process reads before it searches them, those of one size together.
+        batch_size: number of photos that a process reads before it searches them; photos of one size are searched
+            together.
         progress: show a progress bar.
 
     Raises:
-        UserError: a process ended, usually because the memory was used up.
+        UserError: a worker process ended, usually because the memory was used up.
         OSError: the disk is full or fails.
     """
     blocks = [

@@ -38,7 +38,7 @@ class Files:
     """What was found in the files of a training.
 
     Attributes:
-        findings: of the checks 1 to 10 and 12.
+        findings: the findings of checks 1 to 10 and 12.
         pictures, facts: every picture, and what is known about it.
     """
 
@@ -126,8 +126,8 @@ def uses_id(cfg: DictConfig) -> bool:
 def look_for_faces(cfg: DictConfig, files: Files) -> list[Finding]:
     """Search some targets, evenly spaced, for aligned faces.
 
-    The identity networks of the paper look at the face in FFHQ's crop. Other embeddings see the whole image, and may
-    have learned from faces in another place, so only a far larger distance is a fault.
+    The identity networks of the paper look at the face in FFHQ's crop. Other embeddings see the whole image and may
+    have learned from faces in another place, so for them only a far larger distance is a fault.
 
     Raises:
         UserError: the face detector is not installed.
@@ -171,7 +171,7 @@ def sheet(columns: Sequence[str], rows: Sequence[Sequence[Tensor]], captions: Se
         top = LINE + i * (edge + LINE)
         for k, picture in enumerate(row):
             drawn.paste(to_pil(picture).resize((edge, edge), Image.Resampling.NEAREST), (k * edge, top))
-        while font.getlength(caption) > width - 4:  # the end of a path says most
+        while font.getlength(caption) > width - 4:  # the end of a path is the most telling part
             caption = caption[1:]
         draw.text((2, top + edge), caption, fill="black", font=font)
     return drawn

@@ -53,7 +53,7 @@ KIND_OF = {**{task: kind for kind, task in TASK_OF.items()}, "frontalization": "
 
 @dataclass
 class Subject:
-    """What is measured: the images, and the module that makes the outputs.
+    """The subject of an evaluation: the images, and the module that makes the outputs.
 
     Attributes:
         task: name of the task, or `pairs`.
@@ -92,7 +92,7 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def _check_used(cfg: DictConfig) -> None:
-    """Raise a UserError for a setting that would have no effect, because its row would be labelled wrongly."""
+    """Raise a UserError for a setting without effect, because the row would have a wrong label."""
     if cfg.ckpt not in (None, IDENTITY):
         return
     keys = ["refine", "mix.latent_mask"] + ([] if cfg.outputs is None else ["task", "factor", "mask.kind"])
@@ -104,7 +104,7 @@ def _check_used(cfg: DictConfig) -> None:
 
 
 def build_subject(cfg: DictConfig) -> Subject:
-    """Build what is measured.
+    """Build the subject of the evaluation.
 
     Raises:
         UserError: the images or the checkpoint are missing, or do not fit each other.
@@ -156,7 +156,7 @@ def _spec(cfg: DictConfig, source: dict[str, Any]) -> InputSpec:
 
 
 def _given(cfg: DictConfig, spec: InputSpec) -> InputSpec:
-    """Return the source with the settings `factor` and `mask.kind`."""
+    """Return the description of the source with the settings `factor` and `mask.kind` applied."""
     for key, kind in (("factor", "lowres"), ("mask.kind", "masked")):
         value = OmegaConf.select(cfg, key)
         if value is not None and spec.kind != kind:

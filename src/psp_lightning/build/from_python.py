@@ -50,7 +50,7 @@ from psp_lightning.utils.memory import computes_on_cpu
 PathLike = str | os.PathLike[str]
 Data = PathLike | tuple[PathLike, PathLike] | ToyFaces | TaskDataModule
 AGAIN = "Continue it with resume=True, or choose another folder."
-LARGEST_INPUT = 256  # pixels; the encoder of the paper never sees more, and larger outputs are pooled to it
+LARGEST_INPUT = 256  # pixels; the paper's encoder takes no larger images, and larger outputs are pooled to this size
 
 
 def ranger(parameters: Iterable[nn.Parameter]) -> Ranger:
@@ -92,7 +92,7 @@ def fit(
         losses: loss name to weight, or to (loss term, weight) if the term needs arguments or is your own.
         generator: what `load_generator` reads, a generator, or (generator, average latent). Without an average latent,
             the mean of 10,000 random codes is used.
-        steps: optimizer steps in all.
+        steps: optimizer steps in total.
         val_every: optimizer steps between two validations; at most `steps`.
         encoder: called with `style_dim`, `in_channels`, `input_size` and, if it has this argument, `n_styles`. None:
             the gradual style encoder, with the paper's 50 layers for inputs of 128 px and more, otherwise with four
@@ -102,7 +102,7 @@ def fit(
             the id loss is used.
         batch_size: samples per step and device.
         num_workers: processes that load the data; 0 loads in this one.
-        seed: of the encoder's weights, the order of the data, the augmentation and the noise.
+        seed: seed of the encoder's weights, the order of the data, the augmentation and the noise.
         resume: continue the run in `run`, bit for bit.
         **trainer: further arguments of `pytorch_lightning.Trainer`, such as `devices=2` or `precision="bf16-mixed"`.
 
@@ -110,8 +110,8 @@ def fit(
         The network of the best checkpoint, in eval mode on the CPU.
 
     Raises:
-        UserError: an argument that makes no sense, data that does not fit the task, `run` contains a run already (or
-            none, with `resume`), or the loss became infinite or NaN.
+        UserError: an argument makes no sense, the data do not fit the task, `run` contains a run already (or, with
+            `resume`, none), or the loss became infinite or NaN.
     """
     quiet()
     run, last = Path(run), Path(run, "checkpoints", "last.ckpt")
@@ -243,7 +243,7 @@ def _trainer(run: Path, resume: bool, val_every: int, **options: Any) -> pl.Trai
     ]
     if options.get("enable_progress_bar", True):
         callbacks.append(ProgressBar(refresh_rate=1))
-    callbacks.append(LastCheckpoint(checkpoints, 100))  # it stores the state of the others, so it comes last
+    callbacks.append(LastCheckpoint(checkpoints, 100))  # last, because it stores the state of the others
     log = CsvLog(run / "csv")
     if resume:
         log.keep_until(read(checkpoints / "last.ckpt")["global_step"])

@@ -1,4 +1,4 @@
-"""Whether a generator can draw the data: how close its best images come, and whether its average latent fits."""
+"""Check whether a generator can draw the data: how close its best images come, and whether its average latent fits."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.progress import track
 
 CODES = 4096  # random codes for the mean of W
-# Limits of PSNR (dB) and of the share of fine detail that is drawn. For the shipped generator after 120 steps: its own
-# faces 24.0 and 0.22; other photographs of faces 21.2 and 0.10; upside-down faces 22.6 and 0.05; animals and objects
-# 21.3 and -0.02; an untrained generator 21.9 and -0.04; noise 10.8 and 0.00.
+# Limits of PSNR (dB) and of the share of fine detail that is drawn. After 120 steps, the shipped generator has 24.0 and
+# 0.22 for its own faces, 21.2 and 0.10 for photographs of faces, 22.6 and 0.05 for upside-down faces, 21.3 and -0.02
+# for animals and objects, and 10.8 and 0.00 for noise; an untrained generator has 21.9 and -0.04.
 HOPELESS, POOR, ROUGH = 18.0, 23.0, 22.0
 NO_DETAIL, LITTLE_DETAIL = 0.05, 0.15
 AVERAGE = 0.3  # distance of the average latent from the mean of W, in standard deviations of W
-RANGE = (-0.1, 0.5, 5.0)  # of pixels: a generator of 0..1 stays above the first, one of 0..255 exceeds the last
+RANGE = (-0.1, 0.5, 5.0)  # of pixels: images in 0..1 stay above the first value, images in 0..255 exceed the last
 
 
 class TooSlow(UserError):
-    """The projection would take longer than it may."""
+    """The projection would take longer than the limit."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Floor:
 
     @property
     def mean(self) -> tuple[float, float]:
-        """The means of both."""
+        """The mean PSNR and the mean share of detail."""
         return float(np.mean(self.psnr)), float(np.mean(self.detail))
 
 
@@ -90,12 +90,12 @@ def measure_floor(
         generator: the generator.
         average: (style_dim,) or (n_styles, style_dim).
         images: (B, 3, S, S) in [-1, 1]; the generator's images are pooled to this size.
-        steps: of Adam.
-        seconds: that this may take.
+        steps: number of Adam steps.
+        seconds: longest time that the projection may take.
         progress: show a progress bar.
 
     Raises:
-        TooSlow: by the time of two steps, it would take longer.
+        TooSlow: judging by two steps, it would take longer.
     """
     frozen = freeze_generator(generator)
     start = average.expand(generator.n_styles, -1)[None]
@@ -126,7 +126,7 @@ def _fine(images: Tensor) -> Tensor:
 
 
 def check_floor(floor: Floor) -> list[Finding]:
-    """Report a generator whose closest images are far from the data, or only a blur of it."""
+    """Report a generator whose closest images are far from the data, or are only a blur of it."""
     psnr, detail = floor.mean
     figures = f"its closest images reach {psnr:.1f} dB PSNR and {max(0.0, detail):.0%} of the fine detail"
     advice = "Look at generator.png. Use a generator that was trained on such images, aligned in the same way."

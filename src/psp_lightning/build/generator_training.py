@@ -109,7 +109,7 @@ def _start_from(module: LitGenerator, path: str) -> None:
         except UserError as error:
             raise UserError(f"init_from={path}: {error}") from None
         return
-    if content is None or folder:  # a folder may contain a better choice than last.ckpt
+    if content is None or folder:  # a folder may contain a better file than last.ckpt
         start, _ = load_generator(path)
     else:
         start, _ = restore_any_generator(file, None, content)
@@ -127,7 +127,7 @@ def _start_from(module: LitGenerator, path: str) -> None:
 
 
 def _check_groups(cfg: DictConfig) -> None:
-    """Raise a UserError for options of psp-train that the search path makes available but that do not apply here."""
+    """Raise a UserError for options of psp-train that are on the search path but do not apply here."""
     if "network" not in cfg or "images" not in (cfg.get("data") or {}):
         raise UserError("domain and data of psp-train do not fit a generator. Choose from: domain=folder, toyfaces")
     if unknown := sorted(set(cfg.optimizer) - {"lr", "betas"}):

@@ -129,7 +129,7 @@ def _arguments(node: DictConfig) -> list[str]:
 
 
 def _in_words(error: Exception) -> str:
-    """Return an exception as a message that names the line of the user's code, if it came from there."""
+    """Return an exception as a message, which names the line if the exception came from the user's code."""
     ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
     others = (ours, os.path.join(os.path.dirname(os.path.abspath(os.__file__)), ""))  # and the standard library
     text = " ".join(str(error).split())
@@ -156,7 +156,7 @@ def import_plugins(names: Sequence[str]) -> None:
     """Import the user's modules, which register encoders, losses and tasks.
 
     Args:
-        names: names of modules, also as one text with commas between them.
+        names: names of modules, as a list or as one text with commas.
 
     Raises:
         UserError: a module, or one that it imports, is not found.

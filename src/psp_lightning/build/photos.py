@@ -1,4 +1,4 @@
-"""psp-predict on photos: the faces are cut out before the prediction and put back after it."""
+"""psp-predict on photos: cut the faces out before the prediction, and put the results back after it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def align_inputs(cfg: DictConfig, spec: InputSpec) -> AlignmentPlan:
     """Cut the faces out of the photos in `input`, to the size of the network's source.
 
     Raises:
-        UserError: the network takes no faces, or its outputs cannot be put back and `paste_back` is set; or an error of
-            `plan_alignment`.
+        UserError: the network takes no faces, its outputs cannot be put back although `paste_back` is set, or an error
+            of `plan_alignment` occurs.
     """
     if spec.kind not in TAKES_FACES:
         raise UserError(f"align=true is for photos of faces, but {cfg.ckpt} takes {spec.kind} images. Leave it out.")
@@ -80,7 +80,7 @@ def crops(plan: AlignmentPlan) -> list[InputFile]:
 
 @dataclass
 class PasteJob:
-    """A photo and the outputs that belong into it.
+    """A photo and the outputs that belong in it.
 
     Attributes:
         photo: file of the photo.
@@ -127,7 +127,7 @@ def paste_outputs(cfg: DictConfig, jobs: list[PasteJob]) -> dict[str, list[str]]
     """Paste the outputs into their photos, except where this was done already.
 
     Returns:
-        The files that were `written` and `skipped`, and the reasons of those that `failed`.
+        The files that were `written` and `skipped`, and the reasons why others `failed`.
 
     Raises:
         UserError: a file of another origin has the name of an output and `overwrite` is false, or `paste.parser` is not
@@ -169,7 +169,7 @@ def paste_outputs(cfg: DictConfig, jobs: list[PasteJob]) -> dict[str, list[str]]
 
 
 class _Pasting(Dataset[dict[str, Any] | None]):
-    """Items paste a photo's faces and write it; they are None, or contain the reason why this failed."""
+    """A dataset whose items paste faces into a photo and write it. An item is None, or the reason for a failure."""
 
     def __init__(self, jobs: list[PasteJob], feather: float, match_colour: bool, parser: str | None) -> None:
         self.jobs, self.feather, self.match_colour, self.parser = jobs, feather, match_colour, parser
@@ -207,7 +207,7 @@ def _load_parser(name: str) -> ToyFaceParser:
 
 
 def face_region(parser: ToyFaceParser, images: list[Path]) -> Image.Image:
-    """Return the region of the face in any of several pictures of one face, white on black with a soft edge, mode L."""
+    """Return the region of a face in any of several pictures of it: white on black with a soft edge, mode L."""
     kinds = torch.tensor([list(KINDS).index(kind) for kind in FACE])
     with torch.inference_mode():
         found = parser.regions(torch.stack([rgb(path, parser.input_size) for path in images]))

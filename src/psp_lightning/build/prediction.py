@@ -47,7 +47,7 @@ from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
-LARGEST = 8192  # pixels per side; Pillow takes larger pictures for attacks when the sheet, or anyone else, reads them
+LARGEST = 8192  # pixels per side; any program that reads larger pictures with Pillow takes them for attacks
 FORMAT_LIMITS = {"jpg": 65500, "webp": 16383}  # pixels per side
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
@@ -65,7 +65,7 @@ class PredictionPlan:
     skipped: list[dict[str, Any]]
     latents: Latents | None
     inputs: InputDataset | None = None  # filled by `build_prediction`
-    alignment: AlignmentPlan | None = None  # of the photos, if the inputs are faces from photos
+    alignment: AlignmentPlan | None = None  # set if the inputs are faces from photos
 
     def write_latents(self, cfg: DictConfig, records: list[dict[str, Any]]) -> Path | None:
         """Write OUTPUT/latents.safetensors with all codes and return its path, or None if `latents` is off.
@@ -81,7 +81,7 @@ class PredictionPlan:
         return path
 
     def paste(self, cfg: DictConfig, records: list[dict[str, Any]]) -> dict[str, list[str]] | None:
-        """Write OUTPUT/pasted, the photos with the outputs in their places; see `paste_outputs`. None: not wanted."""
+        """Write OUTPUT/pasted, the photos with the outputs in place, see `paste_outputs`; None if this is off."""
         if not cfg.paste_back or self.alignment is None:
             return None
         good = [record for record in records if record["status"] != "error"]
@@ -90,7 +90,7 @@ class PredictionPlan:
 
 
 def plan_prediction(cfg: DictConfig) -> PredictionPlan:
-    """Check the settings, list the inputs and find the outputs that exist already.
+    """Check the settings, list the inputs and find existing outputs.
 
     Raises:
         UserError: a setting is invalid, there is no checkpoint or input, the output folder cannot be written, or it
@@ -145,7 +145,7 @@ def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
 
 
 def _existing(outputs: Outputs) -> list[dict[str, Any]]:
-    """Return the records of the inputs whose outputs exist and need not be written again.
+    """Return the records of the inputs whose outputs exist and do not have to be written again.
 
     Raises:
         UserError: an output exists that is not recorded, or was made from another input, by another checkpoint or with
@@ -203,7 +203,7 @@ def _check_settings(cfg: DictConfig) -> None:
 
 
 def _read_latents(cfg: DictConfig) -> Latents:
-    """Read the codes in `input`; raise a UserError for a file without latents or for settings that need images."""
+    """Read the codes in `input`; raise a UserError for a file without codes, or for a setting that needs images."""
     path = Path(str(cfg.input)).expanduser()
     image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None, "align": cfg.align}
     image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
@@ -304,7 +304,7 @@ def sheet_inputs(cfg: DictConfig, plan: PredictionPlan) -> InputDataset | None:
 
 
 def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
-    """Return the network in the form that the speed settings ask for; autocast runs the plain one."""
+    """Return the network in the form that the speed settings ask for; with autocast, this is the plain network."""
     if not cfg.fuse or cfg.precision.endswith("-mixed"):
         dtype = autocast_dtype(cfg.precision, computes_on_cpu(cfg.accelerator))
         net = freeze_psp_generator(net.to(memory_format=torch.channels_last), dtype)
@@ -349,7 +349,7 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
 
 
 def _warn_of_photographs(cfg: DictConfig, spec: InputSpec, plan: PredictionPlan) -> None:
-    """Warn once if the first input of a network for one channel is in colour; most such networks take line sketches."""
+    """Warn if the first input of a one-channel network is in colour, because most such networks take line sketches."""
     if spec.kind != "sketch" or not plan.todo:
         return
     file = plan.outputs.files[plan.todo[0]].path

@@ -59,7 +59,7 @@ class Training:
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Check the numbers that our constructors do not check, import plugins and seed all random number generators.
+    """Check the numbers that no constructor of this library checks, import plugins and seed all random generators.
 
     Raises:
         UserError: a number is out of range, or a plugin does not exist.
@@ -163,7 +163,7 @@ def build_callbacks(cfg: DictConfig, own: list[Callback]) -> list[Callback]:
 
 
 def _build_group(cfg: DictConfig, group: str, kind: type) -> list[Any]:
-    """Build all nodes of a group that are not null; one that is not an instance of `kind` is a UserError."""
+    """Build all nodes of a group that are not null; raise a UserError if one is not an instance of `kind`."""
     built = []
     for name, node in (cfg[group] or {}).items():
         if node:

@@ -132,7 +132,7 @@ def build_refiner(cfg: DictConfig, generator: Any) -> torch.nn.Module | None:
 
 
 def load_backbone(encoder: torch.nn.Module, name: str) -> LoadReport:
-    """Initialize the encoder's backbone from the face recognition network, as in the paper.
+    """Initialise the encoder's backbone with the weights of the face recognition network, as in the paper.
 
     Args:
         encoder: an encoder with the layers of IR-SE50.
@@ -162,14 +162,14 @@ def build_losses(cfg: DictConfig) -> CompositeLoss:
 
 
 def toy_terms(cfg: DictConfig) -> list[str]:
-    """Return the loss terms that compare with the toy faces' network although generator and images are the user's."""
+    """Return the loss terms that use the toy faces' network although generator and images are the user's own."""
     if cfg.data.name == "toyfaces" or str(cfg.generator.get("path", "")).startswith("toyfaces/"):
         return []
     return [name for name, node in (cfg.get("loss") or {}).items() if node and TOY_NETWORK in node.values()]
 
 
 def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
-    """Build the selected metrics. One with a `loss` key uses that term's network; without the term it is left out."""
+    """Build the selected metrics. A metric with a `loss` key uses that term's network, and is left out without it."""
     metrics = {}
     for name, node in (cfg.get("metric") or {}).items():
         if not isinstance(node, DictConfig) or node.get("loss") is None or node.loss in losses.terms:
@@ -180,7 +180,7 @@ def build_metrics(cfg: DictConfig, losses: CompositeLoss) -> dict[str, Any]:
 
 
 def build_metric(cfg: DictConfig, name: str, terms: Any) -> Any:
-    """Build a metric. If it has a `loss` key, it receives that term's function that compares images."""
+    """Build a metric. If it has a `loss` key, pass it the function with which that term compares images."""
     node = cfg.metric[name]
     if not isinstance(node, DictConfig) or node.get("loss") is None:
         return instantiate(cfg, f"metric.{name}", without=["loss"])
@@ -226,7 +226,7 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
 
 
 def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
-    """Raise a UserError for a monitored value that is never logged; the first validation may be hours away."""
+    """Raise a UserError now for a monitored value that is never logged; the first validation may be hours away."""
     terms = list(module.losses.terms)
     logged = ["val/loss", *(f"val/loss_{name}" for name in terms), *(f"val/{name}" for name in module.val_metrics)]
     monitored = {"objective": cfg.objective}

@@ -1,4 +1,4 @@
-"""A few steps of a training, without writing anything: what they take."""
+"""Make a few steps of a training, without writing anything, and measure what they take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory, peak_memory, reset_peak_memory
 
-STEPS = 3  # that are timed, after a first one, which is slower
+STEPS = 3  # timed steps, after a first one, which is slower
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Photos to aligned faces: one unit of work of `psp-align`, which worker processes do."""
+"""From photos to aligned faces: the units of work that `psp-align` gives to worker processes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Alignment:
 
     @property
     def several(self) -> bool:
-        """Whether a photo may have several crops, so that their names end in a number."""
+        """Whether a photo may have several crops, whose names then end in a number."""
         return self.faces not in ("largest", "central")
 
     def name(self, photo: str, face: int) -> str:
@@ -64,15 +64,16 @@ class Alignment:
 class AlignmentUnits(Dataset[list[dict[str, Any]]]):
     """Groups of photos. An item finds the faces in a group, writes the crops and returns what it found.
 
-    The result of a photo contains its `index`, the `files` written, below the folder, and `faces`, one row for each
-    face; or one row with the status `no face` or `error` and its reason. A row's values are those of the table.
+    The result of a photo contains its `index`, the written `files` as paths below the folder, and `faces`: one row for
+    each face, or one row with the status `no face` or `error` and a reason. A row has the columns of the table.
 
     Args:
         files: the photos.
         units: indices of the photos of each group.
         settings: which faces, and how they are cut out.
         folder: folder of the crops.
-        landmarks: faces of each photo, which are then not searched for; None: the landmark file does not name it.
+        landmarks: the faces of each photo from a landmark file, None for a photo that it does not name. Without this
+            argument, the detector searches the photos.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class AlignmentUnits(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, item: int) -> list[dict[str, Any]]:
         try:
             return self._process(self.units[item])
-        except OSError as error:  # of the disk; as an exception it would lose its number on the way to this process
+        except OSError as error:  # a full or failing disk; if raised here, its errno would be lost
             return [{"stop": [error.errno, error.strerror, os.fspath(error.filename or self.folder)]}]
 
     def _process(self, unit: list[int]) -> list[dict[str, Any]]:
@@ -152,7 +153,7 @@ class AlignmentUnits(Dataset[list[dict[str, Any]]]):
         return {"index": index, "files": files, "faces": rows, "size": list(photo.size)}
 
     def _write(self, photo: Image.Image, face: Face, name: str) -> str | None:
-        """Write a crop; return why this is not possible."""
+        """Write a crop; if this fails, return the reason."""
         try:
             crop = cut_face(photo, face.corners, self.settings.size)
             save_atomic(crop, self.folder / name, **FORMATS[self.settings.format])
@@ -166,14 +167,14 @@ class AlignmentUnits(Dataset[list[dict[str, Any]]]):
 
 
 def _numbers(names: list[str], points: Any) -> dict[str, float]:
-    """Return the known coordinates of points by name, to a hundredth of a pixel."""
+    """Return the known coordinates of points by name, rounded to a hundredth of a pixel."""
     pairs = zip(names, points.round(2).ravel().tolist(), strict=True)
     return {name: value for name, value in pairs if value == value}
 
 
 @contextlib.contextmanager
 def quiet_about_size() -> Iterator[None]:
-    """Suppress Pillow's warning of pictures with more than 89 megapixels; photos are that large."""
+    """Suppress Pillow's warning about pictures above 89 megapixels, because photos can be that large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield

@@ -49,8 +49,9 @@ def augment(images: Tensor, p: float, draws: RandomNumbers) -> Tensor:
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
     """Resample images by an affine map, with mirrored borders and a wavelet low-pass filter against aliasing.
 
-    The up- and down-sampling filters are each other's transpose, so the identity map returns the image unchanged
-    except for a few pixels at the border. Positions are relative to the filter's centre of mass, which avoids a shift.
+    The up-sampling filter and the down-sampling filter are each other's transpose, so the identity map returns the
+    image unchanged except for a few pixels at the border. Positions are relative to the filter's centre of mass, which
+    avoids a shift.
 
     Args:
         images: (B, C, S, S), S at least 8.
@@ -66,7 +67,7 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
     margin = 4  # pixels that the filter needs beyond the border
     fine = _up(F.pad(images, (margin,) * 4, mode="reflect"), taps)  # (B, C, 2S + 18, 2S + 18)
     steps = torch.arange(2 * side + len(SYM6) - 2, dtype=images.dtype, device=images.device)
-    steps = ((steps - centre) + 1) / side - 1  # all that the down-sampling filter reads
+    steps = ((steps - centre) + 1) / side - 1  # everything that the down-sampling filter reads
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     points = torch.stack([x, y, torch.ones_like(x)], -1)  # (2S + 10, 2S + 10, 3)
     pixels = ((points @ matrix[:, :2].transpose(1, 2)[:, None] + 1) * side - 1) / 2  # (B, 2S + 10, 2S + 10, 2)
@@ -98,7 +99,7 @@ def _down(x: Tensor, taps: Tensor) -> Tensor:
 
 
 class _Lookup(torch.autograd.Function):
-    """A bilinear `grid_sample` with a second derivative, which PyTorch's lacks. It is linear in its input."""
+    """A bilinear `grid_sample` with a second derivative, which PyTorch's version lacks. It is linear in its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def _geometry(n: int, side: int, p: float, draws: RandomNumbers) -> Tensor:
     steps.append(_translation((shift * applied * side).round() / side * 2))  # whole pixels; units of half a side
     size = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
     steps.append(_diagonal(1 / size, 1 / size))
-    rotated = 1 - math.sqrt(1 - p)  # for each of two rotations; one or both happen with probability p
+    rotated = 1 - math.sqrt(1 - p)  # for each of two rotations; at least one happens with probability p
     steps.append(_rotation(_when(n, rotated, draws, draws.uniform(n) * 2 * pi - pi, 0)))
     stretch = _when(n, p, draws, (draws.normal(n) * 0.2 * ln2).exp(), 1)
     steps.append(_diagonal(1 / stretch, stretch))

@@ -1,4 +1,4 @@
-"""Find what is wrong with the files of a training, before it starts: the checks of psp-doctor that need no network.
+"""Find what is wrong with the files of a training before it starts: the checks of psp-doctor that need no network.
 
 Each check returns findings. A fault makes training fail or teaches something wrong; a warning may be intended.
 """
@@ -37,8 +37,8 @@ CHECKS = {
 }
 SHOWN = 3  # files that a line names
 ALIKE = 0.02  # relative difference below which two shapes are the same
-# Correlation of thumbnails from which two pictures are the same one. Of different drawn faces, it is at most 0.95; of a
-# face and its resized, compressed or brighter copy, rarely below 0.98.
+# Correlation of two thumbnails from which on their pictures count as the same. It is at most 0.95 for different drawn
+# faces, and rarely below 0.98 for a face and its resized, compressed or brighter copy.
 SAME = 0.98
 MOSTLY = 0.5  # share of a sketch's pixels
 CHUNK = 256  # rows of a product of thumbnails
@@ -49,11 +49,11 @@ class Finding:
     """One fault or warning.
 
     Attributes:
-        check: name in `CHECKS`, or `training` if the training does not start at all.
+        check: name in `CHECKS`, or `training` if the training does not even start.
         fault: False for a warning.
         text: what is wrong, without a full stop.
         advice: what to do, in whole sentences.
-        files: all files that it is about, some with a note in brackets.
+        files: all files that the finding is about, some with a note in brackets.
     """
 
     check: str
@@ -145,7 +145,7 @@ def check_files(facts: Sequence[Facts], label_map: LabelMap | None = None, targe
     """Run the checks 3 to 10 and 12 on the facts of all pictures.
 
     Args:
-        facts: of the training and the validation set.
+        facts: the facts of all pictures in the training and the validation set.
         label_map: the classes, for label maps.
         target_size: height and width of the targets in training.
     """
@@ -157,7 +157,7 @@ def check_files(facts: Sequence[Facts], label_map: LabelMap | None = None, targe
 
 
 def check_pictures(facts: Sequence[Facts], target_size: int = 0) -> list[Finding]:
-    """Run the checks 3 to 6, which also make sense on a few pictures."""
+    """Run the checks 3 to 6, which make sense even for a few pictures."""
     return check_broken(facts) + check_sizes(facts, target_size) + check_channels(facts) + check_ids(facts)
 
 
@@ -170,7 +170,7 @@ def check_broken(facts: Iterable[Facts]) -> list[Finding]:
 
 
 def check_sizes(facts: Iterable[Facts], target_size: int = 0) -> list[Finding]:
-    """Report pictures whose width and height differ from the rest, in shape or number, and those that are too small."""
+    """Report pictures of another shape or size than the rest, and pictures that are too small."""
     findings = []
     for group in _by_role(item for item in facts if min(item.size) > 0 and item.kind != "mask"):
         (width, height), count = Counter(item.size for item in group).most_common(1)[0]
@@ -207,7 +207,7 @@ def _size(item: Facts) -> str:
 
 
 def check_channels(facts: Iterable[Facts]) -> list[Finding]:
-    """Report pixels that cannot be used, and pictures that have other channels or another depth than the rest."""
+    """Report unusable pixels, and pictures with other channels or another depth than the rest."""
     findings = []
     for group in _by_role(item for item in facts if not item.broken and item.kind != "labels"):
         if unusable := [item for item in group if item.unusable]:
@@ -260,7 +260,7 @@ def _ids(item: Facts) -> str:
 
 
 def check_lossy(facts: Iterable[Facts]) -> list[Finding]:
-    """Report label maps in a format with lossy compression, and those with traces of it or of interpolation."""
+    """Report label maps in a lossy format, and label maps with traces of compression or interpolation."""
     advice = "Save label maps as PNG, from the original ids, and resize them by nearest neighbour."
     return [
         _finding("lossy", True, group, "were saved with loss", advice, lambda item: item.lossy)
@@ -299,9 +299,9 @@ def check_equal(facts: Iterable[Facts]) -> list[Finding]:
 
 
 def check_split(facts: Iterable[Facts]) -> list[Finding]:
-    """Report validation images that the training set contains too, also resized, compressed or mirrored.
+    """Report validation images that the training set contains, too, even if resized, compressed or mirrored.
 
-    Two images are the same if the correlation of their thumbnails is at least `SAME`.
+    Two images count as the same if the correlation of their thumbnails is at least `SAME`.
     """
     images = [item for item in facts if item.thumb is not None and item.role in ("image", "target")]
     train, val = ([item for item in images if item.part == part] for part in ("train", "val"))

@@ -28,7 +28,7 @@ StoreLike = Store | Callable[[], Store]
 
 
 class _DataModule(pl.LightningDataModule):
-    """Common base: the order of the samples and the worker processes."""
+    """Base class of all data modules: the order of the samples, and the worker processes."""
 
     def __init__(self, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class TaskDataModule(_DataModule):
         input_size: height and width of the sources.
         target_size: height and width of the targets.
         batch_size: samples per batch and device in training.
-        val_batch_size: the same in validation. None: `batch_size`.
+        val_batch_size: samples per batch and device in validation. None: `batch_size`.
         num_workers: worker processes. 0: load in the main process. The number does not change the batches.
-        seed: of the order and of all augmentation.
+        seed: seed of the order and of all augmentation.
         flip: probability of mirroring in training. None or True: the task's default (0.5 for inversion,
             frontalization and toonify, 0 for the others, as in the reference). False: never.
         spec: description of the source. Subclasses build it from their arguments; the default is RGB.
@@ -107,7 +107,7 @@ class TaskDataModule(_DataModule):
         return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
-        """List the files, which reports mistakes in them before training starts."""
+        """List the files, so that mistakes in them are reported before training starts."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
             self.dataset(split)
 

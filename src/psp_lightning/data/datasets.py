@@ -16,8 +16,8 @@ from psp_lightning.utils.pictures import open_image
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
-    """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path`, `index`,
-    and for drawn down-sampling factors (superres) `factor`.
+    """Items are dicts: `source` (spec.channels, size, size), `target` (3, target_size, target_size), `path` and
+    `index`; `factor` is added if down-sampling factors are drawn (superres).
 
     The key is `(epoch, index)`, or just an index for epoch 0.
 
@@ -25,7 +25,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         store: a prepared store.
         spec: description of the source tensor.
         target_size: height and width of the target.
-        seed: of flips, factors and holes.
+        seed: seed of the flips, factors and holes.
         flip: probability of mirroring.
         independent_flip: mirror source and target independently (frontalization on folders, as in the reference)
             instead of together.

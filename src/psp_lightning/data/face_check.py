@@ -1,4 +1,4 @@
-"""Whether pictures show a face at the place of FFHQ's crop, which the identity networks were trained on."""
+"""Check whether pictures show a face in the place where FFHQ's crop has it, as the identity networks expect."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from psp_lightning.data.checks import Finding
 from psp_lightning.utils.errors import plural
 from psp_lightning.utils.optional import facenet_pytorch
 
-EDGE = 256  # pixels; the height and width at which faces are searched
-# How far eyes may lie from their place in FFHQ, as a share of the picture's width. It is 0.01 for aligned photographs,
-# 0.06 on average and 0.11 at most for drawn faces, and 0.29 for a portrait that was not aligned.
+EDGE = 256  # pixels, height and width of the picture in which a face is searched
+# How far eyes may lie from their place in FFHQ, as a share of the picture's width. The distance is 0.01 for aligned
+# photographs, 0.06 on average and 0.11 at most for drawn faces, and 0.29 for a portrait that was not aligned.
 FFHQ_CROP, OWN_CROP = 0.05, 0.15
 FEW = 0.8  # share of pictures that should show a face, and of faces that should be aligned
 
@@ -42,7 +42,7 @@ def eye_offset(detector: Any, picture: Image.Image) -> float | None:
         return None
     face = np.array(points[0], float)  # eyes, nose, corners of the mouth
     eyes, mouth = face[:2], face[3:]
-    corner, lower, _, right = crop_corners(*eyes, *mouth)  # of the aligned crop, in pixels of this picture
+    corner, lower, _, right = crop_corners(*eyes, *mouth)  # corners of the aligned crop, in pixels of this picture
     across, down = right - corner, lower - corner
     placed = [[(eye - corner) @ across / (across @ across), (eye - corner) @ down / (down @ down)] for eye in eyes]
     return float(np.linalg.norm(np.array(placed) - eyes / EDGE, axis=1).mean())
@@ -52,7 +52,7 @@ def check_faces(offsets: Iterable[float | None], far: float = FFHQ_CROP) -> list
     """Report pictures without a face, and faces that are not aligned, from the results of `eye_offset`.
 
     Args:
-        offsets: one for each picture.
+        offsets: the result of `eye_offset` for each picture.
         far: largest offset of an aligned face.
     """
     offsets = list(offsets)

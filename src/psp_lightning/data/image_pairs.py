@@ -20,8 +20,8 @@ class ImagePairs(Dataset[dict[str, Any]]):
 
     Args:
         outputs, targets: folders, whose images are paired by name (see `psp_lightning.data.pairing.pair`).
-        size: resize both images to `size` x `size`, bilinearly as for training. None: keep the size, which must be the
-            same in a pair.
+        size: resize both images to `size` x `size`, bilinearly as for training. None: keep the size, which must be
+            equal in both images of a pair.
 
     Raises:
         UserError: a folder is missing or empty, or an image has no counterpart.

@@ -1,4 +1,4 @@
-"""Images for generator training, from files or drawn: all of one size, uint8 in memory."""
+"""Images for generator training, from files or drawn, all of one size and uint8 in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FITS = ("squash", "pad", "crop")
 
 
 def _nearest_power(size: int) -> int:
-    """Return the power of two, at least 8, that is closest to `size`; `size` itself if it is one."""
+    """Return the power of two, at least 8, that is closest to `size`."""
     return 1 << max(3, round(math.log2(max(size, 1))))
 
 
@@ -43,7 +43,7 @@ class ImageSet(Dataset[dict[str, Any]], ABC):
     Args:
         size: height and width, a power of two, at least 8.
         flip: mirror with probability 0.5, determined by (seed, epoch, index).
-        seed: of the flips.
+        seed: seed of the flips.
         cache: keep every decoded image in memory, as uint8.
     """
 
@@ -78,8 +78,8 @@ class FolderImages(ImageSet):
     """All images in a folder and its subfolders.
 
     Images are rotated according to EXIF and converted to 8-bit RGB; transparent pixels are composited over white. Only
-    the first frame of an animation is used. The constructor reads all headers, which reports files that are not images
-    before training starts. An image whose pixels prove damaged later raises an error that names it.
+    the first frame of an animation is used. The constructor reads all headers, so that files that are not images are
+    reported before training starts. If the pixels of an image turn out to be damaged later, an error names the image.
 
     Args:
         root: the folder.

@@ -79,7 +79,7 @@ def list_inputs(pattern: str, exclude: Path | None = None) -> list[InputFile]:
 
 
 def input_masks(files: list[InputFile], folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Return the mask of each input that has one in `folder`, by the input's path; see `pair_masks`."""
+    """Return, by the input's path, the mask of each input that has one in `folder`; see `pair_masks`."""
     return pair_masks([os.fspath(file.path) for file in files], files[0].root, folder) if files else {}
 
 
@@ -94,7 +94,7 @@ class InputDataset(Dataset[dict[str, Any]]):
         spec: description of the network's input.
         factor: down-sampling factor to apply first (superres).
         masks: folder of masks (inpainting), paired with the files. None: as `load_source` without a mask.
-        seed: of drawn holes. Each file gets its own hole, independent of the batch size and the number of devices.
+        seed: seed of drawn holes. Each file gets its own hole, independent of the batch size and the number of devices.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class InputDataset(Dataset[dict[str, Any]]):
         return {**item, "seconds": time.perf_counter() - start}
 
     def picture(self, index: int) -> Image.Image:
-        """Return an input as the network sees it, in RGB; white if the file cannot be read (any more)."""
+        """Return an input as the network sees it, in RGB; a white picture if the file cannot be read."""
         item = self[index]
         if "error" in item:
             return Image.new("RGB", (self.spec.size, self.spec.size), "white")

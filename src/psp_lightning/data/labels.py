@@ -14,7 +14,7 @@ import yaml
 from psp_lightning.utils.errors import UserError
 
 CELEBAMASK_HQ = Path(__file__).with_name("celebamask_hq.yaml")
-NO_CLASS = 65535  # in the look-up table: an id outside the map
+NO_CLASS = 65535  # entry of the look-up table for an id outside the map
 IGNORED = 65534
 
 
@@ -76,7 +76,7 @@ class LabelMap:
             raise UserError(f"{origin}: id {wrong[0]} is outside 0..{IGNORED - 1}.")
         if wrong := [i for pair in mirror for i in pair if i not in ids]:
             raise UserError(f"{origin}: 'mirror' names id {wrong[0]}, which is not a class.")
-        palette = default_colors(max(ids) + 1).tolist()  # only now, because a wrong id may be huge
+        palette = default_colors(max(ids) + 1).tolist()  # after the checks above, because a wrong id may be huge
         colors = tuple(tuple(palette[i]) if color is None else color for i, color in zip(ids, given, strict=True))
         if any(len(color) != 3 or not all(0 <= c <= 255 for c in color) for color in colors):
             raise UserError(f"{origin}: a color must be three numbers from 0 to 255.")
@@ -84,7 +84,7 @@ class LabelMap:
 
     @classmethod
     def numbered(cls, n_classes: int) -> LabelMap:
-        """Return a map of the ids 0..n_classes-1 without names, or CelebAMask-HQ's for 19 classes."""
+        """Return a map of the ids 0..n_classes-1 without names, or CelebAMask-HQ's map for 19 classes."""
         if n_classes == 19:
             return load_label_map()
         if not 1 <= n_classes <= IGNORED:
@@ -139,7 +139,7 @@ def default_colors(n: int) -> np.ndarray:
 def colourise(labels: np.ndarray, label_map: LabelMap | None = None) -> np.ndarray:
     """Return integer labels (..., H, W) as a picture, uint8 (..., H, W, 3), in which ids outside the map are white.
 
-    The label map defaults to CelebAMask-HQ's.
+    The default label map is CelebAMask-HQ's.
     """
     label_map = label_map or load_label_map()
     table = np.full((65536, 3), 255, np.uint8)

@@ -47,7 +47,7 @@ class LandmarkFile:
     names as keys and [x, y] as values, or a list of 4 points (without the nose), 5 points (with the nose as third) or
     68 points (of dlib).
 
-    A photo is named by its path below the input folder, or by its file name or stem if this is unique among the inputs.
+    A photo is named by its path below the input folder, or by its file name or stem if that is unique among the inputs.
     Positions are in pixels of the upright photo.
 
     Args:
@@ -119,7 +119,7 @@ class LandmarkFile:
         return Face(landmarks.round(2))
 
     def match(self, photos: Sequence[str]) -> tuple[list[list[Face] | None], list[str]]:
-        """Return the faces of each photo, None where the file does not name it, and the names that fit no photo.
+        """Return the faces of each photo (None if the file does not name it), and the names that fit no photo.
 
         Args:
             photos: paths of the photos below the input folder.

@@ -22,11 +22,11 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
     Args:
         n: number of samples.
-        seed: of the order.
+        seed: seed of the order.
         shuffle: False: the order is 0..n-1.
         rank, world_size: rank of this process, and number of processes.
-        pad: wrap around until all ranks have equally many samples, dropping none (training). False: every sample
-            exactly once, and the ranks may differ by one (validation).
+        pad: repeat samples until all ranks have equally many, and drop none (training). False: use every sample exactly
+            once, so that the numbers on two ranks may differ by one (validation).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         self._start = (epoch, skip)
 
     def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the loader counts the epochs, because only it knows about resuming."""
+        """Do nothing: the loader counts the epochs, because only the loader knows where a run resumes."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         epoch, skip = self._start
@@ -73,7 +73,7 @@ class ReadableDataLoader(DataLoader[Any]):
 class ResumableDataLoader(ReadableDataLoader):
     """A DataLoader whose `state_dict` counts the batches that the consumer received, excluding prefetched ones.
 
-    Each iteration is the next epoch, except for the first after `load_state_dict`, which continues from that state.
+    Each iteration is the next epoch, except for the first one after `load_state_dict`, which continues from that state.
     Lightning stores the state in its checkpoints and restores it before the first batch.
 
     Args:

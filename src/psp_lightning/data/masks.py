@@ -65,7 +65,7 @@ def brush_mask(size: int, rng: np.random.Generator, strokes: int = 3, width: flo
     return np.array(image)
 
 
-TONES = 64  # levels of 255 by which grey pixels may differ in their channels, and painted ones from each other
+TONES = 64  # levels of 255 by which the channels of a grey pixel, and painted pixels of one tone, may differ
 
 
 def transparent_hole(image: Image.Image, size: int) -> np.ndarray | None:
@@ -95,7 +95,7 @@ def as_mask(mask: ImageLike | np.ndarray, size: int) -> np.ndarray:
 
 
 class _UnclearMask(Exception):
-    """A mask that can be read in more than one way, or in none."""
+    """A mask that can be read in several ways, or in no way."""
 
 
 def _read_mask(image: Image.Image) -> np.ndarray:

@@ -23,7 +23,7 @@ NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def suffixes() -> tuple[str, ...]:
-    """Return the file name suffixes of the images that Pillow can read here, those of imported plugins included."""
+    """Return the file name suffixes of the images that Pillow can read here, including those of imported plugins."""
     known = Image.registered_extensions().items()
     return tuple(suffix for suffix, name in known if name == "MPO" or (name in Image.OPEN and name not in NO_PICTURES))
 
@@ -31,8 +31,8 @@ def suffixes() -> tuple[str, ...]:
 def walk(root: Path) -> Iterator[tuple[Path, str, list[os.DirEntry[str]]]]:
     """Yield `root` and its subfolders: the path, the real path, and the entries that are not folders.
 
-    Hidden files and folders are skipped. Links are followed, but each real folder is visited once, by its own path if
-    that is below `root`. A link to a folder that contains the link is ignored.
+    Hidden files and folders are skipped. Links are followed, but each real folder is visited once, under its own path
+    if that is below `root`. A link to a folder that contains the link is ignored.
 
     Raises:
         UserError: if a folder cannot be read.
@@ -123,7 +123,7 @@ def list_images(folder: str | os.PathLike[str], what: str = "image folder") -> l
 
 
 def once(real: dict[Path, str]) -> list[Path]:
-    """Return each real file once, by its own path if that is among the keys, in the order of the keys."""
+    """Return each real file once, under its own path if that is among the keys, in the order of the keys."""
     if len(set(real.values())) == len(real):
         return list(real)
     chosen: dict[str, Path] = {}
@@ -168,7 +168,7 @@ def _groups(images: Iterable[Path], root: Path, nested: bool) -> Groups:
 def _by_name(left: Iterable[Path], left_root: Path, right: Iterable[Path], right_root: Path) -> tuple[Groups, Groups]:
     """Return the files of both folders by the name that pairs them.
 
-    This is the stem. If a stem occurs more than once in a folder, it is the relative path without extension.
+    The name is the stem; if a stem occurs more than once in a folder, it is the relative path without extension.
     """
     both = _groups(left, left_root, False), _groups(right, right_root, False)
     if any(len(group) > 1 for groups in both for group in groups.values()):
@@ -204,7 +204,7 @@ class Matching:
 
     Attributes:
         n_sources, n_targets: number of different names in each folder.
-        pairs: (source, target) in the order of the targets. Of files with the same name, the first one.
+        pairs: (source, target) in the order of the targets; of several files with one name, the first.
         extra_sources, extra_targets: files without a counterpart.
         repeated_sources, repeated_targets: groups of files with the same name.
         shared_stems: groups of files in different subfolders with the same stem; if there are any, files are paired by
@@ -222,7 +222,7 @@ class Matching:
 
 
 def match(source: str | os.PathLike[str], target: str | os.PathLike[str], what: str = "source") -> Matching:
-    """Pair the files of two folders as `pair` does, and return what is wrong instead of raising an error for it.
+    """Pair the files of two folders as `pair` does, but return what is wrong instead of raising an error.
 
     `what` is the noun for the files of `source` in messages.
 
@@ -281,7 +281,7 @@ def refuse_unpaired(
     what: str = "source",
     hint: str = "set data.unpaired=skip",
 ) -> None:
-    """Raise the errors of `pair` about names that occur twice and files without a counterpart."""
+    """Raise the errors of `pair` about names that occur twice and about files without a counterpart."""
     if unpaired not in ("error", "skip"):
         raise UserError(f"unpaired={unpaired!r} is unknown. Use 'error' or 'skip'.")
     _refuse_repeated(found.repeated_sources, Path(source))

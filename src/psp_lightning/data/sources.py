@@ -1,4 +1,4 @@
-"""The kinds of source images, one class each: channels, conversion of pictures to tensors and back."""
+"""The kinds of source images, one class each: their channels, and conversion of pictures to tensors and back."""
 
 from __future__ import annotations
 

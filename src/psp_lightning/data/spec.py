@@ -26,13 +26,13 @@ class InputSpec:
             in the hole, and a fourth for the hole: 1 inside, 0 outside).
         size: height and width of the tensor in pixels.
         n_classes: number of classes of `labels`.
-        interpolation: of label maps: `nearest`, or `legacy_bilinear`, which mixes ids at edges. Use it only with the
-            released segmentation weights, which were trained that way.
+        interpolation: how label maps are resized: `nearest`, or `legacy_bilinear`, which mixes ids at edges. Use the
+            latter only with the released segmentation weights, which were trained that way.
         factors: down-sampling factors of `lowres`.
         label_map: ids, names and colours of `labels` from `LabelMap.to_dict()`. None: the ids 0..n_classes-1.
         mask: options of `psp_lightning.data.masks.draw_mask` for the holes of `masked`.
-        task: name of the task if the output is not in the place of the source: `frontalization`. None: it is, or this
-            is not known.
+        task: name of the task if its output does not fit into the place of the source: `frontalization`. None: it fits,
+            or this is not known.
 
     Raises:
         UserError: if the kind or interpolation is unknown, or a number is out of range.

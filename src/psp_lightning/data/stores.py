@@ -89,7 +89,7 @@ class Store(ABC):
         """Return the `RawSample.path` of every sample."""
 
     def listing(self) -> tuple[Path, list[str]]:
-        """Return a folder and all pictures in it, of which `paths` may be a part. Masks are paired with them."""
+        """Return a folder and all pictures in it, with which masks are paired; `paths` may be only some of them."""
         paths = self.paths()
         return Path(os.path.commonpath([os.path.dirname(path) for path in paths])), paths
 
@@ -102,8 +102,8 @@ class FolderStore(Store):
             of CelebAMask-HQ (`CelebA-HQ-img`, `CelebAMask-HQ-mask`, `sketch`), for any task.
         source: folder of the sources, paired with `target` by file stem.
         target: folder of the targets.
-        part: `train`, `val` or `all`. Without separate folders, `val` is a share of the files and `train` the rest. A
-            single file is in both.
+        part: `train`, `val` or `all`. Without separate folders, `val` is a share of the files and `train` is the rest;
+            a single file is in both parts.
         val_root, val_source, val_target: separate folders for `val`.
         val_share: share of the files in `val`, at least one file; chosen by file name, independent of the order.
         unpaired: `error` or `skip` for files without a counterpart.
@@ -131,7 +131,7 @@ class FolderStore(Store):
         self.unpaired, self.limit = unpaired, whole("limit", limit, 1, optional=True)
         self._files: list[tuple[Path | None, Path]] = []
         self._listing: tuple[Path, list[str]] = (Path(), [])
-        self.matching: Matching | None = None  # of sources and targets, once prepared
+        self.matching: Matching | None = None  # how sources and targets pair up, once prepared
 
     def _folder(self, what: str) -> Path | None:
         """Return the subfolder of `root` with `what` in the CelebAMask-HQ layout, or None."""

@@ -25,7 +25,7 @@ from psp_lightning.utils.pictures import ImageLike, opacity, open_image, to_8bit
 from psp_lightning.utils.progress import track
 
 THUMB = 16  # height and width of the thumbnails in pixels
-DRAWN = 256  # pictures that are checked of a store that has no files
+DRAWN = 256  # number of pictures that are checked if a store has no files
 TONE_LIMITS = ((0, 64), (64, 192), (192, 256))  # levels of dark, middle and light pixels of a sketch
 # Share of pixels that differ from all their neighbours, above which a label map was compressed with loss or resized
 # with interpolation. In maps of drawn faces it is 0.002 at most, and 0.008 or more after JPEG or bilinear resizing.
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
     Attributes:
         name: its path, or its name for messages.
         role: `source`, `target`, `image` (both, if the source is made from the target) or `mask`.
-        kind: how it is read: `image`, `sketch`, `labels` or `mask`.
+        kind: how the file is read: `image`, `sketch`, `labels` or `mask`.
         part: `train` or `val`.
         load: returns the file, or the picture if it is drawn.
     """
@@ -101,7 +101,7 @@ def pictures(
     """List the pictures of a prepared store, each file once.
 
     Args:
-        store: of files, or of drawings, of which the first `DRAWN` samples are listed.
+        store: the store; if it draws its pictures, only the first `DRAWN` samples are listed.
         spec: description of the source.
         part: `train` or `val`.
         masks: mask files of inpainting by `RawSample.path`.
@@ -135,14 +135,14 @@ def _load(store: Store, index: int, role: str) -> ImageLike:
 def survey(
     pictures: Sequence[Picture], label_map: LabelMap | None = None, workers: int = 1, progress: bool = False
 ) -> list[Facts]:
-    """Read all pictures, in threads, and return about one kilobyte of facts for each, in the same order."""
+    """Read all pictures in threads; return about one kilobyte of facts for each, in the order of the pictures."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = pool.map(functools.partial(examine, label_map=label_map), pictures)
         return list(track(read, "reading pictures", len(pictures), progress))
 
 
 def examine(picture: Picture, label_map: LabelMap | None = None) -> Facts:
-    """Read one picture; what is wrong with it is in the result."""
+    """Read one picture, and return its facts, including everything that is wrong with it."""
     facts: dict[str, Any] = {"name": picture.name, "role": picture.role, "kind": picture.kind, "part": picture.part}
     source = picture.load()
     try:

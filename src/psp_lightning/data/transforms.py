@@ -108,7 +108,7 @@ def _read_palette(image: Image.Image, label_map: LabelMap) -> np.ndarray:
 def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
     """Return the ids of a label image, int64 (H, W).
 
-    - The values of a single channel are the ids, also if they are stored three times, as RGB.
+    - The values of a single channel are the ids, even if they are stored three times, as RGB.
     - Other colours must be the map's.
     - A palette is read by its colours if those in use are the map's; otherwise its indices are the ids. GIF files
       renumber palettes, so they need the map's colours, or shades of grey that are the ids.
@@ -134,7 +134,7 @@ def read_labels(source: ImageLike, label_map: LabelMap) -> np.ndarray:
     ids = _ids_of_colours(array, label_map)
     if (wrong := ids < 0).any():
         if grey:
-            return array[..., 0]  # ids, of which some are ignored or outside the map
+            return array[..., 0]  # ids, some of which are ignored or outside the map
         y, x = np.argwhere(wrong)[0]
         raise UserError(
             f"{name_of(image)}: the colour {tuple(array[y, x].tolist())} at row {y}, column {x} is not in the label "
@@ -182,7 +182,7 @@ def labels(source: ImageLike, size: int, label_map: LabelMap, interpolation: str
 
 @functools.lru_cache(maxsize=64)
 def _bicubic_taps(factor: int) -> Tensor:
-    """Return Keys' cubic kernel with a = -0.5, sampled between the pixels and summing to 1: float32 (4 * factor,).
+    """Return Keys' cubic kernel with a = -0.5, sampled between the pixels, with sum 1: float32 (4 * factor,).
 
     Source: Keys, "Cubic convolution interpolation for digital image processing", eq. 15.
     """

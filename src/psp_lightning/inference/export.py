@@ -1,8 +1,8 @@
 """Export networks as ONNX, TorchScript or safetensors, each with a model card.
 
 A copy of the network is traced on the CPU, where the operators of `ops/` are plain PyTorch, so graphs contain only
-standard operators whatever device the network is on. Modulation scales the activations, so weights are constants and
-the batch size is free. Noise is the stored maps.
+standard operators, whatever device the network is on. Modulation scales the activations, so weights are constants and
+any batch size is possible. The noise is the stored noise maps.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from psp_lightning.utils.names import is_utf8
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "safetensors": ".safetensors"}
 PARTS = ("encoder", "generator", "both")
 NEEDED = ("onnx", "onnxruntime")
-TOLERANCE = 1e-3  # absolute for values up to one, otherwise relative
+TOLERANCE = 1e-3  # absolute for values up to one, otherwise relative to the largest value
 TRACED, CHECKED = 2, (1, 3)  # batch sizes
 
 
 class Sizes(nn.Module):
-    """A stand-in for a generator that has only its sizes."""
+    """A stand-in for a generator, with nothing but the generator's sizes."""
 
     def __init__(self, generator: nn.Module) -> None:
         super().__init__()
@@ -94,8 +94,8 @@ def example(net: PSP, what: str, batch: int) -> Tensor:
 class FixedShapes(TorchFunctionMode):
     """A mode for tracing in which all sizes except the batch's are constants, without operators that ONNX lacks.
 
-    If a trace computes sizes, the exporter does not know the shapes of filters. Adaptive pooling to a size that does
-    not divide the input's becomes two matrix products. `unflatten` would fix the batch size to the example's.
+    If a trace computed sizes, the exporter would not know the shapes of filters. Adaptive pooling to a size that does
+    not divide the input's size becomes two matrix products. `unflatten` would fix the batch size.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

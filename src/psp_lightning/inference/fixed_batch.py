@@ -13,7 +13,8 @@ class FixedBatch:
     """A function that is called only with batches of one size; smaller batches are padded.
 
     Args:
-        function: a module or its method, for tensors whose samples are independent; it must not wait for the device.
+        function: a module or its method. It treats the samples of a batch independently and does not wait for the
+            device.
         batch: the batch size.
         compile: compile the function at the first call.
         graph: on CUDA, capture the function at the first call and replay the graph from then on. If the capture fails,
@@ -40,7 +41,7 @@ class FixedBatch:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # also restores the current stream if ending a failed capture raises
-            for _ in range(3):  # keeps one-time work of first calls out of the graph
+            for _ in range(3):  # keeps the one-time work of first calls out of the graph
                 self.function(given)
             graph = torch.cuda.CUDAGraph()
             try:
@@ -51,7 +52,7 @@ class FixedBatch:
                 warnings.warn(f"No CUDA graph is used, because it could not be captured: {error}", stacklevel=4)
                 return self.function
         torch.cuda.current_stream().wait_stream(stream)
-        owner, read = self._owner, []  # the graph has only addresses: what it reads must not be freed
+        owner, read = self._owner, []  # the graph contains only addresses: what it reads must not be freed
         if isinstance(owner, nn.Module):
             read = [*owner.parameters(), *owner.buffers()]
 

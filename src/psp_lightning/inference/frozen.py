@@ -26,10 +26,10 @@ from psp_lightning.ops.modulated_conv import modulated_convolution
 
 
 def autocast_dtype(precision: object, on_cpu: bool) -> torch.dtype | None:
-    """Return the dtype in which autocast computes with one of Lightning's precisions, or None if it is off."""
+    """Return the dtype that autocast uses for one of Lightning's precisions; None for a precision without autocast."""
     if precision == "16-mixed" and not on_cpu:
         return torch.float16
-    return torch.bfloat16 if precision in ("16-mixed", "bf16-mixed") else None  # bfloat16 for both on a CPU
+    return torch.bfloat16 if precision in ("16-mixed", "bf16-mixed") else None  # bfloat16 for both precisions on a CPU
 
 
 def freeze_generator(generator: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
@@ -79,7 +79,7 @@ def _with_layers(generator: ModuleT, change: Callable[[nn.Module, int], nn.Modul
     other = copy.copy(generator)
     other.__dict__ |= {key: copy.copy(value) for key, value in generator.__dict__.items() if "_hooks" in key}
     other._modules = dict(generator._modules)
-    other.__dict__.pop("train", None)  # it is bound to the original
+    other.__dict__.pop("train", None)  # the method is bound to the original
     other.conv1, other.to_rgb1 = change(generator.conv1, 4), change(generator.to_rgb1, 4)  # type: ignore[assignment]
     other.convs = nn.ModuleList(change(layer, 8 << i // 2) for i, layer in enumerate(generator.convs))
     other.to_rgbs = nn.ModuleList(change(layer, 8 << i) for i, layer in enumerate(generator.to_rgbs))
@@ -98,8 +98,7 @@ def _frozen_layer(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _share(frozen: nn.Module, plain: nn.Module) -> None:
-    """Initialise `frozen` with the content of `plain`, with one shared dict of parameters, so that both see a parameter
-    that PyTorch replaces."""
+    """Give `frozen` the content and parameter dict of `plain`, so that both see a parameter that PyTorch replaces."""
     nn.Module.__init__(frozen)
     frozen.__dict__ = {**plain.__dict__, **frozen.__dict__, "_parameters": plain._parameters}
     frozen._modules = dict(plain._modules)
@@ -141,8 +140,10 @@ class FrozenConv(ModulatedConv):
     @torch.inference_mode(False)
     @torch.no_grad()
     def transform(self) -> Tensor:
-        """Return the weight as `winograd_conv` needs it. It has four times the size of the weight, so it is computed
-        only when needed: at 1024 px and batch 1, by three of nine layers."""
+        """Return the weight as `winograd_conv` needs it, computed when first needed.
+
+        It has four times the size of the weight. At 1024 px and batch 1, three of nine layers need it.
+        """
         if self.winograd_weight is None:
             self.winograd_weight = winograd_weight(self.weight)
         return self.winograd_weight
@@ -155,8 +156,10 @@ class FrozenConv(ModulatedConv):
         return unchanged and same_device and not is_captured() and active_dtype(x) == self.prepared_weight.dtype
 
     def style(self, w: Tensor) -> Tensor:
-        """Return the scale of each input channel (B, in_channels). It includes the equalised learning rate, which is
-        cheaper than scaling the weights."""
+        """Return the scale of each input channel, (B, in_channels).
+
+        It includes the equalised learning rate, because scaling the style is cheaper than scaling the weights.
+        """
         with torch.autocast(w.device.type, enabled=False):
             style = self.modulation(w.to(self.modulation.weight.dtype)) * self.scale
         return style.to(torch.promote_types(style.dtype, torch.float32))
@@ -212,11 +215,11 @@ class FrozenStyledConv(StyledConv):
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Return whether plain CPU kernels compute with x, not an operator of `ops` or a subclass such as FakeTensor."""
+    """Return whether plain CPU kernels compute with x, not an operator of `ops` or a subclass like FakeTensor."""
     return x.device.type == "cpu" and type(x) is Tensor and not use_op(x)
 
 
 def active_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution of x computes: autocast's if it is on, otherwise x's."""
+    """Return the dtype in which a convolution of x computes: autocast's dtype if autocast is on, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

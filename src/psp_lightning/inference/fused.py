@@ -25,7 +25,7 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"for_inference supports torch.float32 and torch.bfloat16, not {dtype}.")
     encoder: nn.Module = net.encoder
-    if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: there is only a generator
+    if not isinstance(encoder, nn.Identity | FusedEncoder):  # Identity: the network is only a generator
         encoder = FusedEncoder(encoder, dtype, pack)
     generator = copy.deepcopy(plain_generator(net.generator)).to(memory_format=torch.channels_last)
     if dtype != torch.float32 and isinstance(generator, HalfPrecision):
@@ -36,12 +36,12 @@ def for_inference(net: PSP, dtype: torch.dtype, pack: bool) -> PSP:
 
 
 class FusedEncoder(nn.Module):
-    """A faster equivalent of `encoder` in eval mode, without gradients and only for the device on which it is created.
+    """A faster equivalent of `encoder` in eval mode, without gradients, and only for the device that it is created on.
 
     A BatchNorm directly after a convolution in an `nn.Sequential` is folded into the convolution; any other becomes a
     factor and a summand. On the CPU, the first call reorders the weights for oneDNN, and later calls reuse them. The
-    map2style heads remain separate convolutions: one wide convolution and a grouped one were measured to be slower
-    there.
+    map2style heads remain separate convolutions, because one wide convolution and a grouped one were slower there in
+    measurements.
 
     Args:
         encoder: the encoder; it is not changed. Modules other than convolutions, BatchNorm and PReLU are shared.
@@ -149,7 +149,7 @@ class Widened(nn.Module):
 
 
 def factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift (C,) of a BatchNorm in eval mode: computed in float64, in its statistics' dtype."""
+    """Compute the scale and shift (C,) of a BatchNorm in eval mode in float64; return them in its statistics' dtype."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
     scale = (variance + norm.eps).rsqrt()  # type: ignore[operator]
     if norm.weight is not None:

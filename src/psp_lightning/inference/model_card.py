@@ -28,7 +28,7 @@ PORTS = {"encoder": ("source", "w_plus"), "generator": ("w_plus", "image"), "bot
 SOURCES = {
     "rgb": "RGB in [-1, 1]",
     "sketch": "grey in [0, 1], paper 1, ink 0",
-    "labels": "one-hot label map, one channel a class, 0 or 1",
+    "labels": "one-hot label map, one channel per class, 0 or 1",
     "lowres": "RGB in [-1, 1], of low resolution, resized bilinearly",
     "masked": "RGB in [-1, 1] with 0 in the hole, then the hole: 1 inside, 0 outside",
 }
@@ -68,7 +68,7 @@ with torch.no_grad():
 
 
 def facts_of(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return `checkpoint`, the `sha256` of its file and the `origin` that it records, for a checkpoint that loads."""
+    """Return `checkpoint`, the `sha256` of its file and the `origin` that it records; the checkpoint must load."""
     path = resolve(checkpoint, generator=True)
     origin = read_description(path).get("origin") if file_kind(path) == "safetensors" else None
     return {

@@ -1,4 +1,4 @@
-"""Latent codes and the generator to which they belong.
+"""Latent codes and the generator that they belong to.
 
 | space | shape | comes from |
 |---|---|---|
@@ -36,7 +36,7 @@ class Latents:
         space: `z`, `w` or `w_plus`.
         generator: the generator's `generator_hash`; None for plain arrays.
         checkpoint: name of the generator's file, used in messages.
-        latent_avg: whether the codes include the average latent, as those of `PSP.encode` do.
+        latent_avg: whether the codes include the average latent, as the codes of `PSP.encode` do.
 
     Raises:
         UserError: the space is unknown, the shape does not fit the space, a value is not finite, or a name is not

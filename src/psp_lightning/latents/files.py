@@ -34,7 +34,7 @@ OURS = ".safetensors"
 DESCRIBED = (OURS, ".npz")  # readable
 PLAIN = (".npy", ".pt")
 KIND = "latents"
-NUMPY = {b"\x93N": ".npy", b"PK": ".npz"}  # by the first bytes
+NUMPY = {b"\x93N": ".npy", b"PK": ".npz"}  # suffixes by the first bytes of a file
 PICKLED = "contains pickled Python objects, which may run code. Save only the array."
 INFLATION, SMALL = 100, 1 << 26  # no real .npz is larger than 64 MB and compressed more than 100 times
 
@@ -189,7 +189,8 @@ def save_plain(path: str | os.PathLike[str], latents: Latents) -> None:
     """Write only the numbers as float32: `.npy` for InterFaceGAN, `.pt` for StyleCLIP and e4e.
 
     Raises:
-        UserError: the suffix is another, or the codes do not include the average latent, which those tools expect.
+        UserError: the file has another suffix, or the codes do not include the average latent, which those tools
+            expect.
         OSError: the file cannot be written; an existing file is not changed.
     """
     path = Path(path)
@@ -213,7 +214,7 @@ def _numbers(path: Path, array: np.ndarray) -> Tensor:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn any error of NumPy's readers, which may raise anything for a damaged file, into a UserError."""
+    """Turn any error of NumPy's readers into a UserError; for a damaged file, they may raise anything."""
     try:
         yield
     except UserError:

@@ -16,7 +16,7 @@ def _world() -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every rank's `value`, in rank order; without a process group, only this one's."""
+    """Return every rank's `value`, in rank order; without a process group, only the value of this process."""
     if (world := _world()) == 1:
         return [value]
     values: list[Any] = [None] * world

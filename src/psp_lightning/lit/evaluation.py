@@ -1,7 +1,7 @@
 """Evaluation: predict and measure in one pass, with the same numbers for any number of ranks.
 
-An image is measured on its own and its values are kept by its index, so they do not depend on the batch or rank it was
-in. Batches consist of the same images for any number of ranks, and each rank computes whole batches.
+Each image is measured separately and its values are kept by its index, so they do not depend on its batch or rank.
+Batches consist of the same images for any number of ranks, and each rank computes whole batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
 
 Batch = dict[str, Any]
-FAILURES = (UserError, ValueError, RuntimeError)  # of one metric; the others are still measured
+FAILURES = (UserError, ValueError, RuntimeError)  # failures of one metric, which do not stop the others
 
 
 def collate_images(items: list[dict[str, Any]]) -> Batch:
@@ -72,7 +72,7 @@ class Identity(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Better codes for a sum of losses between output and target.
+    """A search for codes with a smaller sum of losses between output and target.
 
     Args:
         losses: the sum; each term is an average over the batch, so images do not influence each other.
@@ -98,7 +98,7 @@ class Network(nn.Module):
 
     Args:
         net: the network.
-        refine: changes the codes, with the targets in view.
+        refine: changes the codes and sees the targets.
         latent_mask, inject, alpha: see `LitPredictor`.
     """
 
@@ -136,7 +136,7 @@ class Network(nn.Module):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: with more, the order of a sum depends on how many there are."""
+    """Compute with one thread, because the order of a sum depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -153,7 +153,7 @@ class LitEvaluator(pl.LightningModule):
         metrics: torchmetrics metrics by name. The values of one with `per_image`, such as an `ImageMean`, are kept for
             each image; any other metric is updated with (output, target), both (n_outputs, 3, H, W), and computed at
             the end.
-        networks: the modules that the metrics measure with, which have to be on the same device.
+        networks: the modules that the metrics use, which must be on the same device.
         rounded: compare images as 8 bits, otherwise as floats clamped to [-1, 1].
 
     Attributes:
@@ -217,8 +217,8 @@ class LitEvaluator(pl.LightningModule):
         """Return the values of all ranks; every rank must call this.
 
         Returns:
-            For each metric with values per image, these in the order of the images; for each other metric, its value;
-            and for each metric that could not be measured, the reason.
+            For each metric with values per image, these values in the order of the images; for each other metric, its
+            value; for each metric that could not be measured, the reason.
         """
         found: dict[str, tuple[int, str]] = {}
         for share in gather(self.errors):
@@ -265,7 +265,7 @@ def needs(metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that a metric asks for, as batches of one.
 
     Raises:
-        UserError: the data do not have one of them.
+        UserError: the data lack one of them.
     """
     keys = getattr(metric, "needs", ())
     if missing := [key for key in keys if given.get(key) is None]:

@@ -21,7 +21,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint I/O through a temporary file: after a crash or on a full disk the previous checkpoint is intact.
+    """Checkpoint I/O through a temporary file, so that the previous checkpoint survives a crash or a full disk.
 
     Args:
         path: the checkpoint that the run continues from.
@@ -61,7 +61,7 @@ class CsvLog(CSVLogger):
     def experiment(self) -> Any:
         fresh = self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0
         if fresh and (path := Path(self.log_dir) / "metrics.csv").exists():
-            path.unlink()  # self._kept has its rows; Lightning would delete the file with a warning
+            path.unlink()  # self._kept has the rows of the old file, which Lightning would delete with a warning
         experiment = super().experiment
         if fresh and self._kept:
             experiment.metrics = list(self._kept)
@@ -91,7 +91,7 @@ class WandbRun(WandbLogger):
 
 
 def keep_picture(trainer: pl.Trainer, picture: Image.Image, path: Path, key: str) -> None:
-    """Write a picture to `path`, and log it as `key` with every logger that supports pictures."""
+    """Write a picture to `path`, and log it as `key` to every logger that supports pictures."""
     images.save_atomic(picture, path)
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # wandb; as PIL, because it casts float images to black

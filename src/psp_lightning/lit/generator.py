@@ -38,7 +38,7 @@ class Recipe:
         path_weight, path_decay: weight of the path-length penalty, and decay of the mean length.
         path_shrink: factor by which the batch of the path-length penalty is smaller.
         mixing: probability that an image switches to a second style at a random layer.
-        ema_images: half-life of the averaged weights in images; None: 10000 / 32 per image of a batch.
+        ema_images: half-life of the averaged weights in images; None: 10000 / 32 for each image of a batch.
         ema_ramp: upper limit of the half-life, as a fraction of the images shown so far; 0: no limit.
         augment: `none`, `fixed` or `ada`.
         augment_p: probability of each transformation (`fixed`), or its initial value (`ada`).
@@ -237,7 +237,7 @@ class LitGenerator(pl.LightningModule):
     def _penalty_precision(self, network: HalfPrecision) -> AbstractContextManager[None]:
         """Return the context for a penalty on a gradient: full precision on a CPU.
 
-        Differentiating the gradient of a 3x3 convolution needs a convolution whose kernel is as large as an image and
+        Differentiating the gradient of a 3x3 convolution takes a convolution whose kernel is as large as an image and
         whose channels are the batch. On processors with AMX, PyTorch computes it wrongly in bfloat16 (seen in 2.15:
         relative error 1).
         """

@@ -20,7 +20,7 @@ NAMES = ("source", "name", "output", "files")  # the fields that contain names o
 
 
 def stamp(path: Path) -> list[int] | None:
-    """Return size and modification time of a file, by which a change of the file is noticed; None if it is missing."""
+    """Return the size and modification time of a file, which reveal a change of the file; None if it is missing."""
     try:
         status = path.stat()
     except OSError:
@@ -72,7 +72,7 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def save_manifest(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write the records in the order of the inputs, below the lines of other outputs that the folder contains."""
+    """Write the records in the order of the inputs, after the lines of other outputs in the folder."""
     own = {name for record in records for name in record["files"]}
     sources = {(record["source"], record.get("name")) for record in records}
     others = {}
@@ -86,7 +86,7 @@ def save_manifest(folder: Path, records: list[dict[str, Any]]) -> None:
 
 
 def difference(recorded: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
-    """Return in words how the record of a file differs from what would be written now, or None if it does not."""
+    """Return in words how the record of a file differs from what would be written now; None if it does not differ."""
     if recorded is None:
         return f"has no record in {MANIFEST} of what made it"
     if os.path.realpath(recorded["source"]) != os.path.realpath(now["source"]):

@@ -46,7 +46,7 @@ class LitPredictor(pl.LightningModule):
         space: space of the codes in batches that contain `latents` instead of `source`.
         average: (n_styles, style_dim), added to codes that do not include it.
         compile: compile encoding and decoding for batches of `batch_size`.
-        cuda_graphs: on CUDA, replay encoding and decoding as graphs for batches of `batch_size`.
+        cuda_graphs: on CUDA, replay encoding and decoding as CUDA graphs for batches of `batch_size`.
         batch_size: size of all batches except the last.
     """
 
@@ -128,7 +128,7 @@ class Outputs:
         latents: also write w_plus, one file per input.
         named: the inputs are entries of one file, so the manifest includes their names.
         checkpoint: name of the checkpoint.
-        made: what else determines the outputs: the checkpoint's SHA-256 and the settings.
+        made: everything else that determines the outputs: the checkpoint's SHA-256 and the settings.
         masks: mask files by the path of their input.
     """
 
@@ -227,7 +227,7 @@ class PredictionWriter(Callback):
     def _write(
         self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
     ) -> dict[str, Any]:
-        """Write the files of an input and return its record; it contains the reason if a file cannot be written."""
+        """Write the files of an input and return its record, which gives the reason if a file cannot be written."""
         start, outputs = time.perf_counter(), self.outputs
         options = FORMATS[outputs.format]
         writes = [partial(save_atomic, to_pil(image), **options) for image in images]
@@ -282,7 +282,7 @@ def save_sheet(
     """Write an overview of the first `limit` inputs and their outputs, each `edge` pixels high and above its name.
 
     Args:
-        inputs: shown as the network sees them. None: the inputs are latents, and only their outputs appear.
+        inputs: the inputs as the network sees them. None: the inputs are latents, so only their outputs appear.
     """
     shown = [record for record in records if record["output"] and record["status"] != "error"][:limit]
     if not shown:

@@ -31,8 +31,9 @@ BATCH_NORM_POLICIES = ("sync", "frozen", "local")
 
 
 class LitPSP(pl.LightningModule):
-    """Trains those of the encoder and the refiner of `net` that are not frozen. The generator and the networks inside
-    the losses are always frozen.
+    """Trains the encoder and the refiner of `net`, except those that are frozen.
+
+    The generator and the networks inside the losses are always frozen.
 
     Logs `train/loss`, `train/loss_<term>` and `train/lr` every `log_every` optimizer steps, and `val/loss`,
     `val/loss_<term>` and `val/<metric>` after each validation. A shorter run logs its last step. The logged step is the
@@ -166,7 +167,7 @@ class LitPSP(pl.LightningModule):
         return {"loss": total, "y_hat": y_hat.detach()}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Log the step that follows, so that its row is written before any checkpoint of the step."""
+        """Log the coming step, so that its row is written before any checkpoint of the step."""
         step = self.global_step + 1
         if step % self.log_every == 0 or step == self.trainer.max_steps < self.log_every:
             row = {f"train/{name}": float(value) for name, value in self._row.items()}
@@ -187,7 +188,7 @@ class LitPSP(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: float(value) for name, value in self._val_sums.items()}
-        shares = gather((sums, self._val_count))  # of every rank; one may have had no image
+        shares = gather((sums, self._val_count))  # from every rank; a rank may have had no image
         count = sum(n for _, n in shares)
         names = {name: None for share, _ in shares for name in share}
         results = {f"val/{name}": sum(share.get(name, 0.0) for share, _ in shares) / count for name in names}
@@ -234,7 +235,7 @@ class LitPSP(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then free the gradients, which Lightning would keep through the next forward pass, the memory peak."""
+        """Make a step and free the gradients, which would otherwise stay during the forward pass, when memory peaks."""
         super().optimizer_step(*args, **kwargs)
         self.net.zero_grad()
 
@@ -274,7 +275,7 @@ class LitPSP(pl.LightningModule):
 
 
 def _one_number(name: str, metric: Metric) -> float:
-    """Compute a metric; a result that is not one number is a UserError."""
+    """Compute a metric; raise a UserError if the result is not one number."""
     value = metric.compute()
     try:
         return float(value)

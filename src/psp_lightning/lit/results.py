@@ -17,14 +17,14 @@ from psp_lightning.utils.atomic import replacing
 
 FORMAT = 1
 METRICS, PER_IMAGE, REPORT, IMAGES = "metrics.json", "per_image.csv", "report.html", "images"
-KINDS = ("source", "target", "output")  # of the shown images
+KINDS = ("source", "target", "output")  # kinds of the shown images
 RESAMPLES, BLOCK = 2000, 1 << 18  # resamples of the bootstrap, and numbers drawn at once
 
 
 def summary(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Return mean, 95 % interval of the mean, median, all in float64, and the number of images that have a value.
 
-    An image whose value is NaN has none, such as the error inside a hole for an image without a hole.
+    NaN means that an image has no value, for example no error inside a hole because it has no hole.
 
     The interval is the percentile bootstrap over images. Its draws depend only on `seed` and the number of values.
 
@@ -66,7 +66,7 @@ def choose(values: Sequence[float], higher_is_better: bool, n: int) -> dict[str,
 
 
 def save_results(folder: Path, record: dict[str, Any], names: Sequence[str], columns: dict[str, list[float]]) -> None:
-    """Write per_image.csv, then metrics.json, which is thereby the sign that all other files are complete."""
+    """Write per_image.csv, then metrics.json, whose presence thereby shows that all other files are complete."""
     rows: list[list[Any]] = [["index", "name", *columns]]
     for index, name in enumerate(names):
         values = [column[index] for column in columns.values()]
@@ -120,7 +120,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def save_table(folder: Path, records: Sequence[dict[str, Any]]) -> str:
-    """Write table.md and table.csv to a folder; return the markdown. The csv has each number in full."""
+    """Write table.md and table.csv to a folder; return the markdown. The csv file has all digits of each number."""
     text = markdown(table(records))
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     keys = ("mean", "low", "high", "median")

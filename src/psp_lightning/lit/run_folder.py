@@ -17,13 +17,13 @@ LAST = Path("checkpoints") / "last.ckpt"
 def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     """Create a run folder if necessary, claim it for this process, and return the claim.
 
-    A claim is a lock of the operating system on a file in the folder. It ends with the process, however that ends, so
+    A claim is a lock of the operating system on a file in the folder. It ends when the process ends for any reason, so
     the claim of a dead process blocks nothing.
 
     Args:
         folder: the run folder.
         resume: continue the run in the folder. False: the folder must not contain a run.
-        hint: for the message, how to continue a run and how to choose another folder.
+        hint: text for the message: how to continue a run and how to choose another folder.
 
     Raises:
         UserError: another process has claimed the folder, or it contains a run although `resume` is False.
@@ -53,7 +53,7 @@ def new_folder(folder: Path) -> Path:
 
 
 def contains_run(folder: Path) -> bool:
-    """Return whether a folder contains checkpoints or exported generators, without those that a crash left half."""
+    """Return whether a folder contains complete checkpoints or exported generators; a crash can leave partial ones."""
     return any(_complete(folder, "checkpoints/*.ckpt")) or any(_complete(folder, "generator*.safetensors"))
 
 

@@ -47,7 +47,7 @@ class Canvas:
         return self.materials.setdefault((color, label, group, shade, flush), len(self.materials))
 
     def feature(self, x: np.ndarray, y: np.ndarray, out: float = 0.0) -> Curve:
-        """Rotate points of the face with the head; `out` is their height above the face's surface."""
+        """Rotate points of the face with the head; `out` is the height of the points above the face's surface."""
         u, v = x / (self.person.width * 1.08), y / 0.38
         z = DEPTH * np.sqrt(np.clip(1 - u * u - v * v, 0, 1)) + out
         turned = x * self.cos_yaw + z * self.sin_yaw

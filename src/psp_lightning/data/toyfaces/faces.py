@@ -38,7 +38,8 @@ class ToyFaces(Dataset[dict[str, Any]]):
         size: height and width in pixels, 16 to 8192.
         seed: determines the people and pictures.
         n: number of samples.
-        identities: number of people; sample i shows person `i % identities`. None: each sample shows a different one.
+        identities: number of people; sample i shows person `i % identities`. None: each sample shows a different
+            person.
     """
 
     def __init__(self, size: int = 64, seed: int = 0, n: int = 10_000, identities: int | None = None) -> None:

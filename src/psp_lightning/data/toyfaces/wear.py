@@ -16,7 +16,7 @@ def bumps(x: np.ndarray, y: np.ndarray, amount: float, waves: int) -> Curve:
 
 
 def back_hair(c: Canvas) -> None:
-    """Draw the hair behind neck and shoulders."""
+    """Draw the hair behind the neck and shoulders."""
     p = c.person
     dark = c.material(mix(p.hair, (0, 0, 0), 0.28), Label.HAIR, 9, 0.5)
     t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
@@ -51,7 +51,7 @@ def _lens(p: Person, side: int) -> Curve:
 
 
 def glasses(c: Canvas, before_eyes: bool) -> None:
-    """Draw clear lenses if `before_eyes`, because the eyes must keep their labels, otherwise dark lenses and frame."""
+    """Draw clear lenses if `before_eyes`, so that the eyes keep their labels; otherwise dark lenses and the frame."""
     p = c.person
     if p.glasses == "none":
         return

@@ -15,7 +15,7 @@ class AverageBatchNorm(Callback):
     """Averages the encoder's running statistics over all ranks after each step.
 
     Without SyncBatchNorm, each rank updates its running statistics from its own batches only, and validations and
-    checkpoints would use those of a single rank.
+    checkpoints would use the statistics of a single rank.
     """
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:

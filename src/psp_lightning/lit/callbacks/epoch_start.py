@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 
 
 class EpochStart(pl.Callback):
-    """Starts the next epoch after a resume between two epochs as if the run had not been interrupted.
+    """After a resume between two epochs, starts the next epoch as if the run had not been interrupted.
 
     A checkpoint written in `on_train_epoch_end`, or at the end of a `fit` that ends with an epoch, contains the batch
     counter of the finished epoch. Lightning (seen in 2.6.6) resumes with that counter and ends the next epoch after one

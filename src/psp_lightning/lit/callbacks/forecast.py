@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
-LONG = 4 * 3600  # seconds; the shipped networks were trained in less on a CPU
+LONG = 4 * 3600  # seconds; the shipped networks took less on a CPU
 
 
 class Forecast(pl.Callback):

@@ -25,8 +25,8 @@ CAPTION_HEIGHT = 14  # pixels; one line in PIL's default font
 class ImageGrids(Callback):
     """Draws grids of up to `n_images` rows source | target | output, for `folder` and the loggers that take images.
 
-    It draws a training batch every `every_n_steps` steps (0: never; a shorter run: at its last step),
-    `train_00000100.png`, and the first batch of every validation, `val_00000100.png`.
+    `train_00000100.png` and so on show a training batch every `every_n_steps` steps (0: never; a shorter run: at its
+    last step); `val_00000100.png` and so on show the first batch of every validation.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int, n_images: int) -> None:

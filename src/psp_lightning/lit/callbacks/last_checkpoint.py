@@ -21,8 +21,8 @@ class LastCheckpoint(Checkpoint):
 
     It is written every `every_n_steps` optimizer steps (None: never), and when the run ends: at the last step, when
     ctrl-C or SIGTERM stops it, and when another callback sets `trainer.should_stop`. The run then ends after the
-    current step. If there is a validation at the same step, it is written after the validation, so that it includes the
-    best value.
+    current step. If there is a validation at the same step, the checkpoint is written after the validation, so that it
+    includes the best value.
 
     A run whose folder was moved or copied keeps its best values, see `on_load_checkpoint`.
     """
@@ -93,8 +93,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Replace the paths of the best checkpoints if the run's folder was moved or copied.
 
-        Lightning would forget the best values and overwrite the best checkpoint with the next one. It still does if the
-        best checkpoints were not moved along.
+        Otherwise, Lightning would forget the best values and overwrite the best checkpoint with the next one. It still
+        does so if the best checkpoints were not moved with the folder.
         """
         states = checkpoint["callbacks"]
         for callback in trainer.checkpoint_callbacks:

@@ -1,4 +1,4 @@
-"""A training that must succeed: the loss of a few images falls."""
+"""The check of a training that must succeed: the loss of a few images falls."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 class LossFalls(pl.Callback):
     """Ends the run with an error if its training loss did not fall.
 
-    Compares the mean loss of the first and of the last `window` steps, over all ranks. A run that is stopped early, or
-    resumed, is not judged.
+    Compares the mean loss of the first `window` steps with the mean loss of the last `window` steps, over all ranks. A
+    run that is stopped early or resumed is not judged.
 
     Args:
-        factor: by which the loss must fall: 2 means to half of its first value or less.
+        factor: factor by which the loss must fall; 2: to half of its first value or less.
         window: number of steps whose losses are averaged.
 
     Raises:

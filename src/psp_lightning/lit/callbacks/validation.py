@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 class ValidateEvery(pl.Callback):
     """Validates every `steps` optimizer steps, whatever the gradient accumulation and the length of an epoch.
 
-    Lightning schedules validations by batches. With accumulation these do not correspond to steps, because the last
+    Lightning schedules validations by batches. With accumulation, batches do not correspond to steps, because the last
     batch of an epoch completes a step early. The Trainer needs an integer `val_check_interval`, whose value is not
     used, and `check_val_every_n_epoch=None`.
     """
