@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # facenet-pytorch runs with today's torch, numpy and Pillow, but its metadata forbids them
 FACENET := facenet-pytorch==2.6.0
 
-# golden values, ops, resume, determinism: what depends on the processor's instructions
+# the tests of what depends on the processor's instructions: golden values, ops, resume, determinism
 PROCESSOR_TESTS := tests/parity $(addprefix tests/ops/test_,frozen_conv.py library.py training_ops.py winograd.py) \
 	tests/integration/test_resume.py tests/integration/test_determinism.py
 CPUINFO := /proc/cpuinfo
@@ -20,8 +20,8 @@ help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
 	@echo "make demo     all four trained tasks on drawn faces, style mixing, a short training: one page, a few minutes"
 	@echo "make test     the whole test suite; ARGS=... adds options of pytest, WORKERS=2 sets the processes"
-	@echo "make test-fast  without the slow tests, in two minutes"
-	@echo "make test-processors  a part of it as other processors: with AVX2 only, and with AVX512 without AMX"
+	@echo "make test-fast  the tests without the slow ones, in two minutes"
+	@echo "make test-processors  some tests as on other processors: with AVX2 only, and with AVX512 without AMX"
 	@echo "make results  measures the shipped networks again and writes docs/results.md, in about 20 minutes"
 	@echo "make results-training  trains the paper's ablation three times and measures it; takes hours and continues"
 	@echo "make gpu-check  on a machine with a GPU: builds and checks the CUDA kernels, writes gpu_check/report.md"

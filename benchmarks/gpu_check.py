@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_check [FOLDER]
 
 The steps are in the order in which a failure is cheapest to understand. All run, whatever fails before them. They need
-PyTorch with CUDA, nvcc, g++, ninja and pytest; what else is missing is left out and named in the report. FOLDER
-(default: gpu_check) receives report.md and the whole output of each step.
+PyTorch with CUDA, nvcc, g++, ninja and pytest. A step that lacks something else is left out, and the report names what
+is missing. FOLDER (default: gpu_check) receives report.md and the whole output of each step.
 
 Status 0: all steps passed. 1: a step failed. 2: there is no GPU.
 """
@@ -55,7 +55,7 @@ class Step:
     env: dict[str, str] = field(default_factory=dict)
 
     def missing(self) -> str:
-        """Return the first need that is not here, or an empty string."""
+        """Return the first program or module that is missing, or an empty string."""
         here = (n for n in self.needs if not shutil.which(n) and importlib.util.find_spec(n) is None)
         return next(here, "")
 
@@ -103,7 +103,7 @@ def run(folder: Path, plan: list[Step]) -> bool:
     report, good = ["# The kernels on a GPU", ""], True
     for number, step in enumerate(plan):
         if missing := step.missing():
-            result, output, seconds = f"left out: {missing} is not here", "", 0.0
+            result, output, seconds = f"left out: {missing} is missing", "", 0.0
         else:
             code, output, seconds = _call(step)
             result = {0: "passed", None: f"stopped after {step.limit} s"}.get(code, f"failed (status {code})")

@@ -26,7 +26,7 @@ WITHOUT = (
     "HALF_CONVERSIONS",
     "BFLOAT16_CONVERSIONS",
     "HALF2_OPERATORS",
-)  # as PyTorch's builder has it
+)  # as in PyTorch's builder
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", *(f"-D__CUDA_NO_{name}__" for name in WITHOUT))
 TYPES = {"float": "float32", "double": "float64", "__half": "float16", "__nv_bfloat16": "bfloat16"}
 
@@ -36,8 +36,8 @@ class Kernel:
     """The machine code of one kernel.
 
     `stores` and `loads` count the instructions for global memory by their width in bits. `loop` is the number of
-    instructions of the longest loop that stores outputs, 0 if there is none, and `outputs` is what a thread stores in
-    one round of it, or in all.
+    instructions of the longest loop that stores outputs, 0 if there is none. `outputs` is what a thread stores in one
+    round of that loop, or in total if there is no loop.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
     loop: int = 0
     outputs: int = 0
     branches: int = 0
-    local: int = 0  # accesses to memory for registers that do not suffice
+    local: int = 0  # accesses to memory because the registers do not suffice
     stores: Counter[int] = field(default_factory=Counter)
     loads: Counter[int] = field(default_factory=Counter)
 

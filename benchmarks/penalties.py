@@ -1,7 +1,7 @@
 """Measure the cost of R1 and path length in float32 and in bfloat16: `python -m benchmarks.penalties`.
 
-Runs one step of each penalty of psp-train-generator on a CPU with `network=toyfaces`, with both precisions in turns.
-On a CPU, training always computes the penalties in float32; bfloat16 is what `model.half` would select otherwise.
+Run one step of each penalty of psp-train-generator on a CPU with `network=toyfaces`, with both precisions in turns. On
+a CPU, training always computes the penalties in float32; bfloat16 is what `model.half` would select otherwise.
 """
 
 from __future__ import annotations

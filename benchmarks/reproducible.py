@@ -1,6 +1,6 @@
 """Measure the cost of `MKL_CBWR=AUTO,STRICT`, which the commands set: `python -m benchmarks.reproducible`.
 
-Runs rows of `benchmarks.compare` for this library in float32, in turns with and without the setting.
+Run rows of `benchmarks.compare` for this library in float32, in turns with and without the setting.
 """
 
 from __future__ import annotations

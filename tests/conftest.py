@@ -24,8 +24,10 @@ make_reproducible()  # before any test computes a product
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make each of several test workers and its child processes compute with one thread: more than there are cores wait
-    for each other and take several times as long."""
+    """Make test workers and their child processes use one thread each.
+
+    More threads than cores would wait for each other and take several times as long.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
@@ -52,7 +54,7 @@ class FakeKernels:
 
 @pytest.fixture
 def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
-    """Calls of the ops go to these kernels, as if the CPU were a GPU."""
+    """Send calls of the ops to these kernels, as if the CPU were a GPU."""
     fake = FakeKernels()
     for name in ("upfirdn2d", "epilogue"):  # by module: the package has functions of these names
         monkeypatch.setattr(importlib.import_module(f"psp_lightning.ops.{name}"), "kernels_for", lambda x: fake)

@@ -1,4 +1,4 @@
-"""The check that all sides of a row compute the same."""
+"""Check that all sides of a row compute the same values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.compare.rows import FLOAT32, REFERENCE, REFERENCE_KEPT, Row
 from benchmarks.compare.worker import WorkerError
 
-# Allowed differences of values and of gradients; rounding in all layers of a random network adds up in gradients.
+# Allowed differences of values and of gradients; in gradients, the rounding in all layers of a random network adds up.
 # The largest difference in units of the largest absolute value, in float32 and with TensorFloat-32, which convolutions
 # on a GPU use by default:
 LARGEST, LARGEST_TF32 = (1e-4, 1e-2), (2e-2, 2e-1)

@@ -57,7 +57,7 @@ class Comparison:
             return process.ask("run", seed=0)["result"]
 
     def write_weights(self, row: Row) -> None:
-        """Write random weights for the row once; if there is a reference, it writes those of the network."""
+        """Write random weights for the row once; if there is a reference, it writes the weights of the network."""
         files = self.job(row, FLOAT32).files
         if self.clone is not None and not Path(files["psp"]).exists():
             self.once(row, REFERENCE, "weights")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.compare.rows import FLOAT32, Job
 from psp_lightning import PSP
 
-CALLS = 10  # of one timing on a GPU
+CALLS = 10  # calls in one timing on a GPU
 SLEEP = 50_000_000  # cycles, about 30 ms: as long as the host may take to launch them
 
 

@@ -1,4 +1,4 @@
-"""Random inputs that are the same for all sides, because they are drawn on the CPU from a seed."""
+"""Random inputs that are equal for all sides, because they are drawn on the CPU from a seed."""
 
 from __future__ import annotations
 

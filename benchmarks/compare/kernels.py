@@ -27,7 +27,7 @@ def sizes(largest: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A call of a kernel: its name, the bytes that it must move, the kernel, and the same in plain PyTorch."""
+    """A call of a kernel: its name, the bytes that it must move, the kernel, and its equivalent in plain PyTorch."""
 
     name: str
     moved: int

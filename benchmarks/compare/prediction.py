@@ -26,7 +26,7 @@ REFERENCE_IMPORT = "from benchmarks.compare.reference import enter; enter(Path({
 
 
 def measure_import(clone: Path | None, rounds: int) -> dict[str, Any]:
-    """Measure imports, each in a new process, in turns; the first round fills the file cache and does not count."""
+    """Measure imports in turns, each in a new process; the first round fills the file cache and does not count."""
     statements = dict(IMPORTS)
     if clone is not None:
         statements["reference: models.psp, nothing compiled"] = REFERENCE_IMPORT.format(clone=str(clone))

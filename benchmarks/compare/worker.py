@@ -132,7 +132,7 @@ def reset_peak(device: str) -> None:
 
 
 def prepare(job: Job) -> Case:
-    """Set up the side. Modules are imported here, so that one side does not load those of the other."""
+    """Set up the side. Modules are imported here, so that one side does not load the other's modules."""
     if job.side in (REFERENCE, REFERENCE_KEPT):
         from benchmarks.compare import reference
 
@@ -183,7 +183,7 @@ def main() -> None:
         out.flush()
 
     job = Job(**json.loads(sys.stdin.readline()))
-    if job.side != REFERENCE and job.device == "cpu":  # as the commands do
+    if job.side != REFERENCE and job.device == "cpu":  # the commands do this, too
         from psp_lightning.utils.memory import keep_freed_memory
 
         keep_freed_memory()

@@ -1,6 +1,6 @@
 """Draw the pictures of docs/toyfaces.md with the shipped networks: `python -m benchmarks.toyfaces.pictures`.
 
-All faces are of a seed that no training uses. It takes about three minutes on two cores.
+All faces come from a seed that no training uses. The script takes about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def save(name: str, images: Tensor) -> None:
 
 
 def sources(net: PSP, task: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first sources of a validation of the task, the same as pictures, and their targets."""
+    """Return the first sources of a validation of the task, these sources as pictures, and their targets."""
     store = ToyFacesStore(size=64, seed=HELD_OUT, n=n)
     data = DATAMODULES[task](store, store, input_size=64, target_size=64, seed=0)
     data.spec = spec = InputSpec.from_dict(net.source)
@@ -62,7 +62,7 @@ def draw_tasks() -> None:
 
 @torch.no_grad()
 def draw_mixing(first: int = 4) -> None:
-    """Draw six sketches, each with seven outputs whose styles from layer `first` on are random faces'."""
+    """Draw six sketches, each with seven outputs; the styles from layer `first` on come from random faces."""
     net = PSP.from_pretrained("toyfaces/sketch2face")
     generator, _ = load_generator("toyfaces/generator")
     source, shown, _ = sources(net, "sketch2face", 6)

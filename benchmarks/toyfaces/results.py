@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
 PAGE = ROOT / "docs" / "results.md"
 MEASURED = "mse,psnr,ssim,ms_ssim,perceptual,id_similarity,miou,frechet"
-KEPT = ("mean", "low", "high", "median", "unit", "better")  # of each metric
+KEPT = ("mean", "low", "high", "median", "unit", "better")  # kept values of each metric
 SEEDS = (1, 2, 3)
 ABLATION = {  # rows of the paper's table 1 and their experiments
     "encoder into W": "toyfaces_ablation_w",
@@ -179,9 +179,9 @@ def page(text: str, results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, or only write the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.toyfaces.results", description=__doc__)
-    parser.add_argument("--training", action="store_true", help="train and measure instead of the shipped networks")
+    parser.add_argument("--training", action="store_true", help="train networks and measure these")
     parser.add_argument("--page", action="store_true", help="only write the page from the stored numbers")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="measure the rows whose names start so")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="measure only the rows whose names start with ROW")
     parser.add_argument("--folder", type=Path, default=Path("results"), help="folder for trainings and evaluations")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}

@@ -36,7 +36,7 @@ def test_all_steps_run_and_are_reported(bad, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu_check, "steps", lambda: plan)
     assert gpu_check.main([str(tmp_path)]) == (1 if bad else 0)
     said, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
-    words = ["profile: left out: no-such-profiler is not here", "last one: passed"]
+    words = ["profile: left out: no-such-profiler is missing", "last one: passed"]
     words += ["build: failed (status 3)", "hangs: stopped after 3 s"] if bad else []
     for line in words:
         assert line in said and line in report

@@ -61,7 +61,7 @@ def psp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Command:
-    """Return the same function for subprocesses, which use the tests' interpreter."""
+    """Return the function that `psp` returns, but for subprocesses, which use the tests' interpreter."""
 
     def call(command: str, *arguments: str, timeout: int = 300, cwd: Path = tmp_path, **env: str) -> Result:
         done = subprocess.run(

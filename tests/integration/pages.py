@@ -1,4 +1,4 @@
-"""Pages of the documentation: their blocks, and what runs them in order."""
+"""The pages of the documentation: read their blocks, and run them in order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
-    """Add the tests' small settings to a training command, but keep its own data and trainer."""
+    """Add the tests' small settings to a training command, but keep the command's own data and trainer."""
     tiny = [*tiny, "trainer.log_every_n_steps=1"]
     folder = "data=folder" in arguments
     kept = [item for item in tiny if not (folder and item.startswith(("data.val.n", "data.train.n")))]

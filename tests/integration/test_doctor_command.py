@@ -237,7 +237,7 @@ def test_broken_files_do_not_hide_other_checks(doctor, faces: Path) -> None:
     invert(faces)
     done = doctor("sketch2face", "doctor.faces=2")
     assert [line.split(": ")[1] for line in told(done)] == ["broken", "sketches"], done.out + done.err
-    assert "not checked until the files above are mended" in done.out
+    assert "not checked until the files above are fixed" in done.out
 
 
 def test_without_the_face_detector_a_line_has_its_command(doctor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from psp_lightning.ops.cuda import toolchain as _toolchain
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep only those cases of each kernel test that add a new pair of parameter values."""
+    """Keep only the cases of each kernel test that add a new pair of parameter values."""
     if config.getoption("--all-kernels"):
         return
     seen: dict[object, set[object]] = {}

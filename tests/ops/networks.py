@@ -1,4 +1,4 @@
-"""What a generator and a discriminator compute in training, to compare kernels and precisions."""
+"""Values that a generator and a discriminator compute in training, to compare kernels and precisions."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def altered() -> dict[str, bytes]:
 
 
 def shared() -> dict[str, bytes]:
-    """Return small files that expand to huge content, because one part of them is used very many times."""
+    """Return small files that expand to huge content, because they use one part very many times."""
     nvidia = _nvidia()
     net = Generator.seeded(0, output_size=8, style_dim=8, n_mapping=1, max_channels=4)
     state = {k: v.clone() for k, v in net.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Write pickles as NVIDIA's repositories do: a network is a call with its source code and attributes."""
+"""Write pickles as NVIDIA's repositories do: a network is pickled as a call with its source code and attributes."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_every_folder_has_a_page() -> None:
 def test_comments_and_defaults_are_those_of_the_files() -> None:
     predict = {s.key: s for s in settings.files("predict")[0].settings}
     assert predict["format"].default == "png" and predict["format"].comment.endswith("png | jpg | webp")
-    assert "(both: autocast)" in predict["precision"].comment, "a comment of several lines"
+    assert "(the last two: autocast)" in predict["precision"].comment, "a comment of several lines"
     assert predict["latents"].comment.count("OUTPUT/latents") == 2, "a comment above the key"
     assert predict["ckpt"].default == "???"
     loss = {s.key: s for file in settings.files("loss") for s in file.settings}

@@ -53,7 +53,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     if head.startswith(LEGACY_TORCH):
         return "legacy torch"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_HEADER:
-        return "safetensors"  # checked before pickles, whose first byte may also begin the header's length
+        return "safetensors"  # before pickles, because a header's length may begin with the first byte of a pickle
     return "pickle" if head.startswith(b"\x80") else "unknown"
 
 
@@ -68,7 +68,7 @@ def _other_kind(head: bytes, suffix: str) -> str:
 
 
 def explain_request(asks_for: str) -> str:
-    """Explain what kind of file has a pickle that asks for `asks_for`: a class, a function, or a description."""
+    """Explain what kind of file a pickle is that asks for `asks_for`: a class, a function, or a description."""
     if asks_for.startswith(("dnnlib.tflib", "tfutil.", "network.")):
         return (
             f"it is a TensorFlow pickle of StyleGAN or StyleGAN2 ({asks_for}). Convert a StyleGAN2 in its own "

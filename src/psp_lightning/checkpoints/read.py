@@ -24,8 +24,8 @@ def resolve(path: str | os.PathLike[str], generator: bool = False) -> Path:
     """Return the file that `path` refers to.
 
     Args:
-        path: a file; a run folder, of which the best or otherwise the last checkpoint is used; or, if neither exists,
-            the name of shipped weights such as `toyfaces/inversion`.
+        path: a file; a run folder, whose best checkpoint is used, otherwise its last; or, if neither exists, the name
+            of shipped weights such as `toyfaces/inversion`.
         generator: prefer a run folder's `generator.safetensors`.
 
     Raises:
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """Read a file as `read` does; `kind` is the result of `file_kind`, if it is known already."""
+    """Read a file as `read` does; `kind` is the result of `file_kind`, if that is known already."""
     content = read_torch(path, kind)
     if not isinstance(content, dict):
         raise UserError(f"{path} contains a {type(content).__name__}, not the dict of a checkpoint.")
@@ -84,7 +84,7 @@ def read_weights(path: Path, *kinds: str) -> tuple[dict[str, Any] | None, dict[s
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether no `Placeholder` replaces an object of another library in what was read."""
+    """Return whether the content that was read has no `Placeholder` for an object of another library."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
@@ -93,7 +93,7 @@ def is_plain(value: Any) -> bool:
 
 
 def tensors_of(content: Mapping[str, Any], key: str = "state_dict") -> dict[str, Any]:
-    """Return the dict at `key`, by default `content`, without wrappers' prefixes; anything else is a UserError."""
+    """Return the dict at `key`, by default `content`, without wrappers' prefixes; otherwise raise a UserError."""
     state = content.get(key, content)
     if not isinstance(state, Mapping):
         raise UserError(f"its {key!r} is a {type(state).__name__}, not a dict of tensors.")

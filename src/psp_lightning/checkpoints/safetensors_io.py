@@ -26,7 +26,7 @@ from psp_lightning.utils.names import is_utf8
 
 KEY, FORMAT = "psp_lightning", 1
 HEADER_LIMIT = 4 << 20  # bytes; a network with a thousand tensors needs a tenth of a megabyte
-STATISTICS = (".running_mean", ".running_var")  # small, but of a wide range: never stored in half precision
+STATISTICS = (".running_mean", ".running_var")  # small tensors with a wide range: never stored in half precision
 
 
 def save_described(
@@ -38,7 +38,7 @@ def save_described(
     Args:
         kind: `generator`, `psp`, `embedding`, ...
         description: JSON values.
-        dtype: of the stored floating-point tensors, except running statistics of normalisation layers; None keeps
+        dtype: dtype of the stored floating-point tensors, except running statistics of normalisation layers; None keeps
             their dtypes.
 
     Raises:
@@ -125,7 +125,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; any damage becomes one message."""
+    """Open a safetensors file; report any damage as one message."""
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -150,7 +150,7 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """Parse a description; anything but a JSON object becomes an empty dict, which has no valid format."""
+    """Parse a description; return an empty dict, which has no valid format, for anything but a JSON object."""
     description = json.loads(text, parse_constant=_reject, parse_float=_finite, parse_int=_whole)
     return description if isinstance(description, dict) else {}
 

@@ -102,8 +102,8 @@ def load_strict(
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     """Change the number of input channels of a convolution's weight (O, I, k, k).
 
-    One channel becomes the sum of the old ones: a grey image gives what it gave as RGB. Otherwise the first channels
-    are kept, and added ones start at zero, where they have no effect.
+    A single channel gets the sum of the old channels, so a grey image gives the same result as before in RGB.
+    Otherwise, the first channels are kept, and added channels start at zero, where they have no effect.
 
     Returns:
         (O, channels, k, k).
@@ -194,8 +194,8 @@ def build_and_load(
 ) -> NetT:
     """Build the network that a file describes and load the file's tensors.
 
-    A description may ask for a network of any size. It is therefore first built on the meta device, without memory,
-    and compared with the tensors, which do exist.
+    A description may ask for a network of any size. The network is therefore first built on the meta device, without
+    memory, and compared with the tensors, which really exist.
 
     Args:
         state, what, allow_missing, adapt: see `load_strict`.

@@ -2,7 +2,7 @@
 
 A pickle is a program. Here it can only build plain containers and values, tensors, and the results of functions that a
 caller allows: each name that it asks for is looked up in a table, and nothing is imported. Time and memory are bounded
-too, which `torch.load(weights_only=True)` does not do. The reader restricts Python's own unpickler, in its pure-Python
+too, which `torch.load(weights_only=True)` does not do. The reader restricts Python's own unpickler in its pure-Python
 form.
 
 A comment `Needed by: NAME` names the file of tests/unit/hostile_files.py that would do harm without that check.
@@ -72,7 +72,7 @@ class _Budget:
 
     def __init__(self, size: int) -> None:
         self.left = {
-            "instructions": 1_000_000,  # ten times those of a StyleGAN2 of 1024 px. Needed by: many instructions
+            "instructions": 1_000_000,  # ten times as many as in a StyleGAN2 of 1024 px. Needed by: many instructions
             "bytes in storages": size + ROOM,  # Needed by: overlapping parts
             "bytes in tensors": COPIES * size + ROOM,  # Needed by: stretched weights, a tensor under many names
             "items in arguments": COPIES * size + ROOM,  # Needed by: long text again and again
@@ -198,7 +198,7 @@ def _methods() -> dict[int, Callable[[_Unpickler], None]]:
 
 
 def _plain(key: Any) -> Any:
-    """Return a key with a cheap hash that an attacker cannot make collide; raise `Refused` for any other."""
+    """Return the key if its hash is cheap and an attacker cannot make it collide; otherwise raise `Refused`."""
     if type(key) in (str, bytes, bool, type(None)) or (type(key) is int and key.bit_length() < 60):
         return key
     raise Refused(f"a key of the type {type(key).__name__}")  # Needed by: endless tuple as a key, numbers of one hash
@@ -315,7 +315,7 @@ def read_torch(path: str | os.PathLike[str], kind: str | None = None) -> Any:
     """Read a file of `torch.save` in either of its formats, as plain containers, plain values and CPU tensors.
 
     Parameters become tensors, namespaces become dicts, and NumPy arrays become `Placeholder`s. No tensor shares memory
-    with the file. `kind` is the result of `file_kind`, if it is known already.
+    with the file. `kind` is the result of `file_kind`, if that is known already.
 
     Raises:
         UserError: the file is of another kind, is damaged, or asks for anything else. Nothing in it was run.

@@ -54,7 +54,7 @@ def save_generator(
     Args:
         origin: JSON values, such as the training data and the number of images shown. `made_by` (a command) and
             `licence` become the record of a shipped file.
-        dtype: of the stored weights; None keeps their dtypes.
+        dtype: dtype of the stored weights; None keeps their dtypes.
         latent_avg: the average (style_dim,) or (n_styles, style_dim), and a few words on its origin. By default it is
             the mean w of 100,000 draws with a fixed seed.
 
@@ -83,9 +83,9 @@ def save_psp(
 
     Args:
         origin: see `save_generator`.
-        dtype: of the stored weights; None keeps their dtypes. Running statistics always keep theirs.
-        generator_file: name of shipped weights such as `toyfaces/generator`. The file then refers to them, with their
-            SHA-256, instead of containing the generator.
+        dtype: dtype of the stored weights; None keeps their dtypes. Running statistics always keep theirs.
+        generator_file: name of shipped weights such as `toyfaces/generator`. Instead of containing the generator, the
+            file then refers to these weights with their SHA-256.
 
     Raises:
         UserError: `generator_file` is unknown or is not the generator of `net`, or a weight is too large for `dtype`.
@@ -195,9 +195,9 @@ def generator_hash(generator: nn.Module) -> str:
     - each parameter, sorted by name in code-point order: its name and shape in the state dict as JSON, then its values
       rounded to float16 (half to even, -0 as 0), little-endian, in row-major order.
 
-    Because of the rounding, weights stored as float32 and float16 have the same hash, and weights that differ by less
-    count as the same generator. Buffers are left out: filters are constants, and noise maps, which some files lack,
-    add texture but do not change the meaning of a code.
+    Because of the rounding, weights have the same hash whether they are stored as float32 or float16, and weights that
+    differ by less than the rounding count as the same generator. Buffers are left out: filters are constants, and noise
+    maps, which some files lack, add texture but do not change the meaning of a code.
     """
     config = {k: v for k, v in generator.config.items() if k not in CHANNELS and v is not None}  # type: ignore[union-attr,operator]
     digest = hashlib.sha256(json.dumps({"class": type(generator).__name__, **config}, sort_keys=True).encode())

@@ -32,7 +32,7 @@ which networks of faces expect as input.
 OUTPUT/faces.csv has a row for each face: photo, face (number), status, reason, score, landmarks, corners of the crop,
 file of the crop. Positions are x and y in pixels of the upright photo. Status:
   ok         the crop was written
-  left out   the face cannot be aligned, for example because only one eye is seen; the reason says why
+  left out   the face cannot be aligned, for example because only one eye is visible; the reason says why
   no face    the photo has no face
   error      the photo cannot be read
 The exit status is 1 if any row is not ok. The same command continues after an interruption.
@@ -46,12 +46,12 @@ landmarks     csv or json file with the positions of eyes and mouth: faces.csv o
               photo), 5 (the nose as third) or 68 (dlib)
 format        png, jpg or webp
 longest       photos with a longer side are searched at this size, in which a face must be 20 px wide
-score         smallest score of a face, 0 to 1
+score         smallest score that counts as a face, 0 to 1
 turned        true: also search every photo turned by 90, 180 and 270 degrees; false: only
               photos without a face, or with one that may not be upright
-workers       processes; 0: none but this one
+workers       worker processes; 0: work in this process
 batch_size    photos that a process searches together if they have the same size; useful on GPUs
-device        of the detector: cpu, cuda, cuda:1, mps
+device        device of the detector: cpu, cuda, cuda:1, mps
 sheet         true: also write OUTPUT/sheet.png with the first 64 crops
 overwrite     true: replace existing crops; false: skip those of the same photo and settings
 progress_bar  true: show a progress bar

@@ -20,7 +20,7 @@ FINDINGS = "findings.json"
 
 
 class Report:
-    """Prints findings and figures as they come, and keeps them for findings.json."""
+    """Prints findings and figures as they arrive, and keeps them for findings.json."""
 
     def __init__(self) -> None:
         self.findings: list[Any] = []
@@ -72,7 +72,7 @@ def check(cfg: DictConfig) -> bool:
         report.say("classes", "id, name, share of the pixels, label maps with the class")
         print("\n".join(lines))
     if not files.usable:
-        report.say("networks", "not checked until the files above are mended")
+        report.say("networks", "not checked until the files above are fixed")
     else:
         if options.images:
             samples = doctor.first_samples(data, options.images)
@@ -118,7 +118,7 @@ def _generator(cfg: DictConfig, report: Report, samples: list[Any], folder: Path
 
 
 def _trial(cfg: DictConfig, report: Report, data: Any) -> None:
-    """Make a few steps, and say what they take."""
+    """Make a few steps, and report what they take."""
     from psp_lightning.build.generator_check import unusable
     from psp_lightning.build.trial import try_steps
     from psp_lightning.lit.callbacks.forecast import duration

@@ -24,11 +24,11 @@ from psp_lightning.utils.errors import UserError
 class ClaimFolder(Callback):
     """A Hydra callback that claims the folder of a run or a sweep until it ends.
 
-    If a default name, which contains the time, is taken, the run or sweep gets another one. A name that was given and
-    is taken is an error. Ranks that torchrun or srun started share one folder, which the first of them claims.
+    If the default name, which contains the time, is taken, the run or sweep gets another name. A taken name is an error
+    if the user gave it. Ranks that torchrun or srun started share one folder, which the first rank claims.
     """
 
-    held: ClassVar[FileLock | None] = None  # of the class: Hydra drops the callback if a job fails
+    held: ClassVar[FileLock | None] = None  # on the class, because Hydra drops the callback if a job fails
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         HydraConfig.instance().set_config(config)  # names may refer to it
@@ -75,7 +75,7 @@ class ClaimFolder(Callback):
 
 @contextlib.contextmanager
 def _reporting() -> Iterator[None]:
-    """Report a mistake and exit; Hydra would turn an exception into a warning."""
+    """Report a mistake and exit, because Hydra would turn an exception into a warning."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""psp-demo: run the four trained networks, style mixing and a short training on drawn faces; show all on one page."""
+"""psp-demo: run the four trained networks, style mixing and a short training on drawn faces; show them on one page."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _call(name: str, *arguments: str) -> str:
     GlobalHydra.instance().clear()
     before, sys.argv = sys.argv, [f"psp-{name}", *arguments]
     try:
-        main()  # on a mistake it exits the program, as the command does
+        main()  # on a mistake, this exits the program, as the command does
     finally:
         sys.argv = before
         sys.stdout.flush()
@@ -125,7 +125,7 @@ def _files(folder: Path, suffix: str = ".png") -> list[Path]:
 
 
 def _columns(*lines: tuple[str, Sequence[Path]]) -> list[list[Picture]]:
-    """Return one cell per face with a picture from each line, from top to bottom."""
+    """Return one cell per face, with a picture from each line from top to bottom."""
     from psp_lightning.cli.demo_page import Picture
 
     return [[Picture(paths[i], f"{shows} {i}") for shows, paths in lines] for i in range(N)]

@@ -79,7 +79,7 @@ def write_page(path: Path, **values: Any) -> None:
 def write_sheet(
     path: Path, groups: Sequence[tuple[str, Sequence[SheetRow]]], losses: Losses, losses_title: str
 ) -> None:
-    """Write a PNG with a heading and rows for each group, and a plot of the losses under `losses_title` at the end."""
+    """Write a PNG with a heading and rows for each group, and at the end a plot of the losses under `losses_title`."""
     from matplotlib.figure import Figure
 
     n = max(len(pictures) for _, rows in groups for _, pictures in rows)
@@ -112,7 +112,7 @@ def write_sheet(
     _plot(figure.add_axes((50 / width, (MARGIN + bottom) / height, 1 - 80 / width, (top - bottom) / height)), losses)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    # a palette with dithering takes a third of the bytes, without a visible difference
+    # a palette with dithering needs a third of the bytes, without a visible difference
     sheet = Image.open(buffer).convert("RGB")
     palette = sheet.quantize(256, kmeans=3)
     save_atomic(sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG), path, optimize=True)

@@ -24,8 +24,8 @@ from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, plural
 
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
-records: list[dict[str, Any]] = []  # of the jobs of this process
-folders: list[str] = []  # of the jobs of a sweep
+records: list[dict[str, Any]] = []  # records of the jobs of this process
+folders: list[str] = []  # folders of the jobs of a sweep
 
 
 def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
@@ -80,7 +80,7 @@ def _swept() -> list[str]:
 
 
 def _job_folder(folder: str, name: str) -> str:
-    """Return a folder for a job of a sweep that no other job of it has."""
+    """Return a folder for a job of a sweep that no other job of the sweep has."""
     path = os.path.join(folder, re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")
     path = next(p for p in itertools.chain([path], (f"{path}_{k}" for k in itertools.count(2))) if p not in folders)
     folders.append(path)

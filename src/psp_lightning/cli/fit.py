@@ -1,4 +1,4 @@
-"""The part shared by the training commands: check the run directory, run the fit and report how it ended."""
+"""The shared part of the training commands: check the run directory, run the fit and report how it ended."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ WIDTH, COLUMN = 120, 26
 MAKER = "generator_training/"
 
 # For each command: the file with the examples (`help.header`), the files with the settings, and the settings to show,
-# the most used first (empty: all in the files).
+# most used first (empty: all settings in the files).
 PAGES: dict[str, tuple[str, list[str], str]] = {
     "psp-predict": ("predict", ["predict"], ""),
     "psp-evaluate": (
@@ -92,7 +92,7 @@ def comments(file: Path) -> dict[str, tuple[str, str]]:
     """Return value and comment of each key in a file of conf/, by the name that the key has on a command line.
 
     A comment is on the line of its key or on the lines above it; the first lines of a file are about the whole file.
-    Groups in the list `defaults` are keys too.
+    Groups in the list `defaults` are keys, too.
     """
     found: dict[str, tuple[str, str]] = {}
     above: list[str] = []
@@ -125,7 +125,7 @@ def _explain(name: str, comment: str) -> str:
     """Return the first sentence of a comment, and the options of a group if the comment does not list them."""
     text = re.split(r"\. (?=[A-Z])", comment)[0]
     if text[1:2].islower() and not text.startswith("Python"):  # "GPU only" stays
-        text = text[0].lower() + text[1:]  # as in the comments of one sentence
+        text = text[0].lower() + text[1:]  # as in comments of a single sentence
     options = sorted(os.listdir(folder)) if (folder := Path(config_root(), name)).is_dir() else []
     names = [option.removesuffix(".yaml") for option in options]
     return f"{text}: {', '.join(names)}" if any(name not in text for name in names) and " | " not in text else text

@@ -31,7 +31,7 @@ OPTIONAL = (  # package, what it is for, command
     ("hydra-optuna-sweeper", "hparams_search=optuna", "pip install 'psp-lightning[sweep]'"),
     ("gdown", "psp-weights get from Google Drive", "pip install 'psp-lightning[download]'"),
 )
-WEIGHTS = ("ir_se50", "alexnet", "moco_v2", "inception_resnet_v1", "stylegan2_ffhq")  # that losses and recipes need
+WEIGHTS = ("ir_se50", "alexnet", "moco_v2", "inception_resnet_v1", "stylegan2_ffhq")  # of losses and recipes
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Run one composed job in this process, or in n ranks that are started only for this job.
+"""Run one composed job in this process, or in n ranks that start only for this job.
 
 Lightning's DDP starts its other ranks by repeating the command line; with `-m`, every rank would repeat the whole
 sweep. Here the Hydra process is not a rank: it freezes the composed job, starts n workers with PyTorch's elastic
@@ -24,7 +24,7 @@ from psp_lightning.cli.mistakes import end_on_sigterm, message
 from psp_lightning.utils.errors import UserError
 
 Job = Callable[[DictConfig], Any]
-TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # messages name files, whose names may not be UTF-8
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # for file names that are not UTF-8
 
 
 def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
@@ -54,7 +54,7 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
     elastic = "distributed.elastic"
     for name in (elastic, f"{elastic}.multiprocessing.api", f"{elastic}.agent.server.api", "multiprocessing.spawn"):
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # the failure is reported below, once
-    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # ranks print names too
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")  # ranks print file names, too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -114,7 +114,7 @@ def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent:
 
 
 def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this rank when its parent ends for any reason (only on Linux; elastic also watches it)."""
+    """Ask the kernel to kill this rank when its parent ends for any reason (only on Linux; elastic watches it, too)."""
     import ctypes
     import signal
     import sys

@@ -1,4 +1,4 @@
-"""Reporting of mistakes, the same in all commands: one readable message, no traceback, an exit code."""
+"""Reports of mistakes, the same in all commands: one readable message, no traceback, an exit code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ OWN_GROUPS = {"train_generator": "generator_training", "evaluate": "evaluation"}
 
 
 class Report(BaseException):
-    """A message that Hydra passes on unchanged; for a `UserError` it would print the overrides and a hint first."""
+    """A message that Hydra passes on unchanged; before a `UserError`, it would print the overrides and a hint."""
 
 
 def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Decorate the function below `hydra.main`: check for missing settings and turn a user's mistake into a `Report`.
 
-    In a sweep the error stays an exception of its job, because the other jobs must run.
+    In a sweep, the error stays an exception of its job, because the other jobs must still run.
     """
 
     @functools.wraps(task)
@@ -58,7 +58,7 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
     """
     make_reproducible()  # before anything imports PyTorch
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # as in stderr, for names that the locale cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr, for names that the locale cannot print
     end_on_sigterm()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
@@ -151,7 +151,7 @@ def _unknown_key(key: str, composed: dict[str, Any]) -> str:
         return f"there is no {group} '{name}'.{suggest(name, options)} Choose from: {', '.join(options)}"
     leaves = flat(composed)
     known = {".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)}
-    known = {name for name in known if not key.startswith(f"{name}.")}  # those exist, and are not what was meant
+    known = {name for name in known if not key.startswith(f"{name}.")}  # these exist, so they were not meant
     return (
         f"there is no configuration key '{key}'.{suggest(key, known)} --cfg job lists all keys; +{key}=... adds a new "
         "one."

@@ -23,7 +23,7 @@ def check_packages(command: str) -> None:
 
 
 def write_page(path: Path, template: str, filters: dict[str, Callable[..., Any]], **values: Any) -> None:
-    """Render a template of this folder to `path`, completely or not at all.
+    """Render a template in this folder to `path`, completely or not at all.
 
     Args:
         path: the HTML file.
@@ -42,7 +42,7 @@ def write_page(path: Path, template: str, filters: dict[str, Callable[..., Any]]
 
 
 def plot(draw: Callable[[Any], None], label: str, size: tuple[float, float] = (7.2, 2.7)) -> Any:
-    """Return what `draw` plots into matplotlib axes as an inline SVG element, the same bytes for the same plot.
+    """Return what `draw` plots into matplotlib axes as an inline SVG element; equal plots give equal bytes.
 
     Args:
         draw: called with the axes.

@@ -1,4 +1,4 @@
-"""The report of psp-evaluate: report.html, one file with tables, histograms and images that opens without a network."""
+"""The report of psp-evaluate: report.html, one file with tables, histograms and images that opens offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Evaluation:
     Attributes:
         folder: contains metrics.json, per_image.csv and the shown images.
         record: the content of metrics.json.
-        values: for each metric that has values per image, these as float64; NaN for an image without a value.
+        values: for each metric with values per image, these values as float64; NaN for an image without a value.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ def load_evaluation(folder: Path) -> Evaluation:
 
 
 def write_report(path: Path, folders: Sequence[Path]) -> None:
-    """Write the report of one evaluation, or of several next to each other.
+    """Write the report of one evaluation, or of several evaluations next to each other.
 
     Args:
         path: the HTML file.
@@ -102,7 +102,7 @@ def best(evaluations: Sequence[Evaluation], name: str) -> float | None:
 
 
 def axis_label(evaluations: Sequence[Evaluation], name: str) -> str:
-    """Return a metric's name with its unit and which way is better."""
+    """Return a metric's name with its unit and the better direction."""
     row = next(one.metrics[name] for one in evaluations if one.metrics.get(name, {}).get("mean") is not None)
     unit = f", {row['unit']}" if row["unit"] else ""
     return f"{name}{unit}" + (f" ({row['better']} is better)" if row["better"] else "")

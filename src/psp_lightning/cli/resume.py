@@ -1,4 +1,4 @@
-"""`resume=`: continue a run with its recorded settings, its directory and the command line's changes."""
+"""`resume=`: continue a run in its directory, with its recorded settings and the changes on the command line."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _newest(options: list[str], settings: list[str], named: bool, config: str) -
 
 # A resume may not change these settings. It may change data, trainer and callbacks, and logs each change.
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
-FREE = ("model.compile", "model.checkpointing")  # they change speed and memory, but no results
+FREE = ("model.compile", "model.checkpointing")  # these change speed and memory, but no results
 NEW_KEYS = ("metric.", "callbacks.", "logger.")  # groups with other keys than in version 0.1.0
 
 
@@ -152,7 +152,7 @@ def record(run: Path, cfg: DictConfig) -> None:
 
 
 def _settings(container: Any) -> dict[str, Any]:
-    """Return a configuration's values by dotted key; our classes without their modules, which may change."""
+    """Return a configuration's values by dotted key; leave out our classes' modules, which may change."""
     return {
         key: value.rpartition(".")[2] if key.endswith("._target_") and "psp_lightning." in str(value) else value
         for key, value in flat(container).items()

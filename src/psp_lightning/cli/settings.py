@@ -28,7 +28,7 @@ TEXT = {
     "callbacks.images.folder", "callbacks.export.run",
     "logger.csv.folder", "logger.tensorboard.save_dir", "logger.tensorboard.name", "logger.tensorboard.version",
     "logger.wandb.project", "logger.wandb.name", "logger.wandb.group", "logger.wandb.save_dir",
-    # groups with one option, which may be a file of the user's
+    # groups with one option, which may be the user's file
     "task", "domain", "data", "encoder", "refiner", "generator", "model", "network", "optimizer", "trainer",
     "callbacks", "paths", "experiment", "debug",
 }  # fmt: skip
@@ -111,7 +111,7 @@ def new_file(values: Mapping[str, Any], suffixes: Sequence[str]) -> Path:
 def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool = True) -> None:
     """Run a command and report a mistake in one message.
 
-    --help prints the help. So does a call without arguments if the command needs some, which exits with status 1.
+    --help prints the help. If the command needs arguments, a call without any prints it, too, and exits with status 1.
     --version prints the version of this library.
     """
     arguments = sys.argv[1:]
@@ -127,7 +127,7 @@ def command(help: str, run: Callable[[list[str]], object], needs_arguments: bool
 # --- Hydra's command lines
 
 SWEEP = r"(choice|glob|interval|range|shuffle|sort|tag)\(.*\)"  # functions that give a sweep its values
-VALUE = r"""(?:\A|,)\s*(('|").*?(?<!\\)\2(?=,|\Z)|[^,]*)"""  # group 1: a value of a sweep, in quotes or without
+VALUE = r"""(?:\A|,)\s*(('|").*?(?<!\\)\2(?=,|\Z)|[^,]*)"""  # group 1: a value of a sweep, with or without quotes
 # Hydra's own options that take a value, which may be abbreviated
 VALUED = (
     "--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",

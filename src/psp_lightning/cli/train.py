@@ -67,7 +67,7 @@ def _run(cfg: DictConfig) -> Any:
 
 
 def _check_search(cfg: DictConfig) -> None:
-    """End a search whose trials would not measure the objective. In a plain sweep no objective is necessary."""
+    """End a search whose trials would not measure the objective. A plain sweep needs no objective."""
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN or str(hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         return

@@ -36,7 +36,7 @@ import   converts weights to a self-describing file for generator.path=, ckpt= a
   licence      terms of the source, stored in the file
 inspect  describes a file and what import would make of it
 verify   reads a file completely and compares its SHA-256 with the published one, or the one recorded at first use
-parity   renders latents and compares with the output of the original; status 1 if they differ. VALUES.npz contains z,
+parity   renders latents and compares the images with the original's; status 1 if they differ. VALUES.npz contains z,
          w, w_plus or source, and image (see docs/weights.md); an image is the output of NVIDIA's generate.py for this
          seed
 list     lists public and shipped weights: origin, licence, size, SHA-256
@@ -163,7 +163,7 @@ def verify(arguments: list[str]) -> None:
 
 
 def parity(arguments: list[str]) -> None:
-    """Compare the outputs of a file's network with those of the original."""
+    """Compare the outputs of a file's network with the outputs of the original."""
     defaults = {"seed": 0, "psi": 1.0, "tolerance": float, "label": int}
     file, values = _parse(arguments, PARITY, defaults, ["against"])
     seed = whole("seed", values["seed"], 0, 2**32 - 1)

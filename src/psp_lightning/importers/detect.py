@@ -1,4 +1,4 @@
-"""Explain what the checkpoints of other projects are and what can be done with them."""
+"""Explain what the checkpoints of other projects are, and what can be done with them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Import NVIDIA's StyleGAN2 generators (stylegan2-ada-pytorch, and the StyleGAN2 of the stylegan3 repository).
 
-NVIDIA's layout describes the same network as the published one. It differs in the names; in weights that are scaled at
-run time, with gains stored in the pickled layers; in noise and biases without axes of size one; in one filter per
-layer; and in labels, which the published layout does not have.
+NVIDIA's layout describes the same network as the published one. It differs in several ways: the names differ; weights
+are scaled at run time, with gains stored in the pickled layers; noise and biases have no axes of size one; each layer
+has a filter; and there are labels, which the published layout does not have.
 
 Source: names, shapes and gains of NVlabs/stylegan2-ada-pytorch, commit d72cc7d. Images and codes were checked against
 it (`ada_*` in tests/golden). `Needed by: NAME` names a file of tests/unit/hostile_files.py.
@@ -27,7 +27,7 @@ from psp_lightning.importers.published import LARGEST_BLOCKS
 from psp_lightning.models.layers import FIRFilter
 from psp_lightning.utils.errors import UserError, clean
 
-LR_MULTIPLIER = 0.01  # of the mapping layers in the published layout
+LR_MULTIPLIER = 0.01  # learning rate multiplier of the mapping layers in the published layout
 NETWORKS = ("G_ema", "G")  # in order of preference: averaged weights make better images
 MANY, LONG = 100_000, 200  # limits on modules plus tensors of a network, and on letters of their paths
 
@@ -39,7 +39,7 @@ class NvidiaGenerator:
     Attributes:
         state: tensors in the published layout.
         latent_avg: (style_dim,), or None if the pickle has none.
-        facts: for the description: the pickle's network, label and activation clamp.
+        facts: entries for the description: the pickle's network, label and activation clamp.
         adapted: changes besides renaming, by part of the state.
         notes: sentences for the user.
     """
@@ -275,7 +275,7 @@ def _bake_label(network: _Network, weight: Tensor, bias: Tensor, label: int) -> 
 
     The layer's input is `[norm(z), norm(embed(label))]`, with each half normalised separately. The second half is
     constant, so its product with the weight becomes a bias. The published layer computes with
-    `lr / sqrt(width) * weight`, where the width is that of z.
+    `lr / sqrt(width) * weight`, where `width` is the length of z.
     """
     embed_weight, embed_bias = _linear(network, "mapping.embed.", None, 1.0)
     # the label's column as scaled at run time, plus the bias

@@ -1,4 +1,4 @@
-"""Compare the outputs of an imported network with those of the original."""
+"""Compare the outputs of an imported network with the outputs of the original."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def parity(
             networks, `source` (B, C, H, W); and with `image` (B, C, H, W), float in about [-1, 1], or uint8 with the
             channels first or last. It may also contain `w` beside `z`, a number `psi`, and `noise`: `const` or `none`.
             Or an image of NVIDIA's `generate.py --seeds=SEED --trunc=PSI --noise-mode=const`.
-        seed: of an image, whose z is `RandomState(seed).randn(1, z_dim)`.
-        psi: truncation towards the average latent, if the `.npz` has none.
+        seed: seed of an image; its z is `RandomState(seed).randn(1, z_dim)`.
+        psi: truncation towards the average latent, if the `.npz` does not have it.
         tolerance: for float values, relative to the largest value (default 1e-4); for 8-bit values, the mean
             difference in levels of 256 (default 1).
         label: see `import_file`.

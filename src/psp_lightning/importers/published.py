@@ -107,7 +107,7 @@ def repository(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str
 
 
 def why_not_built(encoder_state: Mapping[str, Any], opts: Mapping[str, Any]) -> str | None:
-    """Return a clause that says why a ReStyle encoder is not supported; None if it is, or is not ReStyle's."""
+    """Return a clause that says why a ReStyle encoder is not supported; None if it is supported or is not ReStyle's."""
     kind = opts.get("encoder_type")
     if repository(encoder_state, opts) != "ReStyle":
         return None
@@ -287,7 +287,7 @@ def read_options(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def latent_average(content: Mapping[str, Any]) -> Tensor | None:
-    """Return `latent_avg` of a checkpoint, a tensor or a list, None if it has none; anything else is a UserError."""
+    """Return `latent_avg` of a checkpoint, a tensor or a list; None if missing. Raise a UserError for anything else."""
     average = content.get("latent_avg")
     if average is None or isinstance(average, Tensor):
         return average

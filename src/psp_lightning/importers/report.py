@@ -48,7 +48,7 @@ class Imported:
 
     @property
     def generator(self) -> Generator:
-        """The generator, also of a pSp network."""
+        """The generator: `net` itself, or the generator in a pSp network."""
         return self.net.generator if isinstance(self.net, PSP) else self.net  # type: ignore[return-value]
 
     def save(self, path: str | os.PathLike[str], origin: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +108,7 @@ def _channel_rule(config: Mapping[str, Any]) -> str:
 def rows_of(
     net: nn.Module, state: Mapping[str, Any], allow_missing: Iterable[str] = (), adapt: Iterable[str] = ()
 ) -> list[Row]:
-    """Return how the tensors of `state` are used in each part of `net`; arguments are as in `load_strict`."""
+    """Return how each part of `net` uses the tensors of `state`; arguments are as in `load_strict`."""
     if isinstance(net, PSP) and not any(key.startswith("generator.") for key in state):
         allow_missing = [*allow_missing, "generator.*"]  # the file refers to the shipped generator
     report = compare(net, state, allow_missing, adapt=adapt)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# failures of the disk, which would meet every later file too; other failures concern one file
+# failures of the disk, which would affect every later file, too; other failures concern one file
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 

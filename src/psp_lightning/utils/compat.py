@@ -45,7 +45,7 @@ CLASSES = {"FaceEmbedding": "ToyFaceEmbedding"}
 OVERRIDES = {
     f"callbacks.export={value}": "callbacks.export.every_n_steps=null" for value in ("null", "false", "False", "")
 }
-# Module of 0.1.0 that has left the package -> what replaces it.
+# Module of 0.1.0 that is not in the package -> what replaces it.
 REMOVED = {"checkpoints.release": "Run `python -m benchmarks.toyfaces.records FOLDER` in the repository."}
 
 

@@ -11,14 +11,14 @@ ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def resolve_devices(accelerator: str, devices: Any) -> tuple[str, int | list[int]]:
-    """Return accelerator and devices for a Trainer; devices become a number, or a list of CUDA device ids.
+    """Return accelerator and devices for a Trainer; the devices are a number, or a list of CUDA device ids.
 
     Args:
         accelerator: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
         devices: a number, `auto` or -1 (all), or ids as a list or comma-separated text.
 
     Raises:
-        UserError: the accelerator is unknown or missing, `devices` is invalid, or it asks for too many.
+        UserError: the accelerator is unknown or missing, or `devices` is invalid or asks for too many devices.
     """
     import torch
 

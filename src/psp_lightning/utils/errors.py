@@ -36,7 +36,8 @@ def clean(text: str, limit: int = 120) -> str:
 def check_tree(value: Any, what: str) -> None:
     """Raise a UserError unless `value`, read from a file, is a small tree.
 
-    A list that contains a list twice, which contains another twice, and so on, takes little memory but prints forever.
+    A list that contains a list twice, which contains another list twice, and so on, takes little memory but prints
+    forever.
     """
     pending, values, letters = [(value, 0)], 0, 0
     while pending:

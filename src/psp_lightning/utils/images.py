@@ -1,4 +1,4 @@
-"""Conversion between float images in [-1, 1] and 8-bit images, with one rounding rule, and atomic writing."""
+"""Conversion between float images in [-1, 1] and 8-bit images with one rounding rule, and atomic writing of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reuse of memory that CPU tensors have freed, and the peak of the memory in use."""
+"""Reuse of the memory of freed CPU tensors, and the peak of the memory in use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
 
 
 def reset_peak_memory(device: Any) -> None:
-    """Start a new measurement of `peak_memory`. Only Linux and CUDA can; elsewhere the peak is since the start."""
+    """Start a new measurement of `peak_memory`. Only Linux and CUDA can; elsewhere, the peak is since the start."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Names of files as text that is the same in every locale."""
+"""File names as text that is the same in every locale."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def to_rgba(image: Image.Image) -> Image.Image | None:
         return image if image.mode == "RGBA" else image.convert("RGBA")
     if key is None or image.mode not in ("1", "L", "P", "RGB"):
         return None
-    if image.mode == "RGB" and max(key) > 255:  # the file has 16 bits per channel, of which Pillow keeps the upper 8
+    if image.mode == "RGB" and max(key) > 255:  # the file has 16 bits per channel; Pillow keeps the upper 8
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
     return image.convert("RGBA")

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], name: str, total: int, show: bool = True) -> Iterator[Item]:
-    """Yield `items` while a bar shows how many were used; no bar if `show` is False or stderr is not a terminal."""
+    """Yield `items` while a bar shows how many are done; show none if `show` is False or stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import track as shown
 

@@ -12,7 +12,8 @@ ClassT = TypeVar("ClassT", bound=type)
 def register(table: dict[str, Any], name: str, cls: ClassT) -> ClassT:
     """Add `cls` to `table` under `name` and return it.
 
-    A class that is defined again replaces the old one: its module was reloaded, or ran as a script and is now imported.
+    A class that is defined again replaces the old class: its module was reloaded, or was run as a script and then
+    imported.
 
     Raises:
         UserError: another class is registered under the name.

@@ -31,9 +31,9 @@ from psp_lightning.utils.web_page import is_web_page
 from psp_lightning.zoo import locate
 from psp_lightning.zoo.records import Record
 
-KNOWN = "known_files.json"  # in the weights folder: digests recorded when a file is first seen
+KNOWN = "known_files.json"  # file in the weights folder with the digests that were recorded when a file was first seen
 ATTEMPTS = 5  # without progress
-PAUSE = 0.5  # seconds before the second attempt; doubles with each one
+PAUSE = 0.5  # seconds before the second attempt; doubles with each attempt
 TIMEOUT = 30.0  # seconds without data
 CHUNK, PAGE_LIMIT = 1 << 20, 1 << 16  # bytes
 QUOTA = ("quota", "too many users", "download limit", "many accesses")
@@ -156,7 +156,7 @@ class _Download:
         )
 
     def run(self) -> None:
-        """Download the file, unless another process has done so meanwhile; raise a UserError if that fails."""
+        """Download the file, unless another process has done so meanwhile; raise a UserError if the download fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.lock, timeout=0):
@@ -290,7 +290,7 @@ class _Download:
             raise _Cut(f"the connection was cut after {start} of {total} bytes")
 
     def _keep_tag(self, headers: Message) -> None:
-        """Store the server's ETag or modification date, which tells whether a later answer is the same file."""
+        """Store the server's ETag or modification date, which tells whether a later answer is about the same file."""
         tag = headers.get("ETag")
         if tag is None or tag.startswith("W/"):
             tag = headers.get("Last-Modified")

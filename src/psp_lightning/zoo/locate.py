@@ -59,7 +59,7 @@ def shipped_dir() -> Path:
 
 
 def shipped() -> dict[str, Shipped]:
-    """Return the records of the shipped weights by name; a damaged `records.json` is a UserError."""
+    """Return the records of the shipped weights by name; raise a UserError if `records.json` is damaged."""
     found = {}
     for file in sorted(shipped_dir().glob("*/records.json")):
         try:
@@ -156,7 +156,7 @@ def download_hint(path: Path) -> str:
 
 
 def verify(name: str, path: str | os.PathLike[str]) -> None:
-    """Raise a UserError if a file's SHA-256 differs from the published digits, if there are any."""
+    """Raise a UserError if digits of the SHA-256 are published and a file's SHA-256 differs from them."""
     expected = record(name).sha256
     if expected is not None and not (found := sha256(path)).startswith(expected):
         raise UserError(

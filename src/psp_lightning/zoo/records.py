@@ -21,7 +21,7 @@ class Record:
         licence: terms as the publisher states them; read them before use.
         used_by: what needs it.
         sha256: the digest, or as many first digits as the publisher gives.
-        size: as the publisher states it.
+        size: the size, as the publisher states it.
     """
 
     name: str
