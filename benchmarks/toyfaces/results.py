@@ -179,7 +179,7 @@ def page(text: str, results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, or only write the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.toyfaces.results", description=__doc__)
-    parser.add_argument("--training", action="store_true", help="train networks and measure these")
+    parser.add_argument("--training", action="store_true", help="measure newly trained networks, not the shipped ones")
     parser.add_argument("--page", action="store_true", help="only write the page from the stored numbers")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="measure only the rows whose names start with ROW")
     parser.add_argument("--folder", type=Path, default=Path("results"), help="folder for trainings and evaluations")

@@ -53,7 +53,7 @@ workers       worker processes; 0: work in this process
 batch_size    photos that a process searches together if they have the same size; useful on GPUs
 device        device of the detector: cpu, cuda, cuda:1, mps
 sheet         true: also write OUTPUT/sheet.png with the first 64 crops
-overwrite     true: replace existing crops; false: skip those of the same photo and settings
+overwrite     true: replace existing crops; false: skip crops of the same photo and settings
 progress_bar  true: show a progress bar
 """
 

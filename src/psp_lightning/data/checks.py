@@ -37,8 +37,8 @@ CHECKS = {
 }
 SHOWN = 3  # files that a line names
 ALIKE = 0.02  # relative difference below which two shapes are the same
-# Correlation of two thumbnails from which on their pictures count as the same. It is at most 0.95 for different drawn
-# faces, and rarely below 0.98 for a face and its resized, compressed or brighter copy.
+# Two pictures count as the same if the correlation of their thumbnails is at least this. It is at most 0.95 for
+# different drawn faces, and rarely below 0.98 for a face and its resized, compressed or brighter copy.
 SAME = 0.98
 MOSTLY = 0.5  # share of a sketch's pixels
 CHUNK = 256  # rows of a product of thumbnails
@@ -277,7 +277,8 @@ def check_classes(facts: Iterable[Facts], label_map: LabelMap) -> list[Finding]:
     if not absent:
         return []
     names = tuple(f"{label_map.ids[i]} {label_map.names[i]}" for i in absent)
-    text = f"{plural(len(absent), 'class')} in none of {plural(len(counts), 'label map')} for training"
+    occur = "occurs" if len(absent) == 1 else "occur"
+    text = f"{plural(len(absent), 'class')} {occur} in none of {plural(len(counts), 'label map')} for training"
     return [Finding("classes", False, text, "The network cannot learn them. Are these the right ids?", names)]
 
 

@@ -23,7 +23,7 @@ NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def suffixes() -> tuple[str, ...]:
-    """Return the file name suffixes of the images that Pillow can read here, including those of imported plugins."""
+    """Return the file name suffixes of the images that Pillow can read here, including suffixes of imported plugins."""
     known = Image.registered_extensions().items()
     return tuple(suffix for suffix, name in known if name == "MPO" or (name in Image.OPEN and name not in NO_PICTURES))
 

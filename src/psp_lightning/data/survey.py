@@ -211,7 +211,7 @@ def _labels(image: Image.Image, source: ImageLike, label_map: LabelMap) -> dict[
 
 
 def _speckles(ids: np.ndarray) -> float:
-    """Return the share of inner pixels whose id differs from those of all eight neighbours."""
+    """Return the share of inner pixels whose id differs from the ids of all eight neighbours."""
     if min(ids.shape) < 3:
         return 0.0
     inner = ids[1:-1, 1:-1]

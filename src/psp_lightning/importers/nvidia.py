@@ -111,7 +111,7 @@ def convert_nvidia(content: Any, label: int | None = None) -> NvidiaGenerator:
 
 
 def is_nvidia_state(state: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of NVIDIA's StyleGAN2 or StyleGAN3, under any prefix."""
+    """Return whether the keys belong to NVIDIA's StyleGAN2 or StyleGAN3, under any prefix."""
     return any(re.match(r"(.*\.)?synthesis\.(b4|input|L\d)", key) for key in state)
 
 

@@ -50,7 +50,7 @@ LARGEST_BLOCKS = 10  # up-sampling blocks, for 4096 pixels
 
 
 def is_generator_state(state: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of a StyleGAN2 generator in the published PyTorch layout."""
+    """Return whether the keys belong to a StyleGAN2 generator in the published PyTorch layout."""
     return {"input.input", "conv1.conv.weight", "to_rgb1.bias", "style.1.weight"} <= set(state)
 
 

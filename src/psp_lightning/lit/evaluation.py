@@ -265,7 +265,7 @@ def needs(metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return the further arguments that a metric asks for, as batches of one.
 
     Raises:
-        UserError: the data lack one of them.
+        UserError: the data lack one of these arguments.
     """
     keys = getattr(metric, "needs", ())
     if missing := [key for key in keys if given.get(key) is None]:

@@ -151,7 +151,7 @@ class LitGenerator(pl.LightningModule):
         return StepRNG(self.seed, self._step, purpose, rank, world, self.device)
 
     def styles(self, n: int, draws: StepRNG) -> Tensor:
-        """Return mapped latents (n, n_styles, style_dim), some of them mixed.
+        """Return mapped latents (n, n_styles, style_dim), some with mixed styles.
 
         Source: StyleGAN (arXiv:1812.04948), section 3.1.
         """

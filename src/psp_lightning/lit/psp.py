@@ -114,7 +114,7 @@ class LitPSP(pl.LightningModule):
         if wanted > drawn:
             raise UserError(
                 f"the targets have {wanted} px, but the generator's images have only {drawn} px: set "
-                f"domain.target_size={drawn} and domain.input_size to at most as much (from Python: target_size and "
+                f"domain.target_size={drawn} and domain.input_size to at most that (from Python: target_size and "
                 "input_size of the data module)."
             )
         if not self.net.source and (spec := getattr(data, "spec", None)) is not None:

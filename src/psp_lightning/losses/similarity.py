@@ -14,7 +14,7 @@ class SimilarityLoss(LossTerm):
     """1 - cos(embedding(y_hat), embedding(y)), averaged over the batch.
 
     It logs `<name>_similarity` = mean cos(y_hat, y) and, if the source is an RGB image, `<name>_improvement` =
-    mean(cos(y_hat, y) - cos(y, x)). Target and source are embedded without a graph; if they are the same object, it is
+    mean(cos(y_hat, y) - cos(y, x)). Target and source are embedded without a graph; if they are one object, it is
     embedded only once.
     """
 

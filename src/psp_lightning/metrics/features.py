@@ -1,6 +1,6 @@
 """Frechet distances (FID) and kernel distances (KID) between the features of two sets of images.
 
-The features are those of Inception or of the domain's own network.
+The features come from Inception or from the domain's own network.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class KnownMSE(_Region):
 
 @register_metric("diversity")
 class Diversity(ImageMean):
-    """Mean absolute difference between the outputs for one source, over all pairs of them; higher is more diverse."""
+    """Mean absolute difference between the outputs for one source, over all pairs; higher is more diverse."""
 
     higher_is_better = True
     needs = ("outputs",)

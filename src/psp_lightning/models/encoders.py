@@ -178,7 +178,10 @@ def _add_to_first(codes: Tensor) -> Tensor:
 
 @register_encoder
 class EncoderIntoW(IRSEEncoder):
-    """An encoder from the average of the last feature map to one w for all layers; arguments as for `IRSEEncoder`."""
+    """An encoder that predicts one w for all layers from the average of the last feature map.
+
+    Arguments are as for `IRSEEncoder`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -193,7 +196,7 @@ class EncoderIntoW(IRSEEncoder):
 
 @register_encoder
 class EncoderIntoWPlus(IRSEEncoder):
-    """An encoder from one vector to all styles: ArcFace's head pooled to 7x7, then a linear layer.
+    """An encoder that predicts all styles from one vector: ArcFace's head pooled to 7x7, then a linear layer.
 
     Args:
         n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.

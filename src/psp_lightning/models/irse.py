@@ -1,4 +1,4 @@
-"""IR and IR-SE residual backbones, used by every encoder and the face recognition network.
+"""IR and IR-SE residual backbones, which every encoder and the face recognition network use.
 
 Source: Deng et al., ArcFace (arXiv:1801.07698), section 3.1 (the "improved residual unit"), with the squeeze and
 excitation of Hu et al. (arXiv:1709.01507). Module names follow the published IR-SE50 and pSp files, so their state
@@ -20,7 +20,7 @@ BLOCKS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}  # residua
 
 
 def _resolve_blocks(n_layers: int, blocks: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the residual units of the four stages: `blocks` if given, otherwise those of the depth `n_layers`."""
+    """Return the residual units of the four stages: `blocks` if given, otherwise the units for the depth `n_layers`."""
     if blocks is not None:
         counts = tuple(map(int, blocks))
         if len(counts) != 4 or min(counts) < 1:

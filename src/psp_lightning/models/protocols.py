@@ -16,7 +16,7 @@ from psp_lightning.models.stylegan2 import FeatureEdit, Noise
 class Encoder(Protocol):
     """A network from sources to codes, registered with `register_encoder`.
 
-    If it has `n_styles` and `style_dim`, they must equal those of the generator.
+    If it has `n_styles` and `style_dim`, they must be equal to the generator's.
 
     Attributes:
         config: plain values that rebuild it, `cls(**config)`; `record_config` collects them.

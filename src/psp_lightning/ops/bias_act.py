@@ -28,7 +28,7 @@ def fused_leaky_relu(
         clamp: bound of the absolute value of the result; None: no bound.
 
     Returns:
-        The shape of `x`; its dtype, promoted with that of `bias`.
+        A tensor with the shape of `x`, in the dtype to which the dtypes of `x` and `bias` promote.
 
     Source: StyleGAN2 (arXiv:1912.04958), appendix B, with values checked against the pSp reference, commit 5cfff38; the
     clamp is from StyleGAN2-ADA (arXiv:2006.06676), appendix D.
