@@ -42,12 +42,14 @@ def commands(block: Block) -> list[list[str]]:
 def shortened(arguments: list[str], tiny: list[str]) -> list[str]:
     """Add the tests' small settings to a training command, but keep the command's own data and trainer."""
     tiny = [*tiny, "trainer.log_every_n_steps=1"]
-    folder = "data=folder" in arguments
-    kept = [item for item in tiny if not (folder and item.startswith(("data.val.n", "data.train.n")))]
+    folder, generated = ("data=folder" in arguments), ("data=generated" in arguments)
+    kept = [item for item in tiny if not ((folder or generated) and item.startswith(("data.val.n", "data.train.n")))]
     if any(item.startswith("trainer=") for item in arguments):
         kept.remove("trainer=cpu")
     if folder:
         kept.append("data.num_workers=0")
+    if generated:
+        kept.append("data.limit=4")
     if "debug=overfit10" in arguments:  # two steps are too few to learn anything
         kept.append("callbacks.overfit=null")
     if any(item.startswith("resume=") for item in arguments):  # two more steps than the run has done

@@ -239,7 +239,7 @@ def test_architecture_page_lists_every_module_folder_and_dependency() -> None:
 def test_train_from_python_page(psp, tiny: list[str], place: Path, own_modules) -> None:
     run_page("train_from_python.md", psp, tiny, place, quick)
     runs = {path.parent.parent.name for path in (place / "runs").glob("*/checkpoints/last.ckpt")}
-    assert runs == {"first", "with_id", "edges", "small", "photos"}
+    assert runs == {"first", "with_id", "no_images", "edges", "small", "photos"}
     assert len(list((place / "from_sketches").glob("*.png"))) == 4
 
 

@@ -67,7 +67,7 @@ def read_files(data: Any, workers: int, progress: bool) -> Files:
         UserError: a folder is missing, or not set.
     """
     files = Files()
-    for part in ("train", "val"):
+    for part in filter(data.has_images, ("train", "val")):
         store = data.store(part)
         found = check_store(store, data.layout)
         masks = None
@@ -91,6 +91,8 @@ def classes(data: Any) -> LabelMap | None:
 
 def check_first_batch(data: TaskDataModule) -> list[Finding]:
     """Run the checks 1 to 6 on the files of the first training batch, which takes less than a second."""
+    if not data.has_images("train"):
+        return []
     dataset = data.dataset("train")
     store, findings = dataset.store, []
     if is_drawn(store):
@@ -144,7 +146,9 @@ def look_for_faces(cfg: DictConfig, files: Files) -> list[Finding]:
 
 
 def first_samples(data: Any, n: int) -> list[dict[str, Any]]:
-    """Return the first `n` training samples of the first epoch, as the network gets them."""
+    """Return the first `n` training samples of the first epoch, as the network gets them; none without images."""
+    if not data.has_images("train"):
+        return []
     dataset = data.dataset("train")
     order = EpochSampler(len(dataset), data.seed).order(0)[:n]
     return [dataset[(0, int(index))] for index in order]

@@ -86,6 +86,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*sync_dist=True.*",  # the values are synchronized already
         ".*broadcast_buffers.*",
+        "You have overridden `on_after_batch_transfer`",  # LitPSP draws generated samples there
         "The number of training batches .* is smaller than the logging interval",
         "Checkpoint directory .* exists and is not empty",  # a resumed run uses its own
     ):

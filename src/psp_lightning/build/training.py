@@ -15,8 +15,10 @@ from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.build.trainer import Training, build_trainer, prepare, read_resumed
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
+from psp_lightning.data.datamodules import TaskDataModule
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
+from psp_lightning.lit.generated import Drawing
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
 from psp_lightning.losses.composite import CompositeLoss
@@ -48,7 +50,7 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     prepare(cfg)
     data = build_data(cfg)
     module = build_module(cfg, data)
-    check_monitored(cfg, module)
+    check_monitored(cfg, module, data)
     checkpoint = read_resumed(resume, "psp", "psp-train")
     # SyncBatchNorm keeps the encoder's buffers equal. Broadcasting them before each forward pass would hang a
     # validation in which ranks have different numbers of batches.
@@ -62,11 +64,15 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
 def build_data(cfg: DictConfig) -> Any:
     """Build the task's data module with the stores of the domain."""
     make = instantiate(cfg, "task.datamodule")
-    options = {key: cfg.data[key] for key in ("batch_size", "val_batch_size", "num_workers", "seed", "flip")}
+    options = {key: cfg.data[key] for key in ("batch_size", "val_batch_size", "num_workers", "seed")}
+    options["flip"] = cfg.data.get("flip")
+    if cfg.data.get("generated_share"):  # a task of the user may not know these arguments
+        options |= {"generated_share": cfg.data.generated_share, "generated_limit": cfg.data.get("limit")}
+    parts = [part for part in ("train", "val") if cfg.data.get(part, "") is not None]  # null: no images
+    stores = {"train": None, "val": None, **{part: instantiate(cfg, f"data.{part}", "data") for part in parts}}
     with naming(cfg, "data", "domain", "task.datamodule"):
         return make(
-            train=instantiate(cfg, "data.train", "data"),
-            val=instantiate(cfg, "data.val", "data"),
+            **stores,
             input_size=cfg.domain.input_size,
             target_size=cfg.domain.target_size,
             **options,
@@ -205,6 +211,8 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
     optimizer = instantiate(cfg, "optimizer")
     with naming(cfg, "optimizer"):
         optimizer([torch.nn.Parameter(torch.zeros(1))])  # report invalid settings before the training starts
+    with naming(cfg, "data"):
+        drawing = Drawing(**{key: cfg.data[key] for key in ("truncation", "mixing", "noise") if key in cfg.data})
     with naming(cfg, "model"):
         module = LitPSP(
             net,
@@ -219,15 +227,24 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
             log_every=cfg.trainer.log_every_n_steps,
             source_is_target=getattr(data, "source_is_target", False),
             edit_share=0.0 if net.refiner is None else cfg.refiner.edit_share,
+            drawing=drawing,
         )
     if getattr(net.encoder, "widths", [WIDE])[0] < WIDE:
         return module
     return module.to(memory_format=torch.channels_last)  # convolutions are faster in this format
 
 
-def check_monitored(cfg: DictConfig, module: LitPSP) -> None:
+def check_monitored(cfg: DictConfig, module: LitPSP, data: Any) -> None:
     """Raise a UserError now for a monitored value that is never logged; the first validation may be hours away."""
-    terms = list(module.losses.terms)
+    images = not isinstance(data, TaskDataModule) or data.has_images("val")  # their codes are unknown
+    terms = [
+        name for name, term in module.losses.terms.items() if not (images and "codes" in getattr(term, "needs", ()))
+    ]
+    if not terms:
+        raise UserError(
+            f"none of the losses ({', '.join(module.losses.terms)}) can be computed on validation images, whose codes "
+            "are unknown. Add one that compares images, such as loss=[l2,latent], or use data=generated."
+        )
     logged = ["val/loss", *(f"val/loss_{name}" for name in terms), *(f"val/{name}" for name in module.val_metrics)]
     monitored = {"objective": cfg.objective}
     for name, node in cfg.callbacks.items():

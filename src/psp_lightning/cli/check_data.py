@@ -76,8 +76,9 @@ def check(cfg: DictConfig) -> bool:
     else:
         if options.images:
             samples = doctor.first_samples(data, options.images)
-            save_atomic(doctor.pairs_sheet(samples, data), folder / "pairs.png")
-            report.say("first pairs", f"after all transforms: {folder / 'pairs.png'}")
+            if samples:
+                save_atomic(doctor.pairs_sheet(samples, data), folder / "pairs.png")
+                report.say("first pairs", f"after all transforms: {folder / 'pairs.png'}")
             _generator(cfg, report, samples, folder)
         if options.trial:
             _trial(cfg, report, data)
@@ -88,7 +89,7 @@ def check(cfg: DictConfig) -> bool:
 
 
 def _generator(cfg: DictConfig, report: Report, samples: list[Any], folder: Path) -> None:
-    """Check whether the generator fits, and draw its best images."""
+    """Check whether the generator fits, and draw its best images for the samples, if there are any."""
     import torch
 
     from psp_lightning.build import doctor, generator_check
@@ -97,6 +98,9 @@ def _generator(cfg: DictConfig, report: Report, samples: list[Any], folder: Path
     try:
         generator, average = generator_check.load(cfg)
         report.add(generator_check.check_average(generator, average))
+        if not samples:
+            report.say("generator", "draws the training samples itself")
+            return
         images = torch.stack([sample["target"] for sample in samples])
         start = generator.latent_average(n=cfg.model.latent_avg_samples) if average is None else average
         floor = generator_check.measure_floor(

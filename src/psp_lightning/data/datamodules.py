@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from psp_lightning.data.datasets import TaskDataset
+from psp_lightning.data.generated import EPOCH, VALIDATION, GeneratedSamples, generated_per_batch
 from psp_lightning.data.image_sets import ImageSet
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
-from psp_lightning.data.loader import EpochSampler, ReadableDataLoader, ResumableDataLoader
+from psp_lightning.data.loader import EpochSampler, MixedSampler, ReadableDataLoader, ResumableDataLoader
 from psp_lightning.data.masks import draw_mask
 from psp_lightning.data.pairing import pair_masks
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import PairLayout, Store
-from psp_lightning.utils.arguments import number, whole
+from psp_lightning.utils.arguments import ArgumentError, number, whole
 from psp_lightning.utils.compat import warn_moved
 from psp_lightning.utils.errors import UserError, plural
 
@@ -52,8 +53,11 @@ class _DataModule(pl.LightningDataModule):
 class TaskDataModule(_DataModule):
     """Base class of the tasks. Batches contain `source`, `target`, `path` (list of str) and `index` (int64).
 
+    Generated samples, the last ones of a batch, have only a seed in `seeds` until `LitPSP` draws them.
+
     Args:
-        train, val: stores, or functions without arguments that create them (called on first use).
+        train, val: stores, or functions without arguments that create them (called on first use). None: no images;
+            training then needs `generated_share=1`, and a validation has generated samples.
         input_size: height and width of the sources.
         target_size: height and width of the targets.
         batch_size: samples per batch and device in training.
@@ -63,6 +67,13 @@ class TaskDataModule(_DataModule):
         flip: probability of mirroring in training. None or True: the task's default (0.5 for inversion,
             frontalization and toonify, 0 for the others, as in the reference). False: never.
         spec: description of the source. Subclasses build it from their arguments; the default is RGB.
+        generated_share: share of each training batch that is generated, 0 to 1; only for inversion. It must be a whole
+            number of samples.
+        generated_limit: number of different samples if all are generated. With a limit, generated samples are the same
+            in each epoch. None: new ones in each epoch.
+
+    Raises:
+        UserError: an argument is out of range, or `generated_share` does not fit.
     """
 
     layout: ClassVar[PairLayout]
@@ -76,8 +87,8 @@ class TaskDataModule(_DataModule):
 
     def __init__(
         self,
-        train: StoreLike,
-        val: StoreLike,
+        train: StoreLike | None,
+        val: StoreLike | None,
         input_size: int = 256,
         target_size: int = 256,
         batch_size: int = 8,
@@ -86,6 +97,8 @@ class TaskDataModule(_DataModule):
         seed: int = 0,
         flip: float | bool | None = None,
         spec: InputSpec | None = None,
+        generated_share: float = 0.0,
+        generated_limit: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed)
         turned = self.layout.target == "frontal"  # the output is not in the place of the source
@@ -93,8 +106,18 @@ class TaskDataModule(_DataModule):
         self.target_size = target_size
         self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
         self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)
-        self._stores: dict[str, StoreLike] = {"train": train, "val": val}
+        self._stores: dict[str, StoreLike | None] = {"train": train, "val": val}
         self._datasets: dict[str, TaskDataset] = {}
+        self.generated = generated_per_batch(generated_share, self.batch_size)
+        self.generated_limit = whole("generated_limit", generated_limit, 1, optional=True)
+        if self.generated and self.layout.task != "inversion":
+            rule = (
+                f"needs task=inversion: a generated image is its own target, which task={self.layout.task} cannot use."
+            )
+            raise ArgumentError("generated_share", generated_share, rule)
+        if (train is None and self.generated < self.batch_size) or (val is None and not self.generated):
+            rule = "needs images: choose data=folder data.root=DIR. Without images, it must be 1."
+            raise ArgumentError("generated_share", generated_share, rule)
 
     @property
     def in_channels(self) -> int:
@@ -109,11 +132,17 @@ class TaskDataModule(_DataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the files, so that mistakes in them are reported before training starts."""
         for split in ("train", "val") if stage in (None, "fit") else ("val",):
-            self.dataset(split)
+            if self.has_images(split):
+                self.dataset(split)
+
+    def has_images(self, split: str) -> bool:
+        """Return whether `train` or `val` has images. Otherwise all its samples are generated."""
+        return self._stores[split] is not None and (split == "val" or self.generated < self.batch_size)
 
     def store(self, split: str) -> Store:
         """Return the store of `train` or `val`, which `dataset` prepares."""
         given = self._stores[split]
+        assert given is not None, f"{split} has no images"
         store = self._stores[split] = given if isinstance(given, Store) else given()
         return store
 
@@ -138,9 +167,24 @@ class TaskDataModule(_DataModule):
         """Return mask files by the path of their target, or None to draw holes."""
         return None
 
+    def _samples(self, split: str) -> Dataset[Any]:
+        """Return what the loader of `train` or `val` reads: images, generated samples or both."""
+        images, train = self.dataset(split) if self.has_images(split) else None, split == "train"
+        if images is not None and not (train and self.generated):
+            return images
+        limit = self.generated_limit
+        n = (limit or EPOCH) if train else min(limit or VALIDATION, VALIDATION)
+        sizes = (self.spec.size, self.target_size)
+        return GeneratedSamples(images, n, *sizes, seed=self.seed, fixed=limit is not None, train=train)
+
     def train_dataloader(self) -> ResumableDataLoader:
-        dataset = self.dataset("train")
-        loading = self._loading(len(dataset), train=True)
+        dataset = self._samples("train")
+        loading = self._loading(len(dataset), train=True)  # type: ignore[arg-type]
+        if isinstance(dataset, GeneratedSamples):
+            loading["collate_fn"] = dataset.collate
+            if dataset.images is not None:
+                images = self.batch_size - self.generated
+                loading["sampler"] = MixedSampler(len(dataset), images, self.generated, self.seed, *self._ranks())
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
         if isinstance(limit, float):  # a fraction of the epoch
             limit = int(limit * -(-len(loading["sampler"]) // self.batch_size))
@@ -151,15 +195,17 @@ class TaskDataModule(_DataModule):
         """Return the loader.
 
         Raises:
-            UserError: if there are fewer images than devices: Lightning validates on all devices or on none.
+            UserError: if there are fewer samples than devices: Lightning validates on all devices or on none.
         """
-        dataset = self.dataset("val")
+        dataset: Any = self._samples("val")
         if len(dataset) < (devices := self._ranks()[1]):
             raise UserError(
                 f"{plural(len(dataset), 'validation image')}, fewer than {devices} devices. Add images, or set "
                 f"trainer.devices={len(dataset)} or trainer.limit_val_batches=0."
             )
         loading = self._loading(len(dataset), train=False)
+        if isinstance(dataset, GeneratedSamples):
+            loading["collate_fn"] = dataset.collate
         return ReadableDataLoader(dataset, batch_size=self.val_batch_size, generator=torch.Generator(), **loading)
 
 

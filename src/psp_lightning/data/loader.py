@@ -34,6 +34,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     ) -> None:
         super().__init__(range(n), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.n, self.pad = n, pad
+        self.generated = 0  # samples of a batch that `MixedSampler` adds to the images
         self._start = (0, 0)
 
     def __len__(self) -> int:
@@ -58,6 +59,37 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         epoch, skip = self._start
         return iter([(epoch, int(index)) for index in self.order(epoch)[skip:]])
+
+
+class MixedSampler(EpochSampler):
+    """An `EpochSampler` of batches with images first and generated samples last.
+
+    The indices 0..n-1 are images. Those from n on are generated samples, and each occurs once in an epoch. All batches
+    are full, and the last images of an epoch are followed by some of its first ones. As in an `EpochSampler`, one step
+    of all ranks sees the same samples as one rank with the whole batch.
+
+    Args:
+        n: number of images.
+        images, generated: number of both in the batch of one rank, at least 1.
+        seed, rank, world_size: as in `EpochSampler`.
+    """
+
+    def __init__(self, n: int, images: int, generated: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(n, seed, True, rank, world_size)
+        self.images, self.generated = images, generated
+
+    def _batches(self) -> int:
+        return -(-self.n // (self.images * self.num_replicas))
+
+    def __len__(self) -> int:
+        return self._batches() * (self.images + self.generated)
+
+    def order(self, epoch: int) -> np.ndarray:
+        world, batches = self.num_replicas, self._batches()
+        images = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        images = np.resize(images, (batches, self.images * world))
+        generated = self.n + np.arange(batches * self.generated * world).reshape(batches, -1)
+        return np.concatenate([images[:, self.rank :: world], generated[:, self.rank :: world]], axis=1).ravel()
 
 
 class ReadableDataLoader(DataLoader[Any]):
@@ -105,7 +137,13 @@ class ResumableDataLoader(ReadableDataLoader):
     def _settings(self) -> dict[str, int]:
         sampler: EpochSampler = self.sampler  # type: ignore[assignment]
         assert self.batch_size is not None
-        return {"samples": sampler.n, "batch_size": self.batch_size * sampler.num_replicas, "seed": sampler.seed}
+        world = sampler.num_replicas
+        return {
+            "samples": sampler.n,
+            "batch_size": self.batch_size * world,
+            "seed": sampler.seed,
+            "generated_samples": sampler.generated * world,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state` in the next iteration.

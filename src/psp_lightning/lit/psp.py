@@ -18,6 +18,7 @@ from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.lit import rng
 from psp_lightning.lit.distributed import gather
 from psp_lightning.lit.edits import Edit, draw_edits
+from psp_lightning.lit.generated import Drawing, with_drawn
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.psp import PSP, Inversion
@@ -54,6 +55,7 @@ class LitPSP(pl.LightningModule):
         source_is_target: the source and the target are the same image; a loss then processes it only once.
         edit_share: share of each training batch, at least 0 and below 1, in which a generated image and an edit of its
             codes replace source and target, so that the refiner keeps edits. Only for inversion.
+        drawing: how the generated samples of a data module with `generated_share` are drawn.
 
     Raises:
         UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, or a metric is no `Metric`.
@@ -74,9 +76,11 @@ class LitPSP(pl.LightningModule):
         log_every: int = 10,
         source_is_target: bool = False,
         edit_share: float = 0.0,
+        drawing: Drawing | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.drawing = drawing or Drawing()
         self.edit_share = number("edit_share", edit_share, 0)
         if self.edit_share and (net.refiner is None or not source_is_target or self.edit_share >= 1):
             raise UserError(
@@ -127,6 +131,13 @@ class LitPSP(pl.LightningModule):
 
     # --- steps
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Draw the generated samples of a batch, on this device and in the run's precision."""
+        if "seeds" not in batch:
+            return batch
+        with self.trainer.precision_plugin.forward_context():
+            return with_drawn(batch, self.drawing, self.net.generator, self.net.latent_avg)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map a source (B, C, S, S) to an output (B, 3, output_size, output_size), not clamped."""
         return self.net(x)
@@ -138,12 +149,15 @@ class LitPSP(pl.LightningModule):
         """
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
+        generated = batch.get("generated")
         edit: Edit | None = None
         if edits:
             drawn, edited, edit = draw_edits(self.net.generator, self.net.latent_avg, edits)
             size = (y.shape[-2], y.shape[-1])
             source = torch.cat([source[:-edits], F.adaptive_avg_pool2d(drawn, size)])
             y = torch.cat([y[:-edits], F.adaptive_avg_pool2d(edited, size)])
+            if generated is not None:  # `codes` has other codes than these images
+                generated = torch.cat([generated[:-edits], generated.new_zeros(edits)])
         delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
         w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
         features = self.net.refine(source, w_plus)
@@ -152,7 +166,14 @@ class LitPSP(pl.LightningModule):
         y_hat = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
         y_hat = F.adaptive_avg_pool2d(y_hat, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
         inputs = LossInputs(
-            y_hat=y_hat, y=y, x=source, delta_w_plus=delta, w_plus=w_plus, latent_avg=self.net.latent_avg
+            y_hat=y_hat,
+            y=y,
+            x=source,
+            delta_w_plus=delta,
+            w_plus=w_plus,
+            latent_avg=self.net.latent_avg,
+            codes=batch.get("codes"),
+            generated=generated,
         )
         total, values = self.losses(inputs)
         return total, values, y_hat
@@ -160,6 +181,11 @@ class LitPSP(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         edits = min(round(self.edit_share * len(batch["target"])), len(batch["target"]) - 1)
         total, values, y_hat = self.evaluate(batch, self.noise, edits)
+        if left_out := [name for name in self.losses.terms if name not in values]:
+            raise UserError(
+                f"the loss '{left_out[0]}' compares codes, which only generated samples have, and this training has "
+                "none: set data=generated or data.generated_share (from Python: generated_share of the data module)."
+            )
         self._refuse_non_finite(total, values, batch)
         named = self._log_names(total, values)
         self.log_dict({f"train/{k}": v for k, v in named.items()}, prog_bar=True, logger=False)

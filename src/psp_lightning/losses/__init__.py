@@ -5,6 +5,7 @@ from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.losses.cropped import L2CropLoss, LPIPSCropLoss
 from psp_lightning.losses.identity import IDLoss
 from psp_lightning.losses.l2 import L2Loss
+from psp_lightning.losses.latent import LatentLoss
 from psp_lightning.losses.lpips import LPIPSLoss
 from psp_lightning.losses.moco import MocoLoss
 from psp_lightning.losses.perceptual import PerceptualLoss
@@ -19,6 +20,7 @@ __all__ = [
     "L2Loss",
     "LPIPSCropLoss",
     "LPIPSLoss",
+    "LatentLoss",
     "LossInputs",
     "LossTerm",
     "MocoLoss",

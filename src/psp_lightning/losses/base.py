@@ -30,6 +30,9 @@ class LossInputs:
         delta_w_plus: (B, n_styles, style_dim) float, the encoder's output before the average latent is added.
         w_plus: (B, n_styles, style_dim) float, the codes that the generator received.
         latent_avg: (n_styles, style_dim) float, the average latent.
+        codes: (B, n_styles, style_dim) float, the codes that generated samples were drawn from, 0 for other samples;
+            None if no sample was generated.
+        generated: (B,) float, 1 for generated samples and 0 for others.
     """
 
     y_hat: Tensor
@@ -38,6 +41,8 @@ class LossInputs:
     delta_w_plus: Tensor | None = None
     w_plus: Tensor | None = None
     latent_avg: Tensor | None = None
+    codes: Tensor | None = None
+    generated: Tensor | None = None
 
     def float(self) -> LossInputs:
         """Return the inputs in float32; if `x` and `y` are one object, they stay one."""
@@ -65,11 +70,13 @@ class LossTerm(nn.Module, ABC):
 
     Subclasses implement `forward`, which runs in float32 with autocast off (see `CompositeLoss`). It must not modify
     its inputs or wait for the device (no `.item()`). `register_loss` sets `name`. `convention` says, for tables of
-    results, with which network the term compares images.
+    results, with which network the term compares images. `needs` names inputs without which `CompositeLoss` leaves the
+    term out.
     """
 
     name: str = ""
     convention: str = ""
+    needs: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:

@@ -59,10 +59,11 @@ class CompositeLoss(nn.Module):
 
         Returns:
             The objective, a scalar with a graph; and detached float32 scalars: the unweighted value of each term under
-            its name, then the terms' own logs. Nothing waits for the device.
+            its name, then the terms' own logs. Nothing waits for the device. A term is left out if an input that it
+            `needs` is missing.
 
         Raises:
-            UserError: a term returns something other than one number in a tensor.
+            UserError: a term returns something other than one number in a tensor, or all are left out.
         """
         with full_precision(inputs.y_hat.device):
             inputs = inputs.float()
@@ -70,6 +71,8 @@ class CompositeLoss(nn.Module):
             values: dict[str, Tensor] = {}
             logs: dict[str, Tensor] = {}
             for name, term in self.terms.items():
+                if any(getattr(inputs, key) is None for key in getattr(term, "needs", ())):
+                    continue
                 weight = self.weights[name]
                 with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
                     output = term(inputs)
@@ -80,6 +83,11 @@ class CompositeLoss(nn.Module):
                 values[name] = output.detach()
                 if weight != 0:  # 0 * value would carry a NaN into the sum
                     total = total + weight * output
+        if not values:
+            raise UserError(
+                f"None of the losses ({', '.join(self.terms)}) can be computed on these samples. Add one that compares "
+                "images, such as l2."
+            )
         return total, {**values, **logs}
 
     def extra_repr(self) -> str:

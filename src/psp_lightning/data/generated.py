@@ -1,0 +1,95 @@
+"""Samples that the generator of a training draws: the data module gives seeds, and `LitPSP` draws images of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from psp_lightning.data.datasets import TaskDataset
+from psp_lightning.utils.arguments import ArgumentError, number
+
+EPOCH = 10_000  # generated samples of a training epoch without images
+VALIDATION = 64  # generated samples of a validation without images
+
+
+def generated_per_batch(share: float, batch_size: int) -> int:
+    """Return how many of `batch_size` samples are generated.
+
+    Raises:
+        ArgumentError: `share` is not from 0 to 1, or not a whole number of samples. Rounding would give one device with
+            a large batch and two devices with half of it different samples.
+    """
+    n = number("generated_share", share, 0, 1) * batch_size
+    if abs(n - round(n)) < 1e-6:
+        return round(n)
+    near = sorted({int(n), int(n) + 1} - {0, batch_size})
+    advice = " or ".join(f"{k / batch_size:.4g}" for k in near)
+    advice = f"Choose {advice}, or another batch_size." if advice else "Choose a larger batch_size."
+    raise ArgumentError(
+        "generated_share", share, f"of batch_size={batch_size} is {n:.4g} samples, not a whole number. {advice}"
+    )
+
+
+class GeneratedSamples(Dataset[dict[str, Any]]):
+    """Samples of `images`, if given, and behind them generated samples, which are only seeds.
+
+    An index below the number of images is a sample of `images`; any other index is a generated sample with `seed`,
+    `path` (a name for messages) and `index`. Its seed depends only on (seed, epoch, index) and on `train`.
+
+    Args:
+        images: the images of the task. None: all samples are generated.
+        n: number of samples without images.
+        input_size, target_size: height and width of source and target.
+        seed: of the generated samples.
+        fixed: the generated samples are the same in each epoch.
+        train: False: other samples than in training, the same in each epoch.
+    """
+
+    def __init__(
+        self,
+        images: TaskDataset | None,
+        n: int,
+        input_size: int,
+        target_size: int,
+        seed: int = 0,
+        fixed: bool = False,
+        train: bool = True,
+    ) -> None:
+        self.images, self.n, self.seed, self.train = images, n, seed, train
+        self.n_images = 0 if images is None else len(images)
+        self.input_size, self.target_size = input_size, target_size
+        self.fixed = fixed or not train
+
+    def __len__(self) -> int:
+        return self.n_images or self.n
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.images is not None and index < self.n_images:
+            return self.images[(epoch, index)]
+        epoch = 0 if self.fixed else epoch
+        # without the leading number, a validation would have the samples of the first epoch
+        drawn = np.random.SeedSequence([int(self.train), self.seed, epoch, index]).generate_state(1, np.uint64)[0]
+        path = f"generated sample {index} of epoch {epoch}"
+        return {"seed": torch.tensor(int(drawn >> np.uint64(1))), "path": path, "index": torch.tensor(index)}
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch whose last samples are the generated ones, without their images.
+
+        `source` and `target` have the r images of the batch, which may be none: (r, 3, input_size, input_size) and
+        (r, 3, target_size, target_size). `seeds` is (g,) int64. `path` and `index` have r + g entries.
+        """
+        images = [item for item in items if "seed" not in item]
+        drawn = [item for item in items if "seed" in item]
+        if images:
+            batch = default_collate(images)
+        else:
+            sizes = {"source": self.input_size, "target": self.target_size}
+            batch = {key: torch.zeros(0, 3, size, size) for key, size in sizes.items()}
+        batch["path"] = [item["path"] for item in images + drawn]
+        batch["index"] = torch.stack([item["index"] for item in images + drawn])
+        batch["seeds"] = torch.stack([item["seed"] for item in drawn]) if drawn else torch.zeros(0, dtype=torch.int64)
+        return batch

@@ -1,0 +1,107 @@
+"""Images with known codes, drawn by the frozen generator of a training, one for each seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from psp_lightning.models.protocols import Generator
+from psp_lightning.models.stylegan2 import Noise
+from psp_lightning.utils.arguments import choice, number
+from psp_lightning.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images and their codes are drawn from seeds.
+
+    All random numbers of a sample are drawn on the CPU from its seed, so a sample does not depend on the device, the
+    batch or the number of ranks.
+
+    Attributes:
+        truncation: from 0 to 1; 1 draws from all of W, smaller values closer to the average latent.
+        mixing: probability from 0 to 1 that the styles from a random layer on come from a second code (style mixing,
+            StyleGAN, arXiv:1812.04948, section 3.1).
+        noise: the generator's noise: `const` for its stored maps, `random` for new ones in each sample.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    truncation: float = 1.0
+    mixing: float = 0.5
+    noise: str = "random"
+
+    def __post_init__(self) -> None:
+        number("truncation", self.truncation, 0, 1)
+        number("mixing", self.mixing, 0, 1)
+        choice("noise", self.noise, ("random", "const"))
+
+    @torch.no_grad()
+    def __call__(self, generator: Generator, latent_avg: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one sample for each seed.
+
+        Args:
+            generator: the generator.
+            latent_avg: (n_styles, style_dim), to which the codes are truncated.
+            seeds: (g,) int64.
+
+        Returns:
+            Images (g, 3, output_size, output_size) clamped to [-1, 1], and codes (g, n_styles, style_dim), both
+            float32 on the device of `latent_avg`.
+
+        Raises:
+            UserError: the generator has no noise maps that can be drawn.
+        """
+        layers, device = generator.n_styles, latent_avg.device
+        sides = self._noise_sides(generator)
+        z, first, maps = [], [], []
+        for seed in seeds.tolist():
+            source = torch.Generator().manual_seed(seed)
+            z.append(torch.randn(2, generator.z_dim, generator=source))
+            mixes = torch.rand((), generator=source) < self.mixing
+            layer = torch.randint(1, layers, (), generator=source)  # always drawn: `mixing` must not change the noise
+            first.append(torch.where(mixes, layer, layers))
+            maps.append([torch.randn(1, side, side, generator=source) for side in sides])
+        w = generator.mapping(torch.cat(z).to(device)).float().view(len(z), 2, -1)
+        second = torch.arange(layers)[:, None] >= torch.stack(first)[:, None, None]  # (g, n_styles, 1)
+        codes = torch.where(second.to(device), w[:, 1:], w[:, :1])
+        codes = latent_avg + self.truncation * (codes - latent_avg)
+        noise: Noise = "const"
+        if sides:
+            noise = [torch.stack(level).to(device) for level in zip(*maps, strict=True)]
+        return generator.synthesis(codes, noise).float().clamp(-1, 1), codes
+
+    def _noise_sides(self, generator: Generator) -> list[int]:
+        """Return the sides of the noise maps to draw; none for constant noise."""
+        if self.noise == "const":
+            return []
+        if not hasattr(generator, "noise_sides"):
+            name = type(generator).__name__
+            raise UserError(
+                f"data.noise=random: {name} has no noise_sides(), which says what to draw. Use data.noise=const."
+            )
+        sides: list[int] = generator.noise_sides()
+        return sides
+
+
+def with_drawn(batch: dict[str, Any], drawing: Drawing, generator: Generator, latent_avg: Tensor) -> dict[str, Any]:
+    """Return a batch of `GeneratedSamples` with the images of its g seeds, which it no longer contains.
+
+    The images are added to `source` and `target`, pooled to the size of each, so both have all B samples. `codes` (B,
+    n_styles, style_dim) has their codes, and 0 for the other samples; `generated` (B,) is 1 or 0, float32.
+    """
+    full = dict(batch)
+    seeds, n_images = full.pop("seeds"), len(batch["target"])
+    if not len(seeds):
+        return full
+    images, codes = drawing(generator, latent_avg, seeds)
+    for key in ("source", "target"):
+        full[key] = torch.cat([batch[key], F.adaptive_avg_pool2d(images, batch[key].shape[-2:])])
+    full["codes"] = torch.cat([codes.new_zeros(n_images, *codes.shape[1:]), codes])
+    full["generated"] = torch.cat([codes.new_zeros(n_images), codes.new_ones(len(seeds))])
+    return full
