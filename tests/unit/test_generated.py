@@ -21,7 +21,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
 
-EIGHT = torch.arange(8) + 100
+EIGHT = list(range(100, 108))
 
 
 def generator() -> Generator:
@@ -85,7 +85,7 @@ def test_a_share_needs_images_and_inversion() -> None:
 
 
 def seeds(samples: GeneratedSamples, epoch: int = 0, n: int = 20) -> list[int]:
-    return [int(samples[(epoch, index)]["seed"]) for index in range(n)]
+    return [samples[(epoch, index)]["seed"] for index in range(n)]
 
 
 def test_a_seed_depends_on_epoch_index_and_part() -> None:
@@ -112,11 +112,11 @@ def test_mixed_batches_are_full_and_have_every_image_once() -> None:
     assert len(batches) == 10
     for batch in batches:
         assert batch["source"].shape == batch["target"].shape == (2, 3, 32, 32)
-        assert len(batch["path"]) == len(batch["index"]) == 4 and batch["seeds"].shape == (2,)
+        assert len(batch["path"]) == len(batch["index"]) == 4 and len(batch["seeds"]) == 2
         assert [path.startswith("generated") for path in batch["path"]] == [False, False, True, True]
     for epoch in (batches[:5], batches[5:]):
         assert sorted(torch.cat([batch["index"][:2] for batch in epoch]).tolist()) == list(range(10))
-    assert len(torch.cat([batch["seeds"] for batch in batches]).unique()) == 20
+    assert len({seed for batch in batches for seed in batch["seeds"]}) == 20
 
 
 def test_batches_without_images() -> None:
@@ -125,16 +125,15 @@ def test_batches_without_images() -> None:
     batches = read(module, 2)
     assert [len(batch["seeds"]) for batch in batches] == [4, 4, 2] * 2
     assert batches[0]["source"].shape == (0, 3, 16, 16) and batches[0]["target"].shape == (0, 3, 32, 32)
-    assert len(torch.cat([batch["seeds"] for batch in batches]).unique()) == 10, "with a limit, epochs are equal"
+    assert len({seed for batch in batches for seed in batch["seeds"]}) == 10, "with a limit, epochs are equal"
     assert not module.has_images("train") and not module.has_images("val")
     assert len(data(1).train_dataloader()) == 2500
 
 
 def test_validation_has_fixed_samples_that_training_has_not() -> None:
-    first, second = (torch.cat([batch["seeds"] for batch in data(1).val_dataloader()]) for _ in range(2))
-    assert torch.equal(first, second) and len(first.unique()) == 64
-    trained = torch.cat([batch["seeds"] for batch in read(data(1, batch_size=100))])
-    assert not set(first.tolist()) & set(trained.tolist())
+    first, second = ([seed for batch in data(1).val_dataloader() for seed in batch["seeds"]] for _ in range(2))
+    assert first == second and len(set(first)) == 64
+    assert not set(first) & {seed for batch in read(data(1, batch_size=100)) for seed in batch["seeds"]}
     assert "seeds" not in next(iter(data(0.5).val_dataloader())), "with images, validation is on images only"
     assert len(next(iter(data(1, generated_limit=3).val_dataloader()))["seeds"]) == 3
 
@@ -168,7 +167,7 @@ def test_resume_in_the_middle_of_an_epoch(share: float, workers: int) -> None:
         seen: list[Any] = []
         while len(seen) < n:
             for batch in loader:
-                seen.append((batch["index"].tolist(), batch["seeds"].tolist()))
+                seen.append((batch["index"].tolist(), batch["seeds"]))
                 if len(seen) == n:
                     break
         return seen
@@ -230,7 +229,7 @@ def test_truncation_mixing_and_noise() -> None:
     assert torch.equal(mixed[:, 0], codes[:, 0]) and not torch.isclose(mixed[:, -1], codes[:, -1]).all(1).any()
     changes = (mixed.diff(dim=1).abs().amax(2) > 1e-6).sum(1)
     assert changes.tolist() == [1] * 8, "a sample mixes two codes"
-    _, sometimes = Drawing(mixing=0.5)(made, mean, torch.arange(100))
+    _, sometimes = Drawing(mixing=0.5)(made, mean, range(100))
     assert 30 < int((sometimes.diff(dim=1).abs().amax((1, 2)) > 1e-6).sum()) < 70
 
 

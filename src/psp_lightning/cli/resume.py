@@ -103,7 +103,10 @@ def _newest(options: list[str], settings: list[str], named: bool, config: str) -
 # A resume may not change these settings. It may change data, trainer and callbacks, and logs each change.
 FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
 FREE = ("model.compile", "model.checkpointing")  # these change speed and memory, but no results
-NEW_KEYS = ("metric.", "callbacks.", "logger.")  # groups with other keys than in version 0.1.0
+# not in version 0.1.0, or with other keys there
+NEW_KEYS = (
+    "metric.", "callbacks.", "logger.", "data.generated_share", "data.truncation", "data.mixing", "data.noise"
+)  # fmt: skip
 
 
 def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:

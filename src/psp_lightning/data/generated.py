@@ -74,13 +74,14 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
         # without the leading number, a validation would have the samples of the first epoch
         drawn = np.random.SeedSequence([int(self.train), self.seed, epoch, index]).generate_state(1, np.uint64)[0]
         path = f"generated sample {index} of epoch {epoch}"
-        return {"seed": torch.tensor(int(drawn >> np.uint64(1))), "path": path, "index": torch.tensor(index)}
+        return {"seed": int(drawn >> np.uint64(1)), "path": path, "index": torch.tensor(index)}
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch whose last samples are the generated ones, without their images.
 
         `source` and `target` have the r images of the batch, which may be none: (r, 3, input_size, input_size) and
-        (r, 3, target_size, target_size). `seeds` is (g,) int64. `path` and `index` have r + g entries.
+        (r, 3, target_size, target_size). `seeds` is a list of g integers, because reading them from a GPU would wait
+        for it. `path` and `index` have r + g entries.
         """
         images = [item for item in items if "seed" not in item]
         drawn = [item for item in items if "seed" in item]
@@ -91,5 +92,5 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
             batch = {key: torch.zeros(0, 3, size, size) for key, size in sizes.items()}
         batch["path"] = [item["path"] for item in images + drawn]
         batch["index"] = torch.stack([item["index"] for item in images + drawn])
-        batch["seeds"] = torch.stack([item["seed"] for item in drawn]) if drawn else torch.zeros(0, dtype=torch.int64)
+        batch["seeds"] = [item["seed"] for item in drawn]
         return batch

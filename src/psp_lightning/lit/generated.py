@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ from psp_lightning.utils.errors import UserError
 class Drawing:
     """How images and their codes are drawn from seeds.
 
-    All random numbers of a sample are drawn on the CPU from its seed, so a sample does not depend on the device, the
-    batch or the number of ranks.
+    The random numbers of a sample depend only on its seed, and not on the batch or the number of ranks. Its codes are
+    the same on all devices. Its noise is drawn on the device, for speed, and different kinds of devices draw different
+    noise.
 
     Attributes:
         truncation: from 0 to 1; 1 draws from all of W, smaller values closer to the average latent.
@@ -42,13 +44,13 @@ class Drawing:
         choice("noise", self.noise, ("random", "const"))
 
     @torch.no_grad()
-    def __call__(self, generator: Generator, latent_avg: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, generator: Generator, latent_avg: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw one sample for each seed.
 
         Args:
             generator: the generator.
             latent_avg: (n_styles, style_dim), to which the codes are truncated.
-            seeds: (g,) int64.
+            seeds: of g samples, from 0 to 2 ** 63 - 1.
 
         Returns:
             Images (g, 3, output_size, output_size) clamped to [-1, 1], and codes (g, n_styles, style_dim), both
@@ -58,35 +60,34 @@ class Drawing:
             UserError: the generator has no noise maps that can be drawn.
         """
         layers, device = generator.n_styles, latent_avg.device
-        sides = self._noise_sides(generator)
-        z, first, maps = [], [], []
-        for seed in seeds.tolist():
+        noise = self._noise(generator, seeds, device)
+        z, first = [], []
+        for seed in seeds:
             source = torch.Generator().manual_seed(seed)
             z.append(torch.randn(2, generator.z_dim, generator=source))
             mixes = torch.rand((), generator=source) < self.mixing
-            layer = torch.randint(1, layers, (), generator=source)  # always drawn: `mixing` must not change the noise
-            first.append(torch.where(mixes, layer, layers))
-            maps.append([torch.randn(1, side, side, generator=source) for side in sides])
+            first.append(torch.where(mixes, torch.randint(1, layers, (), generator=source), layers))
         w = generator.mapping(torch.cat(z).to(device)).float().view(len(z), 2, -1)
         second = torch.arange(layers)[:, None] >= torch.stack(first)[:, None, None]  # (g, n_styles, 1)
         codes = torch.where(second.to(device), w[:, 1:], w[:, :1])
         codes = latent_avg + self.truncation * (codes - latent_avg)
-        noise: Noise = "const"
-        if sides:
-            noise = [torch.stack(level).to(device) for level in zip(*maps, strict=True)]
         return generator.synthesis(codes, noise).float().clamp(-1, 1), codes
 
-    def _noise_sides(self, generator: Generator) -> list[int]:
-        """Return the sides of the noise maps to draw; none for constant noise."""
+    def _noise(self, generator: Generator, seeds: Sequence[int], device: torch.device) -> Noise:
+        """Return noise maps (g, 1, r, r) for each layer, or `const`."""
         if self.noise == "const":
-            return []
+            return "const"
         if not hasattr(generator, "noise_sides"):
             name = type(generator).__name__
             raise UserError(
                 f"data.noise=random: {name} has no noise_sides(), which says what to draw. Use data.noise=const."
             )
-        sides: list[int] = generator.noise_sides()
-        return sides
+        # another stream than that of the codes, whose numbers would appear in the maps
+        sources = [torch.Generator(device).manual_seed(seed ^ (1 << 31)) for seed in seeds]
+        return [
+            torch.stack([torch.randn(1, side, side, generator=source, device=device) for source in sources])
+            for side in generator.noise_sides()
+        ]
 
 
 def with_drawn(batch: dict[str, Any], drawing: Drawing, generator: Generator, latent_avg: Tensor) -> dict[str, Any]:
