@@ -34,7 +34,7 @@ def generated_per_batch(share: float, batch_size: int) -> int:
 
 
 class GeneratedSamples(Dataset[dict[str, Any]]):
-    """Samples of `images`, if given, and behind them generated samples, which are only seeds.
+    """Samples of `images`, if given, followed by generated samples, which are only seeds.
 
     An index below the number of images is a sample of `images`; any other index is a generated sample with `seed`,
     `path` (a name for messages) and `index`. Its seed depends only on (seed, epoch, index) and on `train`.
