@@ -14,8 +14,9 @@ from psp_lightning.lit.psp import LitPSP
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.losses.l2 import L2Loss
 from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.layers import freeze
-from psp_lightning.models.psp import PSP, Inversion
+from psp_lightning.models.psp import PSP
 from psp_lightning.models.refiner import FeatureRefiner
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics import Metric
 
 from psp_lightning.build.instantiate import instantiate, naming
+from psp_lightning.build.inversion import build_inverter, describe_steps, load_network, steps
 from psp_lightning.build.trainer import quiet
 from psp_lightning.build.training import build_metric
 from psp_lightning.data.datamodules import DATAMODULES
@@ -25,18 +26,14 @@ from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.inference.frozen import freeze_psp_generator
 from psp_lightning.lit.evaluation import (
-    EvaluationBar,
     Given,
     Identity,
     LitEvaluator,
     Network,
-    Refinement,
     collate_images,
     share,
 )
-from psp_lightning.lit.prediction import make_inject
-from psp_lightning.loading import load_psp
-from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.lit.prediction import PredictionBar, make_inject
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.devices import resolve_devices
 from psp_lightning.utils.errors import UserError
@@ -95,9 +92,10 @@ def _check_used(cfg: DictConfig) -> None:
     """Raise a UserError for a setting without effect, because the row would have a wrong label."""
     if cfg.ckpt not in (None, IDENTITY):
         return
-    keys = ["refine", "mix.latent_mask"] + ([] if cfg.outputs is None else ["task", "factor", "mask.kind"])
+    keys = ["mix.latent_mask"] + ([] if cfg.outputs is None else ["task", "factor", "mask.kind"])
     given = [key for key in keys if OmegaConf.select(cfg, key) is not None]
     given += [] if cfg.mix.n_outputs == 1 else ["mix.n_outputs"]
+    given += ["embed or refine"] if describe_steps(cfg) else []
     if given:
         what = "ckpt=identity has no codes" if cfg.outputs is None else "outputs= are measured as they are"
         raise UserError(f"{what}: {', '.join(given)} would have no effect. Leave it out.")
@@ -112,7 +110,7 @@ def build_subject(cfg: DictConfig) -> Subject:
     if cfg.outputs is not None:
         pairs = ImagePairs(cfg.outputs, cfg.targets, cfg.size)
         return Subject(PAIRS, pairs, pairs.names(), Given())
-    net = None if cfg.ckpt == IDENTITY else freeze_psp_generator(load_psp(cfg.ckpt))
+    net = None if cfg.ckpt == IDENTITY else freeze_psp_generator(load_network(cfg))
     spec = None if net is None else _spec(cfg, net.source)
     task = cfg.task.name if cfg.get("task") else "inversion" if spec is None else TASK_OF[spec.kind]
     if spec is not None and KIND_OF.get(task, spec.kind) != spec.kind:
@@ -136,17 +134,7 @@ def build_subject(cfg: DictConfig) -> Subject:
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.no_grad(), naming(cfg, "mix"):
         inject = make_inject(net, mask, cfg.mix.n_outputs, cfg.mix.seed, None)
-    return Subject(task, dataset, names, Network(net, _refinement(cfg), mask, inject, cfg.mix.alpha), spec)
-
-
-def _refinement(cfg: DictConfig) -> Refinement | None:
-    if cfg.refine is None:
-        return None
-    given: Any = OmegaConf.to_container(cfg.refine.losses)
-    weights = {name: weight for name, weight in given.items() if weight != 0}  # otherwise each step computes it
-    losses = CompositeLoss({name: instantiate(cfg, f"loss.{name}", without=["weight"]) for name in weights}, weights)
-    with naming(cfg, "refine"):
-        return Refinement(losses, instantiate(cfg, "refine", without=["losses"]))
+    return Subject(task, dataset, names, Network(net, build_inverter(cfg, net), mask, inject, cfg.mix.alpha), spec)
 
 
 def _spec(cfg: DictConfig, source: dict[str, Any]) -> InputSpec:
@@ -204,8 +192,8 @@ def build_evaluation(cfg: DictConfig, subject: Subject) -> tuple[pl.Trainer, Lit
         devices=devices,
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank gets its share below
-        inference_mode=cfg.refine is None,
-        callbacks=[EvaluationBar()] if cfg.progress_bar else [],
+        inference_mode=not steps(cfg),
+        callbacks=[PredictionBar("evaluate")] if cfg.progress_bar else [],
         enable_progress_bar=cfg.progress_bar,
         logger=False,
         enable_checkpointing=False,

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 import psp_lightning
 from psp_lightning.build.evaluation import IDENTITY, PAIRS, Subject
+from psp_lightning.build.inversion import describe_steps, steps
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.data.spec import source_to_rgb
 from psp_lightning.lit.evaluation import LitEvaluator
 from psp_lightning.lit.results import FORMAT, IMAGES, choose, delete_results, files_sha256, save_results, summary
-from psp_lightning.utils.errors import UserError, plural
+from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import save_atomic, to_pil
 from psp_lightning.utils.memory import peak_memory, reset_peak_memory
 from psp_lightning.zoo.locate import sha256
@@ -90,7 +91,7 @@ def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dic
     if subject.task == PAIRS or not cfg.timing:
         return {"seconds_per_image": None, "peak_memory_mib": None}
     items = [subject.dataset[index] for index in range(min(cfg.timing, len(subject.names)))]
-    warm_up = 3 if cfg.refine is None else 0  # a refinement takes so long that the first image hardly differs
+    warm_up = 0 if steps(cfg) else 3  # an optimisation takes so long that the first image hardly differs
     reset_peak_memory(module.device)
     with torch.no_grad():
         bar = tqdm([items[0]] * warm_up + items, "time", disable=not cfg.progress_bar)
@@ -135,7 +136,7 @@ def row_name(cfg: DictConfig) -> str:
         path = Path(name).resolve()
         run = f"{path.parents[1].name}/" if path.parent.name == "checkpoints" else ""  # last.ckpt alone says nothing
         name = path.name if path.is_dir() else f"{run}{path.stem}"
-    return name if cfg.refine is None else f"{name} + {plural(cfg.refine.steps, 'step')}"
+    return " + ".join(filter(None, [name, describe_steps(cfg)]))
 
 
 def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[str, Any]:
@@ -143,8 +144,8 @@ def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[st
     network = cfg.ckpt not in (None, IDENTITY)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     measured_with = {node["loss"] for node in settings["metric"].values() if "loss" in node}
-    refined_with = {} if settings["refine"] is None else settings["refine"]["losses"]
-    settings["loss"] = {term: settings["loss"][term] for term in sorted(measured_with | refined_with.keys())}
+    used = measured_with.union(*(settings[key]["losses"] for key in steps(cfg)))
+    settings["loss"] = {term: settings["loss"][term] for term in sorted(used)}
     return {
         "name": row_name(cfg),
         "checkpoint": str(cfg.ckpt) if network else None,

@@ -18,6 +18,7 @@ from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.inference.optimize import Optimizer
 from psp_lightning.lit.callbacks.forecast import duration
 from psp_lightning.losses.l2 import mse_per_image
+from psp_lightning.models.inversion import Inversion
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.progress import track
 
@@ -115,7 +116,7 @@ def measure_floor(
 
 
 def _optimise(generator: Any, image: Tensor, start: Tensor, steps: int) -> Tensor:
-    return Optimizer(mse_per_image, start="average", steps=steps).run(generator, image, start)
+    return Optimizer(mse_per_image, steps=steps).run(generator, image, Inversion(start)).w_plus
 
 
 def _fine(images: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ def check_photo_settings(cfg: DictConfig) -> None:
     number("paste.feather", cfg.paste.feather, 0, 0.5)
 
 
-def align_inputs(cfg: DictConfig, spec: InputSpec) -> AlignmentPlan:
-    """Cut the faces out of the photos in `input`, to the size of the network's source.
+def align_inputs(cfg: DictConfig, spec: InputSpec, target_size: int | None) -> AlignmentPlan:
+    """Cut the faces out of the photos in `input`, to the size of the network's source, or a larger `target_size`.
 
     Raises:
         UserError: the network takes no faces, its outputs cannot be put back although `paste_back` is set, or an error
@@ -65,7 +65,7 @@ def align_inputs(cfg: DictConfig, spec: InputSpec) -> AlignmentPlan:
             f"paste_back=true cannot be used with {cfg.ckpt}: {spec.task} turns the face, so the result does not fit "
             "into its place in the photo. Leave it out."
         )
-    settings = Alignment(max(spec.size, 8), cfg.faces, "png", Detector(turned=cfg.turned))
+    settings = Alignment(max(spec.size, target_size or 8), cfg.faces, "png", Detector(turned=cfg.turned))
     folder = Path(cfg.output)
     plan = plan_alignment(str(cfg.input), folder / ALIGNED, settings, cfg.landmarks, cfg.overwrite, exclude=folder)
     run_alignment(plan, cfg.num_workers, progress=cfg.progress_bar)

@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import math
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
@@ -23,34 +23,42 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from psp_lightning.build.alignment import AlignmentPlan
 from psp_lightning.build.instantiate import import_plugins, naming
-from psp_lightning.build.photos import align_inputs, check_photo_settings, crops, paste_jobs, paste_outputs
+from psp_lightning.build.inversion import (
+    build_inverter,
+    check_source,
+    drops_refinement,
+    is_refined,
+    load_network,
+    makes_refinement,
+    recorded_steps,
+    steps,
+)
+from psp_lightning.build.photos import align_inputs, crops, paste_jobs, paste_outputs
+from psp_lightning.build.prediction_settings import check_settings
 from psp_lightning.build.trainer import quiet
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.inputs import InputDataset, InputFile, LatentDataset, collate_inputs, input_masks, list_inputs
-from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.spec import InputSpec, load_source
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator, plain_generator
+from psp_lightning.inference.invert import Inverter
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
+from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
+from psp_lightning.latents.refinements import read_refinement
 from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
 from psp_lightning.lit.prediction import LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
-from psp_lightning.loading import load_decoder, load_psp
+from psp_lightning.loading import load_decoder
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.devices import count_devices, resolve_devices
 from psp_lightning.utils.errors import UserError
-from psp_lightning.utils.images import FORMATS
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 from psp_lightning.utils.names import native
 from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
-LARGEST = 8192  # pixels per side; any program that reads larger pictures with Pillow takes them for attacks
 FORMAT_LIMITS = {"jpg": 65500, "webp": 16383}  # pixels per side
-PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
-SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 
 
 @dataclass
@@ -96,7 +104,7 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         UserError: a setting is invalid, there is no checkpoint or input, the output folder cannot be written, or it
             contains an output that another checkpoint or other settings made.
     """
-    _check_settings(cfg)
+    check_settings(cfg)
     folder = Path(cfg.output)
     latents = None
     alignment = None
@@ -105,7 +113,8 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         files = [InputFile(Path(str(cfg.input)).expanduser(), native(name)) for name in latents.names]
     elif cfg.align:
         import_plugins(cfg.plugins)
-        alignment = align_inputs(cfg, _spec(cfg, load_psp(cfg.ckpt)))
+        net = load_network(cfg)
+        alignment = align_inputs(cfg, _spec(cfg, net), _target_size(cfg, net))
         files = crops(alignment)
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
@@ -118,8 +127,9 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
     except OSError as error:
         raise UserError(f"output={folder} cannot be written: {error.strerror}.") from None
     outputs = Outputs(
-        folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents), named=latents is not None,
-        checkpoint=str(cfg.ckpt), made=made, masks=masks,
+        folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents),
+        refined=bool(cfg.latents) and _is_refined(cfg, latents), named=latents is not None, checkpoint=str(cfg.ckpt),
+        made=made, masks=masks,
     )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
     skipped = [] if cfg.overwrite else _existing(outputs)
@@ -132,7 +142,8 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
 def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
     """Return what determines the content of the outputs except for rounding: the checkpoint and the settings."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings = {key: values[key] for key in ("resize", "factor", "precision", "seed")}
+    settings = {key: values[key] for key in ("resize", "factor", "precision", "seed", "refinements")}
+    settings |= recorded_steps(cfg)
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
     digest = sha256(resolve(str(cfg.ckpt), generator=decoder))
@@ -170,43 +181,12 @@ def _existing(outputs: Outputs) -> list[dict[str, Any]]:
     return skipped
 
 
-def _check_settings(cfg: DictConfig) -> None:
-    """Raise a UserError for invalid settings, before a network is loaded."""
-    check_photo_settings(cfg)
-    choice("format", cfg.format, FORMATS)
-    choice("precision", cfg.precision, PRECISIONS)
-    for key in SWITCHES:
-        if not isinstance(cfg[key], bool):
-            raise UserError(f"{key}={cfg[key]} must be true or false.")
-    if cfg.precision == "bf16" and not cfg.fuse:
-        raise UserError("precision=bf16 needs fuse=true. For fuse=false, use precision=bf16-mixed.")
-    if cfg.cuda_graphs and (cfg.accelerator in ("cpu", "mps") or not torch.cuda.is_available()):
-        raise UserError("cuda_graphs=true needs a CUDA device. Leave it out.")
-    if cfg.cuda_graphs and (cfg.precision.endswith("-mixed") or cfg.compile):
-        raise UserError("cuda_graphs=true needs precision=32-true or bf16, and compile=false.")
-    if cfg.compile and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
-        raise UserError("compile=true needs a C++ compiler. Install g++, or set CXX to a compiler.")
-    if cfg.latents not in (True, False, "safetensors"):
-        npz = " Version 0.1.0 also wrote npz; these files can still be read." if cfg.latents == "npz" else ""
-        raise UserError(f"latents={cfg.latents} must be true, false or safetensors.{npz}")
-    if not isinstance(cfg.mix.latent_mask, ListConfig | None):
-        raise UserError(f"mix.latent_mask={cfg.mix.latent_mask} must be a list, e.g. [{cfg.mix.latent_mask}].")
-    if cfg.mask.kind is not None:
-        choice("mask.kind", cfg.mask.kind, SHAPES)
-    for key, low, high in (("batch_size", 1, math.inf), ("num_workers", 0, 1024), ("seed", 0, math.inf)):
-        cfg[key] = whole(key, cfg[key], low, high)
-    cfg.resize = whole("resize", cfg.resize, 1, LARGEST, optional=True)
-    cfg.factor = whole("factor", cfg.factor, 1, 2**15, optional=True)
-    cfg.mix.n_outputs = whole("mix.n_outputs", cfg.mix.n_outputs, 1)
-    cfg.mix.seed = whole("mix.seed", cfg.mix.seed, 0)
-    number("mix.alpha", cfg.mix.alpha)
-
-
 def _read_latents(cfg: DictConfig) -> Latents:
     """Read the codes in `input`; raise a UserError for a file without codes, or for a setting that needs images."""
     path = Path(str(cfg.input)).expanduser()
     image = {"side_by_side": cfg.side_by_side, "factor": cfg.factor is not None, "align": cfg.align}
     image |= {"mask": cfg.mask.kind is not None or cfg.mask.dir is not None or cfg.mask.composite}
+    image |= {"embed": cfg.embed is not None, "refine": makes_refinement(cfg)}
     if given := [key for key, value in image.items() if value]:
         raise UserError(f"{given[0]} is for images; input={cfg.input} contains latents.")
     return read_latents(path)
@@ -252,12 +232,14 @@ def build_prediction(
         net = load_decoder(cfg.ckpt)
         latents = plan.latents.of(net.generator, str(cfg.ckpt), cfg.any_generator)
         space, average = latents.space, latents.lacking(net)
-        dataset = LatentDataset(latents.codes)
+        dataset = LatentDataset(latents.codes, _refinements(cfg, latents))
+        inverter = Inverter()
     else:
-        net = load_psp(cfg.ckpt)
-        spec = _spec(cfg, net)
+        net = load_network(cfg)
+        spec, size = _spec(cfg, net), _target_size(cfg, net)
         _warn_of_photographs(cfg, spec, plan)
-        dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
+        dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed, size)
+        inverter = build_inverter(cfg, net)
     _check_width(cfg, net)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
@@ -266,9 +248,9 @@ def build_prediction(
             inject = make_inject(frozen, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     digest = generator_hash(net.generator) if cfg.latents else None
     module = LitPredictor(
-        _for_inference(cfg, net), mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space, average,
-        cfg.compile, cfg.cuda_graphs, cfg.batch_size,
-    )  # fmt: skip
+        _for_inference(cfg, net), inverter, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space,
+        average, cfg.compile, cfg.cuda_graphs, cfg.batch_size, keep=bool(cfg.latents),
+    ).eval()  # fmt: skip
     writer = PredictionWriter(plan.outputs, spec, digest, str(cfg.ckpt))
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
     world = count_devices(accelerator, devices)
@@ -278,6 +260,7 @@ def build_prediction(
         precision="32-true" if cfg.precision == "bf16" else cfg.precision,
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank gets its share below
+        inference_mode=not steps(cfg),
         callbacks=[writer] + ([PredictionBar()] if cfg.progress_bar else []),
         enable_progress_bar=cfg.progress_bar,
         logger=False,
@@ -298,7 +281,7 @@ def sheet_inputs(cfg: DictConfig, plan: PredictionPlan) -> InputDataset | None:
     """Return the inputs as the network sees them, or None if they are latents."""
     if plan.latents is None and plan.inputs is None:  # all outputs exist, or other processes made them
         import_plugins(cfg.plugins)
-        spec = _spec(cfg, load_psp(cfg.ckpt))
+        spec = _spec(cfg, load_network(cfg))
         plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
     return plan.inputs
 
@@ -313,6 +296,34 @@ def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
     if cfg.compile:
         net.generator = plain_generator(net.generator)
     return net
+
+
+def _target_size(cfg: DictConfig, net: PSP) -> int | None:
+    """Return the size in which an optimisation sees the images: the generator's; None without optimisation."""
+    return net.generator.output_size if steps(cfg) else None
+
+
+def _is_refined(cfg: DictConfig, latents: Latents | None) -> bool:
+    """Return whether files of refinements are written with the codes."""
+    if latents is None:
+        return is_refined(cfg)
+    return (latents.refined or cfg.refinements is not None) and not drops_refinement(cfg)
+
+
+def _refinements(cfg: DictConfig, latents: Latents) -> Callable[[int], dict[str, Any]] | None:
+    """Return a function that reads what refines a code, or None if only the codes are decoded."""
+    if not _is_refined(cfg, latents):
+        return None
+    path = Path(str(cfg.input)).expanduser()
+    nearby = [parent / REFINEMENTS for parent in list(path.absolute().parents)[:2]]  # it may be in OUTPUT/latents
+    folder = Path(cfg.refinements) if cfg.refinements else next((p for p in nearby if p.is_dir()), nearby[0])
+    digest = None if cfg.any_generator else latents.generator
+
+    def read(index: int) -> dict[str, Any]:
+        features, weights = read_refinement(folder / f"{native(latents.names[index])}.safetensors", digest)
+        return {key: part for key, part in (("features", features), ("weights", weights)) if part is not None}
+
+    return read
 
 
 def _check_width(cfg: DictConfig, net: PSP) -> None:
@@ -343,6 +354,7 @@ def _spec(cfg: DictConfig, net: PSP) -> InputSpec:
         raise UserError(f"mask.* is for inpainting; {cfg.ckpt} takes {spec.kind} images.")
     if cfg.factor is not None and cfg.factor > spec.size:
         raise UserError(f"factor={cfg.factor} is larger than the {spec.size} pixels of the input.")
+    check_source(cfg, spec)
     if cfg.factor is not None and spec.kind != "lowres":
         raise UserError(f"factor={cfg.factor} is for super-resolution; {cfg.ckpt} takes {spec.kind} images.")
     return spec

@@ -20,7 +20,14 @@ MAKER = "generator_training/"
 # For each command: the file with the examples (`help.header`), the files with the settings, and the settings to show,
 # most used first (empty: all settings in the files).
 PAGES: dict[str, tuple[str, list[str], str]] = {
-    "psp-predict": ("predict", ["predict"], ""),
+    "psp-predict": (
+        "predict",
+        ["predict"],
+        """ckpt input output format resize side_by_side sheet latents refinements overwrite embed refine factor
+        mask.kind mask.dir mask.composite mix.latent_mask mix.n_outputs mix.alpha mix.seed mix.reference align faces
+        landmarks paste_back paste.match_colour paste.parser batch_size num_workers accelerator devices precision seed
+        plugins""",
+    ),
     "psp-evaluate": (
         "evaluation/evaluate",
         ["evaluation/evaluate", "evaluation/data/folder"],

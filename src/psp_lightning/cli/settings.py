@@ -18,7 +18,7 @@ from psp_lightning.utils.errors import UserError, suggest
 TEXT = {
     "run", "resume", "init_from", "paths.runs", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir",
     "ckpt", "input", "output", "doctor.output", "mask.dir", "mix.reference", "landmarks", "paste.parser", "outputs",
-    "targets", "name",
+    "refinements", "targets", "name",
     "data.root", "data.source", "data.target", "data.val_root", "data.val_source", "data.val_target",
     "data.name", "data.licence", "domain.identity", "generator.path", "model.backbone",
     "task.datamodule.label_map", "task.datamodule.mask_dir",

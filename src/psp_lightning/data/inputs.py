@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class InputDataset(Dataset[dict[str, Any]]):
         factor: down-sampling factor to apply first (superres).
         masks: folder of masks (inpainting), paired with the files. None: as `load_source` without a mask.
         seed: seed of drawn holes. Each file gets its own hole, independent of the batch size and the number of devices.
+        target_size: items also contain `target` (3, target_size, target_size), the image itself; None: they do not.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class InputDataset(Dataset[dict[str, Any]]):
         factor: int | None = None,
         masks: str | os.PathLike[str] | None = None,
         seed: int = 0,
+        target_size: int | None = None,
     ) -> None:
         self.files, self.spec, self.factor, self.seed = files, spec, factor, seed
+        self.target_size = target_size
         self.masks = None if masks is None else input_masks(files, masks)
 
     def __len__(self) -> int:
@@ -126,10 +130,13 @@ class InputDataset(Dataset[dict[str, Any]]):
                     raise UserError(
                         f"{file.path}: mask.dir has no mask named {file.path.stem}.* (if names repeat: {below}.*)"
                     )
-            picture = open_image(file.path) if masked else file.path  # decode once for source and known pixels
+            twice = masked or self.target_size is not None
+            picture = open_image(file.path) if twice else file.path  # decode once for both images
             item["source"] = load_source(picture, self.spec, rng=rng, factor=self.factor, mask=mask)
             if masked:
                 item["known"] = rgb(picture, self.spec.size)
+            if self.target_size is not None:
+                item["target"] = rgb(picture, self.target_size)
         except UserError as error:
             item["error"] = str(error)
         return {**item, "seconds": time.perf_counter() - start}
@@ -143,20 +150,27 @@ class InputDataset(Dataset[dict[str, Any]]):
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """Latent codes. Items contain `index`, `seconds` and `latents`, one code.
+    """Latent codes. Items contain `index`, `seconds` and `latents`, one code, or `error`.
 
     Args:
         codes: (N, z_dim), (N, style_dim) or (N, n_styles, style_dim) float32.
+        read: returns further entries of an item, such as its `features`; a `UserError` becomes its `error`.
     """
 
-    def __init__(self, codes: Tensor) -> None:
-        self.codes = codes
+    def __init__(self, codes: Tensor, read: Callable[[int], dict[str, Any]] | None = None) -> None:
+        self.codes, self.read = codes, read
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"index": index, "seconds": 0.0, "latents": self.codes[index]}
+        start = time.perf_counter()
+        item = {"index": index, "latents": self.codes[index]}
+        try:
+            item |= self.read(index) if self.read is not None else {}
+        except UserError as error:
+            item["error"] = str(error)
+        return {**item, "seconds": time.perf_counter() - start}
 
 
 def collate_inputs(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,7 +181,9 @@ def collate_inputs(items: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": [item["seconds"] for item in good],
         "failed": [(item["index"], item["error"], item["seconds"]) for item in items if "error" in item],
     }
-    for key in ("source", "known", "latents"):
+    for key in ("source", "known", "target", "latents", "features"):
         if good and key in good[0]:
             batch[key] = torch.stack([item[key] for item in good])
+    if good and "weights" in good[0]:
+        batch["weights"] = [item["weights"] for item in good]
     return batch

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from psp_lightning.inference.optimize import Distance, Optimizer
-from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.models.inversion import Inversion
+from psp_lightning.models.protocols import GeneratorModule
 
 
 def project(
-    generator: Generator,
+    generator: GeneratorModule,
     images: Tensor,
     latent_avg: Tensor,
     distance: Distance,
@@ -27,4 +28,4 @@ def project(
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %.
     """
     start = latent_avg.detach().expand(generator.n_styles, -1)[None].expand(len(images), -1, -1)
-    return Optimizer(distance, steps=steps, lr=lr).run(generator, images, start)
+    return Optimizer(distance, steps=steps, lr=lr).run(generator, images, Inversion(start)).w_plus

@@ -37,6 +37,7 @@ class Latents:
         generator: the generator's `generator_hash`; None for plain arrays.
         checkpoint: name of the generator's file, used in messages.
         latent_avg: whether the codes include the average latent, as the codes of `PSP.encode` do.
+        refined: whether each code has a file of `latents/refinements.py`, which belongs to its image too.
 
     Raises:
         UserError: the space is unknown, the shape does not fit the space, a value is not finite, or a name is not
@@ -49,6 +50,7 @@ class Latents:
     generator: str | None = None
     checkpoint: str | None = None
     latent_avg: bool = True
+    refined: bool = False
 
     def __post_init__(self) -> None:
         choice("space", self.space, SPACES)

@@ -55,6 +55,7 @@ def save_latents(path: str | os.PathLike[str], latents: Latents) -> None:
         "space": latents.space,
         "generator": {"sha256": latents.generator, "checkpoint": latents.checkpoint},
         "latent_avg": latents.latent_avg,
+        "refined": latents.refined,
     }
     # names are a tensor, because the size of a header is limited
     names = torch.from_numpy(np.frombuffer(json.dumps(list(latents.names)).encode(), np.uint8).copy())
@@ -98,11 +99,12 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
     if codes is None or not isinstance(generator, dict) or not isinstance(names, list):
         raise UserError(f"{path} is damaged: codes, names or generator are missing.")
     digest, checkpoint, average = generator.get("sha256"), generator.get("checkpoint"), facts.get("latent_avg")
-    known = isinstance(digest, str) and isinstance(checkpoint, str | None)
+    refined = facts.get("refined", False)
+    known = isinstance(digest, str) and isinstance(checkpoint, str | None) and isinstance(refined, bool)
     if not known or not isinstance(average, bool) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is damaged: psp-lightning does not write such a description.")
     try:
-        return Latents(codes, tuple(names), str(facts["space"]), digest, checkpoint, average)
+        return Latents(codes, tuple(names), str(facts["space"]), digest, checkpoint, average, refined)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -150,6 +152,12 @@ def gather_latents(path: str | os.PathLike[str], parts: Iterable[Path]) -> int:
             raise UserError(
                 f"{path} was not written: {part.names[0]} has latents of {part.checkpoint}, {first.names[0]} of "
                 f"{first.checkpoint}, whose generators differ. Choose another output folder, or set overwrite=true."
+            )
+        if part.refined != first.refined:
+            plain, refined = (part, first) if first.refined else (first, part)
+            raise UserError(
+                f"{path} was not written: {refined.names[0]} has a refinement, {plain.names[0]} has none. Choose "
+                "another output folder, or set overwrite=true."
             )
     names = tuple(name for part in read for name in part.names)
     save_latents(path, replace(first, codes=torch.cat([part.codes for part in read]), names=names))

@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from psp_lightning.data.spec import InputSpec, source_to_rgb
+from psp_lightning.inference.invert import Inverter
 from psp_lightning.lit.distributed import gather
-from psp_lightning.losses.base import LossInputs
-from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.models.psp import PSP, Inversion
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_uint8
 
@@ -71,34 +69,12 @@ class Identity(nn.Module):
         return list(F.interpolate(sources, size=size, mode="nearest").split(1))
 
 
-class Refinement(nn.Module):
-    """A search for codes with a smaller sum of losses between output and target.
-
-    Args:
-        losses: the sum; each term is an average over the batch, so images do not influence each other.
-        make: builds the method from `distance`, such as `functools.partial(inference.optimize.Optimizer, steps=100)`.
-    """
-
-    def __init__(self, losses: CompositeLoss, make: Callable[..., Callable[[PSP, Tensor, Tensor], Tensor]]) -> None:
-        super().__init__()
-        self.losses = losses
-        self.method = make(distance=self.distance)
-
-    def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """Return the sum over images of the weighted losses, a scalar."""
-        return self.losses(LossInputs(y_hat=y_hat, y=y))[0] * len(y)
-
-    def forward(self, net: PSP, w_plus: Tensor, images: Tensor) -> Tensor:
-        """Return codes (B, n_styles, style_dim) whose outputs are closer to `images` (B, 3, S, S)."""
-        return self.method(net, w_plus, images)
-
-
 class Network(nn.Module):
-    """Encode, optionally refine or mix, decode, and pool to the size of the targets, as a validation does.
+    """Invert, optionally mix, decode, and pool to the size of the targets, as a validation does.
 
     Args:
         net: the network.
-        refine: changes the codes and sees the targets.
+        inverter: embeds and refines; its steps may see the targets.
         latent_mask, inject, alpha: see `LitPredictor`.
     """
 
@@ -107,13 +83,13 @@ class Network(nn.Module):
     def __init__(
         self,
         net: PSP,
-        refine: Refinement | None = None,
+        inverter: Inverter,
         latent_mask: list[int] | None = None,
         inject: Tensor | None = None,
         alpha: float = 1.0,
     ) -> None:
         super().__init__()
-        self.net, self.refine = net, refine
+        self.net, self.inverter = net, inverter
         self.latent_mask, self.alpha = latent_mask or [], alpha
         self.register_buffer("inject", inject, persistent=False)
 
@@ -121,10 +97,7 @@ class Network(nn.Module):
         """Return one (n_outputs, 3, S, S) tensor for each item."""
         target = torch.stack(batch["target"])
         size = (target.shape[-2], target.shape[-1])
-        if self.refine is None:
-            inversion = self.net.invert(batch["source"])
-        else:
-            inversion = Inversion(self.refine(self.net, self.net.encode(batch["source"]), target))
+        inversion = self.inverter(self.net, batch["source"], target)
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = inversion
@@ -271,11 +244,3 @@ def needs(metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     if missing := [key for key in keys if given.get(key) is None]:
         raise UserError(f"it needs {', '.join(missing)} of each image, which this task or these data do not have.")
     return {key: torch.as_tensor(given[key])[None] for key in keys}
-
-
-class EvaluationBar(TQDMProgressBar):
-    """The progress bar of an evaluation."""
-
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        super().on_predict_batch_start(*args, **kwargs)
-        self.predict_progress_bar.set_description("evaluate")

@@ -17,15 +17,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from torch import Tensor
+from torch import Tensor, nn
 
 from psp_lightning.data.inputs import InputDataset, InputFile
 from psp_lightning.data.spec import InputSpec, source_to_rgb
 from psp_lightning.inference.fixed_batch import FixedBatch
+from psp_lightning.inference.invert import Inverter, Optimization
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
+from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
+from psp_lightning.latents.refinements import save_refinement
 from psp_lightning.lit.manifest import append_record, stamp
-from psp_lightning.models.psp import PSP, Inversion
+from psp_lightning.models.inversion import Inversion
+from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import DISK
 from psp_lightning.utils.errors import UserError, clean
 from psp_lightning.utils.images import FORMATS, save_atomic, to_pil, to_uint8
@@ -34,10 +38,11 @@ from psp_lightning.utils.pictures import open_8bit
 
 
 class LitPredictor(pl.LightningModule):
-    """Encodes sources (or reads codes), mixes styles and decodes.
+    """Inverts sources (or reads codes), mixes styles and decodes.
 
     Args:
         net: the network.
+        inverter: maps sources to inversions.
         latent_mask: indices of the styles to replace; None: no mixing.
         inject: (n_outputs, n_styles, style_dim), the styles to inject for each output.
         alpha: weight of the injected style, 1 (only this style) to 0 (none of it).
@@ -45,9 +50,10 @@ class LitPredictor(pl.LightningModule):
         composite: keep the known pixels (inpainting).
         space: space of the codes in batches that contain `latents` instead of `source`.
         average: (n_styles, style_dim), added to codes that do not include it.
-        compile: compile encoding and decoding for batches of `batch_size`.
-        cuda_graphs: on CUDA, replay encoding and decoding as CUDA graphs for batches of `batch_size`.
+        compile: compile inversion and decoding for batches of `batch_size`.
+        cuda_graphs: on CUDA, replay inversion and decoding as CUDA graphs for batches of `batch_size`.
         batch_size: size of all batches except the last.
+        keep: return the inversions too.
     """
 
     inject: Tensor | None
@@ -56,6 +62,7 @@ class LitPredictor(pl.LightningModule):
     def __init__(
         self,
         net: PSP,
+        inverter: Inverter,
         latent_mask: Sequence[int] | None = None,
         inject: Tensor | None = None,
         alpha: float = 1.0,
@@ -66,46 +73,74 @@ class LitPredictor(pl.LightningModule):
         compile: bool = False,
         cuda_graphs: bool = False,
         batch_size: int = 1,
+        keep: bool = False,
     ) -> None:
         super().__init__()
-        self.net = net
-        self.encode: Callable[[Tensor], Tensor] = net.encode
-        self.decode: Callable[[Tensor], Tensor] = net.decode
+        self.net, self.inverter, self.keep = net, inverter, keep
+        self.invert: Callable[..., Any] = _Invert(net, inverter)
+        self.decode: Callable[..., Tensor] = _Decode(net)
         if compile or cuda_graphs:
-            self.encode = FixedBatch(net.encode, batch_size, compile, cuda_graphs)
-            self.decode = FixedBatch(net.decode, batch_size, compile, cuda_graphs)
+            self.invert = FixedBatch(self.invert, batch_size, compile, cuda_graphs)
+            self.decode = FixedBatch(self.decode, batch_size, compile, cuda_graphs)
         self.latent_mask = list(latent_mask or ())
         self.alpha, self.size, self.composite, self.space = alpha, size, composite, space
         self.register_buffer("inject", inject, persistent=False)
         self.register_buffer("average", average, persistent=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return `images` (B, n_outputs, 3, S, S), uint8, and `w_plus` (B, n_styles, style_dim) before mixing."""
+        """Return `images` (B, n_outputs, 3, S, S), uint8, and with `keep` the `inversion` before mixing, on the CPU."""
         start = time.perf_counter()
         if not batch["index"]:
             return {"seconds": 0.0}
-        features: Tensor | None = None
+        weights = tuple(batch["weights"]) if "weights" in batch else None
         if "latents" in batch:
             w_plus = to_w_plus(batch["latents"], self.space, self.net.generator, self.average)
+            inversion = Inversion(w_plus, batch.get("features"), weights)
+        elif any(self.inverter.optimizers()):
+            inversion = self.inverter(self.net, batch["source"], batch["target"])
         else:
-            w_plus = self.encode(batch["source"])
-            features = self.net.refine(batch["source"], w_plus)
+            inversion = Inversion(*self.invert(batch["source"]))
         outputs = []
         for inject in [None] if self.inject is None else list(self.inject):
-            mixed = w_plus
+            mixed = inversion
             if inject is not None:
-                mixed = self.net.mix_styles(w_plus, inject[None], self.latent_mask, self.alpha)
-            image = self.decode(mixed) if features is None else self.net.decode(Inversion(mixed, features))
-            image = image.float()
+                mixed = self.net.mix_styles(inversion, inject[None], self.latent_mask, self.alpha)
+            if mixed.weights is not None:
+                image = self.net.decode(mixed).float()
+            else:
+                image = self.decode(*(part for part in (mixed.w_plus, mixed.features) if part is not None)).float()
             if self.composite:
                 image = _composite(image, batch["known"], batch["source"][:, 3:])
             if self.size is not None:
                 image = F.adaptive_avg_pool2d(image, self.size)  # as the reference resizes
             outputs.append(to_uint8(image))  # on the device: a quarter of the bytes to copy
         # copying to the host waits for the device, so the time below covers the whole batch
-        images, w_plus = torch.stack(outputs, dim=1).cpu(), w_plus.float().cpu()
-        seconds = (time.perf_counter() - start) / len(w_plus)
-        return {"images": images, "w_plus": w_plus, "seconds": seconds}
+        images = torch.stack(outputs, dim=1).cpu()
+        seconds = (time.perf_counter() - start) / len(images)
+        return {"images": images, "inversion": inversion.cpu() if self.keep else None, "seconds": seconds}
+
+
+class _Invert(nn.Module):
+    """The part of a prediction from sources to codes and features, without optimisation."""
+
+    def __init__(self, net: PSP, inverter: Inverter) -> None:
+        super().__init__()
+        self.net, self.inverter = net, inverter
+
+    def forward(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
+        inversion = self.inverter(self.net, source, source)
+        return inversion.w_plus, inversion.features
+
+
+class _Decode(nn.Module):
+    """The part of a prediction from codes and features to images."""
+
+    def __init__(self, net: PSP) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, w_plus: Tensor, features: Tensor | None = None) -> Tensor:
+        return self.net.decode(Inversion(w_plus, features))
 
 
 def _composite(image: Tensor, known: Tensor, hole: Tensor) -> Tensor:
@@ -126,6 +161,7 @@ class Outputs:
         n_outputs: number of outputs per input.
         side_by_side: also write source | output.
         latents: also write w_plus, one file per input.
+        refined: with `latents`, also write what refines the codes, one file per input.
         named: the inputs are entries of one file, so the manifest includes their names.
         checkpoint: name of the checkpoint.
         made: everything else that determines the outputs: the checkpoint's SHA-256 and the settings.
@@ -138,6 +174,7 @@ class Outputs:
     n_outputs: int = 1
     side_by_side: bool = False
     latents: bool = False
+    refined: bool = False
     named: bool = False
     checkpoint: str = ""
     made: dict[str, Any] = field(default_factory=dict)
@@ -157,9 +194,14 @@ class Outputs:
         """Return the path of an input's code."""
         return self.folder / "latents" / f"{self.files[index].name}.safetensors"
 
+    def refinement(self, index: int) -> Path:
+        """Return the path of what refines an input's code."""
+        return self.folder / REFINEMENTS / f"{self.files[index].name}.safetensors"
+
     def all(self, index: int) -> list[Path]:
         """Return the paths of all files of an input."""
-        return self.images(index) + [self.comparison(index)] * self.side_by_side + [self.code(index)] * self.latents
+        codes = [self.code(index), *[self.refinement(index)] * self.refined] if self.latents else []
+        return self.images(index) + [self.comparison(index)] * self.side_by_side + codes
 
     def record(
         self, index: int, status: str, seconds: float = 0.0, error: str | None = None, files: list[Path] | None = None
@@ -208,7 +250,8 @@ class PredictionWriter(Callback):
         for i, index in enumerate(batch["index"]):
             seconds = batch["seconds"][i] + outputs["seconds"]
             shown = None if source is None else source[i : i + 1]
-            job = (index, seconds, outputs["images"][i], outputs["w_plus"][i], shown)
+            inversion = None if outputs["inversion"] is None else outputs["inversion"][i]
+            job = (index, seconds, outputs["images"][i], inversion, shown)
             self._waiting.append(self._threads.submit(self._write, *job))
         while len(self._waiting) > 64 or (self._waiting and self._waiting[0].done()):
             self._keep(self._waiting.pop(0).result())  # bounds memory if writing is the slowest part
@@ -225,7 +268,7 @@ class PredictionWriter(Callback):
         append_record(self.outputs.folder, record)
 
     def _write(
-        self, index: int, seconds: float, images: Tensor, w_plus: Tensor, source: Tensor | None
+        self, index: int, seconds: float, images: Tensor, inversion: Inversion | None, source: Tensor | None
     ) -> dict[str, Any]:
         """Write the files of an input and return its record, which gives the reason if a file cannot be written."""
         start, outputs = time.perf_counter(), self.outputs
@@ -235,10 +278,14 @@ class PredictionWriter(Callback):
             assert self.spec is not None
             shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
             writes.append(partial(save_atomic, to_pil(torch.cat([to_uint8(shown[0]), *images], dim=-1)), **options))
-        if outputs.latents:
+        if inversion is not None:
+            assert self.generator is not None
+            maker = (self.generator, self.checkpoint)
             names = (portable(outputs.files[index].name),)
-            latents = Latents(w_plus[None], names, "w_plus", self.generator, self.checkpoint)
+            latents = Latents(inversion.w_plus, names, "w_plus", *maker, refined=outputs.refined)
             writes.append(partial(save_latents, latents=latents))
+            if outputs.refined:
+                writes.append(partial(save_refinement, inversion=inversion, generator=maker[0], checkpoint=maker[1]))
         written, reason = [], None
         for path, write in zip(outputs.all(index), writes, strict=True):
             try:
@@ -308,8 +355,24 @@ def save_sheet(
 
 
 class PredictionBar(TQDMProgressBar):
-    """The progress bar for prediction."""
+    """The progress bar of a prediction or an evaluation, with the steps of an optimisation."""
+
+    def __init__(self, label: str = "predict") -> None:
+        super().__init__()
+        self.label = label
+        self._shown = 0.0  # when the steps were shown last
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
+        for module in pl_module.modules():
+            if isinstance(module, Optimization):
+                module.method.on_step = self._show
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
         super().on_predict_batch_start(*args, **kwargs)
-        self.predict_progress_bar.set_description("predict")
+        self.predict_progress_bar.set_description(self.label)
+
+    def _show(self, done: int, total: int) -> None:
+        if done == total or time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            self.predict_progress_bar.set_postfix_str(f"step {done} of {total}")

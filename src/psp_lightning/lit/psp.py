@@ -21,7 +21,8 @@ from psp_lightning.lit.edits import Edit, draw_edits
 from psp_lightning.lit.generated import Drawing, with_drawn
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
-from psp_lightning.models.psp import PSP, Inversion
+from psp_lightning.models.inversion import Inversion
+from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import check_encoder
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.arguments import choice, number, whole

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast, overload
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import psp_lightning.models.encoders  # noqa: F401  fills the registry that from_description reads
 import psp_lightning.models.refiner  # noqa: F401
+from psp_lightning.models.inversion import Inversion, synthesise
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.protocols import EncoderModule, GeneratorModule, RefinerModule
 from psp_lightning.models.registry import build_described
@@ -24,19 +25,6 @@ from psp_lightning.utils.arguments import ArgumentError
 from psp_lightning.utils.errors import UserError
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """What represents an image: codes, and optionally a change of one feature map of the generator.
-
-    Attributes:
-        w_plus: (B, n_styles, style_dim).
-        features: (B, channels, r, r), added to the generator's map of side r; None changes nothing.
-    """
-
-    w_plus: Tensor
-    features: Tensor | None = None
 
 
 class PSP(nn.Module):
@@ -157,19 +145,19 @@ class PSP(nn.Module):
             x: (B, 3, input_size, input_size), the source.
             w_plus: (B, n_styles, style_dim), its codes. No gradient flows into them.
         """
-        if self.refiner is None:
+        if (refiner := self.refiner) is None:
             return None
         kept: list[Tensor] = []
 
         def keep(resolution: int, features: Tensor) -> Tensor:
-            if resolution == self.refiner.resolution:  # type: ignore[union-attr]
+            if resolution == refiner.resolution:
                 kept.append(features)
             return features
 
         with torch.no_grad():
             first = self.generator.synthesis(w_plus, features=keep)
             first = F.adaptive_avg_pool2d(first, (x.shape[-2], x.shape[-1]))
-        return self.refiner(x, first, kept[0])
+        return refiner(x, first, kept[0])
 
     def invert(self, x: Tensor) -> Inversion:
         """Map a source (B, C, input_size, input_size) to codes and, with a refiner, the change of its feature map."""
@@ -184,25 +172,10 @@ class PSP(nn.Module):
             noise: see `Generator.synthesis`.
 
         Raises:
-            UserError: the features of the inversion are those of another network.
+            UserError: the inversion belongs to another generator.
         """
-        if isinstance(codes, Tensor):
-            return self.generator.synthesis(codes, noise)
-        change = codes.features
-        if change is None:
-            return self.generator.synthesis(codes.w_plus, noise)
-        side = change.shape[-1]
-        expected = (getattr(self.generator, "feature_channels", {}).get(side), side, side)
-        if tuple(change.shape[1:]) != expected and not torch.jit.is_tracing():
-            raise UserError(
-                f"The inversion has features of shape {tuple(change.shape)}, but this generator has "
-                f"{expected[0] or 'no'} channels at {side} px."
-            )
-
-        def add(resolution: int, features: Tensor) -> Tensor:
-            return features + change.to(features.dtype) if resolution == side else features
-
-        return self.generator.synthesis(codes.w_plus, noise, add)
+        inversion = Inversion(codes) if isinstance(codes, Tensor) else codes
+        return synthesise(self.generator, inversion, noise)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a source to an image, `decode(invert(x))`."""

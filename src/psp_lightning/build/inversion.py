@@ -1,0 +1,132 @@
+"""Build the two steps of an inversion, `embed` and `refine`, from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from psp_lightning.build.instantiate import instantiate, naming
+from psp_lightning.data.spec import InputSpec
+from psp_lightning.inference.invert import Inverter, Optimization, Step
+from psp_lightning.loading import load_decoder, load_psp
+from psp_lightning.losses.base import LossInputs
+from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.models.psp import PSP
+from psp_lightning.utils.errors import UserError, plural
+
+CODES = ("w_plus", "w")
+
+
+class Distance(nn.Module):
+    """The sum over images of weighted losses; each term is an average over the batch, so images stay independent."""
+
+    def __init__(self, losses: CompositeLoss) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def forward(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Return a scalar for two batches (B, C, S, S)."""
+        return self.losses(LossInputs(y_hat=y_hat, y=y))[0] * len(y)
+
+
+def build_inverter(cfg: DictConfig, net: PSP) -> Inverter:
+    """Build the steps that `embed` and `refine` select, and check that the network fits them.
+
+    Raises:
+        UserError: a setting is invalid, or the network lacks an encoder or a refiner.
+    """
+    embed = None if cfg.embed is None else _step(cfg, "embed")
+    if isinstance(embed, Optimization) and embed.method.space not in CODES:
+        raise UserError(f"embed.space={embed.method.space} must be w_plus or w. For {embed.method.space}, use refine.")
+    inverter = Inverter(embed, _step(cfg, "refine"))
+    if isinstance(net.encoder, nn.Identity) and inverter.needs_encoder:
+        raise UserError(
+            f"{cfg.ckpt} contains only a generator. Give a network with an encoder, or set embed=optimize or "
+            "refine=optimize with start=average."
+        )
+    with naming(cfg, "refine"):
+        inverter.check(net)
+    return inverter.eval().requires_grad_(False)
+
+
+def load_network(cfg: DictConfig) -> PSP:
+    """Load the network of `ckpt`, which may be only a generator if a step optimises.
+
+    Raises:
+        UserError: see `load_psp`.
+    """
+    net = load_decoder(cfg.ckpt) if steps(cfg) else load_psp(cfg.ckpt)
+    if isinstance(net.encoder, nn.Identity):
+        size: int = net.generator.output_size
+        net.source = InputSpec("rgb", size=min(size, 256)).to_dict()
+    return net
+
+
+def _step(cfg: DictConfig, key: str) -> Step:
+    if not optimises(cfg, key):
+        step: Step = instantiate(cfg, key)
+        return step
+    given: Any = OmegaConf.to_container(cfg[key].losses)
+    weights = {name: weight for name, weight in given.items() if weight != 0}  # otherwise each step computes it
+    losses = CompositeLoss({name: instantiate(cfg, f"loss.{name}", without=["weight"]) for name in weights}, weights)
+    with naming(cfg, key):
+        return Optimization(Distance(losses), instantiate(cfg, key, without=["losses"]))
+
+
+def optimises(cfg: DictConfig, key: str) -> bool:
+    """Return whether the step `embed` or `refine` optimises, which needs gradients and the image to be reproduced."""
+    return cfg[key] is not None and "losses" in cfg[key]
+
+
+def check_source(cfg: DictConfig, spec: InputSpec) -> None:
+    """Raise a UserError if a step optimises, but the source is not the image that is to be reproduced."""
+    if (used := steps(cfg)) and (spec.kind != "rgb" or spec.task is not None):
+        raise UserError(
+            f"{used[0]}=optimize makes the output equal to the source, but {cfg.ckpt} is for "
+            f"{spec.task or spec.kind + ' images'}. Use it with a network for inversion."
+        )
+
+
+def drops_refinement(cfg: DictConfig) -> bool:
+    """Return whether only the codes are decoded."""
+    return str(cfg.refine.get("_target_", "")).endswith("keep_codes")
+
+
+def makes_refinement(cfg: DictConfig) -> bool:
+    """Return whether `refine` needs images: it is neither `auto` nor `none`."""
+    return not str(cfg.refine.get("_target_", "")).endswith(("keep_codes", "refine_if_possible"))
+
+
+def is_refined(cfg: DictConfig) -> bool:
+    """Return whether an inversion has more than codes. Loads the network if the settings do not tell."""
+    if optimises(cfg, "refine"):
+        return cfg.refine.space in ("features", "weights") or cfg.refine.start == "features"
+    return not drops_refinement(cfg) and (makes_refinement(cfg) or load_network(cfg).refiner is not None)
+
+
+def recorded_steps(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings of the steps that differ from the default, which determine the outputs."""
+    found = {} if cfg.embed is None else {"embed": OmegaConf.to_container(cfg.embed, resolve=True)}
+    if makes_refinement(cfg) or drops_refinement(cfg):
+        found["refine"] = OmegaConf.to_container(cfg.refine, resolve=True)
+    return found
+
+
+def steps(cfg: DictConfig) -> list[str]:
+    """Return the steps that optimise, of `embed` and `refine`."""
+    return [key for key in ("embed", "refine") if optimises(cfg, key)]
+
+
+def describe_steps(cfg: DictConfig) -> str:
+    """Return how the inversion differs from the network's own, in words for the name of a row; empty if it does not."""
+    words = []
+    for key in steps(cfg):
+        node = cfg[key]
+        start = "average" if node.start == "average" else ""
+        space = "" if node.space == "w_plus" else f" in {node.space}"
+        words += [*filter(None, [start]), f"{plural(node.steps, 'step')}{space}"]
+    if not optimises(cfg, "refine"):
+        words += ["codes only"] * drops_refinement(cfg) + ["features"] * makes_refinement(cfg)
+    return " + ".join(words)

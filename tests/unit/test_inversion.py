@@ -1,0 +1,250 @@
+"""Inversion in two steps: optimisation in four spaces, the refiner, their combinations, and files of refinements."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from psp_lightning.checkpoints.weight_files import generator_hash
+from psp_lightning.inference.frozen import freeze_psp_generator
+from psp_lightning.inference.invert import Inverter, Optimization, keep_codes, refine_features
+from psp_lightning.inference.optimize import Optimizer
+from psp_lightning.latents.refinements import read_refinement, save_refinement
+from psp_lightning.models.encoders import GradualStyleEncoder
+from psp_lightning.models.inversion import Inversion
+from psp_lightning.models.psp import PSP
+from psp_lightning.models.refiner import FeatureRefiner
+from psp_lightning.models.stylegan2 import Generator
+from psp_lightning.utils.arguments import ArgumentError
+from psp_lightning.utils.errors import UserError
+
+SPACES = ("w_plus", "w", "features", "weights")
+
+
+class MSE(nn.Module):
+    """The sum over images of the mean squared error."""
+
+    def forward(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        return (y_hat - y).square().mean((1, 2, 3)).sum()
+
+
+def error(y_hat: Tensor, y: Tensor) -> float:
+    return float(MSE()(y_hat, y))
+
+
+@pytest.fixture(scope="module")
+def net() -> PSP:
+    torch.manual_seed(0)
+    made = Generator.seeded(0, output_size=32, style_dim=16, n_mapping=2, max_channels=12)
+    encoder = GradualStyleEncoder(8, style_dim=16, input_size=32, blocks=(1, 1, 1, 1), width=4)
+    refiner = FeatureRefiner(16, 12, 32, width=16, blocks=1)
+    nn.init.normal_(refiner.change.weight, std=0.1)
+    found = PSP(encoder, made, made.latent_average(n=64), source={"kind": "rgb", "size": 32}, refiner=refiner)
+    return freeze_psp_generator(found.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def optimizer(space: str = "w_plus", steps: int = 8, **more: Any) -> Optimizer:
+    return Optimizer(MSE(), space, steps=steps, **more)
+
+
+# --- optimisation
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_optimisation_comes_closer(net: PSP, x: Tensor, space: str) -> None:
+    start = Inversion(net.encode(x))
+    found = optimizer(space)(net, start, x)
+    assert error(net.decode(found), x) < 0.97 * error(net.decode(start), x)
+    assert not found.w_plus.requires_grad and (found.features is None or not found.features.requires_grad)
+    assert (found.features is not None) == (space == "features") and (found.weights is not None) == (space == "weights")
+    if space in ("features", "weights"):
+        assert torch.equal(found.w_plus, start.w_plus), "the codes are the pivot"
+    if space == "w":
+        assert torch.equal(found.w_plus, found.w_plus[:, :1].expand_as(found.w_plus))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_an_image_does_not_depend_on_its_batch(net: PSP, x: Tensor, space: str) -> None:
+    start = Inversion(net.encode(x))
+    both = net.decode(optimizer(space, 4)(net, start, x))
+    for i in range(2):
+        alone = net.decode(optimizer(space, 4)(net, start[i], x[i : i + 1]))
+        assert torch.allclose(both[i : i + 1], alone, atol=1e-4), f"image {i}"
+
+
+def test_tuning_leaves_the_shared_generator_untouched(net: PSP, x: Tensor) -> None:
+    before = {name: value.clone() for name, value in net.generator.state_dict().items()}
+    first = net.decode(net.encode(x))
+    found = optimizer("weights", 3)(net, Inversion(net.encode(x)), x)
+    after = net.generator.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(net.decode(net.encode(x)), first)
+    assert not any(parameter.requires_grad for parameter in net.generator.parameters())
+    assert found.weights is not None and not any(name.startswith("style.") for name in found.weights[0])
+
+
+def test_the_locality_term_keeps_other_images(net: PSP, x: Tensor) -> None:
+    start = Inversion(net.encode(x[:1]))
+    draws = torch.Generator().manual_seed(5)  # other codes than those of the term
+    other = Inversion(torch.cat([Optimizer._near(net.generator, start.w_plus, draws) for _ in range(4)]))
+    moved = []
+    for locality in (0.0, 10.0):
+        weights = optimizer("weights", 20, locality=locality, lr=0.01)(net, start, x[:1]).weights
+        assert weights is not None
+        changed = Inversion(other.w_plus, weights=weights * 4)
+        moved.append(error(net.decode(changed), net.decode(other)))
+    assert moved[1] < 0.7 * moved[0], moved
+
+
+def test_gradients_of_the_feature_map() -> None:
+    made = Generator.seeded(0, output_size=16, style_dim=8, n_mapping=1, max_channels=4).double()
+    net = PSP(nn.Identity(), made)
+    codes = torch.randn(1, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    change = torch.zeros(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda features: net.decode(Inversion(codes, features)), change)
+
+
+@pytest.mark.parametrize("start", ["encoder", "average", "features"])
+def test_starts(net: PSP, x: Tensor, start: str) -> None:
+    given = net.invert(x)
+    found = optimizer("w_plus", 1, start=start, lr=1e-12)(net, given, x)
+    expected = net.latent_avg.expand_as(given.w_plus) if start == "average" else given.w_plus
+    assert torch.allclose(found.w_plus, expected, atol=1e-6)
+    assert (found.features is not None) == (start == "features")
+
+
+def test_a_time_budget_ends_the_optimisation(net: PSP, x: Tensor) -> None:
+    steps: list[tuple[int, int]] = []
+    method = optimizer("w_plus", 100_000, seconds=0.3)
+    method.on_step = lambda done, total: steps.append((done, total))
+    found = method(net, Inversion(net.encode(x)), x)
+    assert 0 < len(steps) < 100_000 and found.w_plus.isfinite().all()
+
+
+def test_steps_are_reported(net: PSP, x: Tensor) -> None:
+    for space in ("w_plus", "weights"):
+        steps: list[tuple[int, int]] = []
+        method = optimizer(space, 2)
+        method.on_step = lambda done, total, steps=steps: steps.append((done, total))
+        method(net, Inversion(net.encode(x)), x)
+        total = 2 if space == "w_plus" else 4
+        assert steps == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"space": "z"}, "space=z is unknown"),
+        ({"start": "random"}, "start=random is unknown"),
+        ({"seconds": 0}, "must be more than 0"),
+        ({"seconds": -1}, "seconds=-1"),
+        ({"steps": 0}, "steps=0"),
+        ({"lr": -1}, "lr=-1"),
+        ({"locality": "much"}, "locality=much"),
+    ],
+)
+def test_invalid_arguments(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Optimizer(MSE(), **more)
+
+
+def test_what_does_not_fit(net: PSP, x: Tensor) -> None:
+    codes = Inversion(net.encode(x))
+    with pytest.raises(ArgumentError, match=r"resolution=64 must be one of the generator's: 4, 8, 16, 32"):
+        optimizer("features", resolution=64)(net, codes, x)
+    with pytest.raises(ArgumentError, match=r"resolution=8 must be the refiner's, 16"):
+        optimizer("features", resolution=8, start="features")(net, net.invert(x), x)
+    with pytest.raises(UserError, match="not finite"):
+        optimizer()(net, codes, torch.full_like(x, torch.nan))
+    with pytest.raises(UserError, match="weights for 1 of 2 images"):
+        net.decode(Inversion(codes.w_plus, weights=({},)))
+    with pytest.raises(UserError, match="changes the weight conv9 of shape"):
+        net.decode(Inversion(codes.w_plus, weights=({"conv9": torch.zeros(1)},) * 2))
+    with pytest.raises(UserError, match=r"features of shape \(2, 12, 64, 64\)"):
+        net.decode(Inversion(codes.w_plus, torch.zeros(2, 12, 64, 64)))
+
+
+# --- embed and refine
+
+
+def step(space: str, start: str = "encoder") -> Optimization:
+    return Optimization(MSE(), partial(Optimizer, space=space, start=start, steps=2))
+
+
+EMBED = {"encoder": lambda: None, "optimised": lambda: step("w_plus", "average"), "one style": lambda: step("w")}
+REFINE = {
+    "none": lambda: keep_codes, "refiner": lambda: refine_features, "codes": lambda: step("w_plus"),
+    "features": lambda: step("features"), "refiner, then features": lambda: step("features", "features"),
+    "weights": lambda: step("weights"), "refiner, then weights": lambda: step("weights", "features"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("embed", "refine"), list(itertools.product(EMBED, REFINE)))
+def test_every_combination(net: PSP, x: Tensor, embed: str, refine: str, tmp_path: Path) -> None:
+    """Each of them decodes, mixes and is the same after it was stored."""
+    inverter = Inverter(EMBED[embed](), REFINE[refine]())
+    inverter.check(net)
+    found = inverter(net, x, x)
+    image = net.decode(found)
+    assert image.shape == (2, 3, 32, 32) and bool(image.isfinite().all())
+    mixed = net.decode(net.mix_styles(found, net.latent_avg[None], [6, 7]))
+    assert not torch.equal(mixed, image) and bool(mixed.isfinite().all())
+    if found.features is None and found.weights is None:
+        return
+    digest = generator_hash(net.generator)
+    for i in range(2):
+        save_refinement(tmp_path / f"{i}.safetensors", found[i], digest)
+        features, weights = read_refinement(tmp_path / f"{i}.safetensors", digest)
+        assert (features is None, weights is None) == (found.features is None, found.weights is None)
+        read = Inversion(
+            found[i].w_plus, None if features is None else features[None], None if weights is None else (weights,)
+        )
+        difference = (net.decode(read) - image[i : i + 1]).clamp(-1, 1).abs().max()
+        assert difference < 2 / 255, f"image {i} differs by {difference * 127.5:.2f} levels"
+
+
+def test_the_second_step_starts_from_the_first(net: PSP, x: Tensor) -> None:
+    first = step("w_plus", "average")(net, Inversion(net.encode(x)), x, x)
+    second = Inverter(step("w_plus", "average"), refine_features)(net, x, x)
+    assert torch.equal(first.w_plus, second.w_plus) and second.features is not None
+    assert torch.equal(second.features, net.refine(x, first.w_plus))
+
+
+def test_a_generator_is_enough_from_the_average(net: PSP, x: Tensor) -> None:
+    alone = PSP(nn.Identity(), net.generator, net.latent_avg)
+    inverter = Inverter(step("w_plus", "average"), keep_codes)
+    assert not inverter.needs_encoder and Inverter(step("w"), keep_codes).needs_encoder
+    assert torch.equal(inverter(alone, x, x).w_plus, inverter(net, x, x).w_plus)
+    for refine in (refine_features, partial(refine_features), step("weights", "features")):
+        with pytest.raises(UserError, match="this network has no refiner"):
+            Inverter(None, refine).check(alone)
+
+
+# --- files
+
+
+def test_files_are_checked(net: PSP, x: Tensor, tmp_path: Path) -> None:
+    digest, path = generator_hash(net.generator), tmp_path / "0.safetensors"
+    with pytest.raises(UserError, match=r"does not exist, but .* refine=none"):
+        read_refinement(path, digest)
+    save_refinement(path, net.invert(x)[0], "another")
+    with pytest.raises(UserError, match="belongs to another generator"):
+        read_refinement(path, digest)
+    features, _ = read_refinement(path, None)
+    assert features is not None and path.stat().st_size < 2 * features.numel() + 1000, "16 bits for each number"
+    with pytest.raises(UserError, match="too large for"):
+        save_refinement(path, Inversion(net.latent_avg[None], torch.full((1, 12, 16, 16), 1e6)), digest)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="damaged|cannot be read|not a"):
+        read_refinement(path, None)
