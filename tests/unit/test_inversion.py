@@ -100,11 +100,11 @@ def test_the_locality_term_keeps_other_images(net: PSP, x: Tensor) -> None:
     other = Inversion(torch.cat([Optimizer._near(net.generator, start.w_plus, draws) for _ in range(4)]))
     moved = []
     for locality in (0.0, 10.0):
-        weights = optimizer("weights", 20, locality=locality, lr=0.01)(net, start, x[:1]).weights
+        weights = optimizer("weights", 40, locality=locality, lr=0.003)(net, start, x[:1]).weights
         assert weights is not None
         changed = Inversion(other.w_plus, weights=weights * 4)
         moved.append(error(net.decode(changed), net.decode(other)))
-    assert moved[1] < 0.7 * moved[0], moved
+    assert moved[1] < 0.4 * moved[0], moved
 
 
 def test_gradients_of_the_feature_map() -> None:

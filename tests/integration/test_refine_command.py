@@ -1,0 +1,142 @@
+"""psp-predict with embed and refine: inputs of every kind, two ranks, and latents that are written and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from psp_lightning import PSP
+from psp_lightning.checkpoints.weight_files import save_generator
+from psp_lightning.models.psp import PSP as Network
+from psp_lightning.models.refiner import FeatureRefiner
+
+FAST = ["accelerator=cpu", "num_workers=0", "progress_bar=false"]
+CHOICES = {
+    "none": ["refine=none"],
+    "features": ["refine=features"],
+    "optimised codes": ["refine=optimize", "refine.steps=2"],
+    "optimised features": ["refine=optimize", "refine.space=features", "refine.start=features", "refine.steps=2"],
+    "weights": ["refine=optimize", "refine.space=weights", "refine.steps=2"],
+}
+EMBED = {"encoder": [], "optimised": ["embed=optimize", "embed.steps=2"]}
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.fixture
+def faces(psp, tmp_path: Path) -> Path:
+    """Write a refined network, `net.ckpt`, and three faces; return the folder of the faces."""
+    plain = PSP.from_pretrained("toyfaces/inversion")
+    torch.manual_seed(0)
+    refiner = FeatureRefiner(16, plain.generator.feature_channels[16], 64, width=16, blocks=1)
+    torch.nn.init.normal_(refiner.change.weight, std=0.1)
+    net = Network(plain.encoder, plain.generator, plain.latent_avg, source=plain.source, refiner=refiner)
+    content = {"psp": net.describe(), "state_dict": {f"net.{key}": value for key, value in net.state_dict().items()}}
+    torch.save(content, tmp_path / "net.ckpt")
+    assert psp("data", "toyfaces", "out=data", "n=3", "size=64").code == 0
+    return tmp_path / "data" / "CelebA-HQ-img"
+
+
+@pytest.mark.parametrize("refine", CHOICES)
+@pytest.mark.parametrize("embed", ["encoder", pytest.param("optimised", marks=pytest.mark.slow)])
+def test_latents_give_the_same_image(psp, faces: Path, tmp_path: Path, embed: str, refine: str) -> None:
+    settings = ["ckpt=net.ckpt", *FAST, *EMBED[embed], *CHOICES[refine]]
+    done = psp("predict", *settings, f"input={faces}", "output=out", "latents=true")
+    assert done.code == 0 and "3 written" in done.out, done.err
+    done = psp("predict", *settings, f"input={faces / '1.jpg'}", "output=one")
+    assert done.code == 0 and "1 written" in done.out, done.err
+    assert np.abs(pixels(tmp_path / "one" / "1.png") - pixels(tmp_path / "out" / "1.png")).max() <= 1
+    stored = refine not in ("none", "optimised codes")
+    assert (tmp_path / "out" / "refinements" / "1.safetensors").is_file() == stored
+    for source in ("out/latents.safetensors", "out/latents/1.safetensors"):
+        done = psp("predict", "ckpt=net.ckpt", *FAST, f"input={source}", "output=again", "overwrite=true")
+        assert done.code == 0, done.err
+        assert np.abs(pixels(tmp_path / "again" / "1.png") - pixels(tmp_path / "out" / "1.png")).max() <= 1
+    done = psp("predict", *settings, f"input={faces}", "output=out", "latents=true")
+    assert "3 skipped" in done.out, "the second call finds all files"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refine", CHOICES)
+def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, refine: str) -> None:
+    for devices in (1, 2):
+        settings = [*FAST, *CHOICES[refine], f"devices={devices}", "latents=true", "batch_size=1"]
+        done = shell("psp-predict", "ckpt=net.ckpt", f"input={faces}", f"output=out{devices}", *settings)
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*.*"))
+    assert files == sorted(path.relative_to(tmp_path / "out2") for path in (tmp_path / "out2").rglob("*.*"))
+    for file in files:
+        if file.suffix == ".png":
+            assert np.abs(pixels(tmp_path / "out1" / file) - pixels(tmp_path / "out2" / file)).max() <= 1
+
+
+def test_a_generator_is_enough_to_optimise(psp, faces: Path, tmp_path: Path) -> None:
+    net = PSP.from_pretrained("toyfaces/inversion")
+    save_generator(tmp_path / "g.safetensors", net.generator, {}, latent_avg=(net.latent_avg, "test"))
+    settings = ["ckpt=g.safetensors", f"input={faces}", *FAST]
+    done = psp("predict", *settings, "output=out", "embed=optimize", "embed.steps=3")
+    assert done.code == 0 and "3 written" in done.out, done.err
+    done = psp("predict", *settings, "output=other", "refine=optimize", "refine.steps=3")
+    assert done.code == 1 and "contains only a generator" in done.err, done.err
+
+
+def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: Path) -> None:
+    settings = ["refine=optimize", "refine.space=weights", "refine.steps=1", "latents=true"]
+    assert psp("predict", "ckpt=net.ckpt", f"input={faces / '0.jpg'}", "output=out", *FAST, *settings).code == 0
+    path = tmp_path / "out" / "refinements" / "0.safetensors"
+    with safe_open(path, "pt") as file:
+        n = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  it is not a dict
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        facts = json.loads(file.metadata()["psp_lightning"])
+    assert path.stat().st_size < 2 * n + 20_000 and len(facts["generator"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["ckpt=toyfaces/inversion", "refine=features"], "this network has no refiner"),
+        (["ckpt=toyfaces/superres", "refine=optimize"], "toyfaces/superres is for lowres images"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "refine.seconds=0"], "refine.seconds=0 must be more than 0"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "refine.space=z"], "refine.space=z is unknown"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "refine.space=features", "refine.resolution=24"],
+         "refine.resolution=24 must be one of the generator's: 4, 8, 16, 32, 64"),
+        (["ckpt=toyfaces/inversion", "embed=optimize", "+embed.resolution=16", "embed.space=features"],
+         "embed.space=features must be w_plus or w"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "compile=true"], "compile=true cannot be used with refine"),
+        (["ckpt=toyfaces/inversion", "refine=optimise"], "Did you mean"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "refine.losses={l2: 0}"], "No loss is selected"),
+    ],
+)  # fmt: skip
+def test_mistakes(psp, faces: Path, settings: list[str], message: str) -> None:
+    done = psp("predict", f"input={faces}", "output=out", *FAST, *settings)
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
+
+
+def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:
+    refine = ["refine=features", "latents=true"]
+    assert psp("predict", "ckpt=net.ckpt", f"input={faces}", "output=out", *FAST, *refine).code == 0
+    (tmp_path / "out" / "refinements" / "1.safetensors").unlink()
+    latents = ["ckpt=net.ckpt", "input=out/latents.safetensors", *FAST]
+    done = psp("predict", *latents, "output=again")
+    assert done.code == 1 and "2 written" in done.out and "1 failed" in done.out, done.out
+    assert "out/refinements/1.safetensors does not exist" in done.err and "refine=none" in done.err
+    assert psp("predict", *latents, "output=codes", "refine=none").code == 0
+    done = psp("predict", *latents, "output=third", "refine=optimize")
+    assert done.code == 1 and "refine is for images" in done.err
+    other = tmp_path / "out" / "refinements" / "0.safetensors"
+    content = other.read_bytes()
+    wrong = PSP.from_pretrained("toyfaces/inversion")
+    digest = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["psp_lightning"]
+    changed = content.replace(json.loads(digest)["generator"]["sha256"].encode(), b"0" * 64)
+    assert changed != content and wrong.refiner is None
+    other.write_bytes(changed)
+    done = psp("predict", *latents, "output=fourth")
+    assert done.code == 1 and "0.safetensors belongs to another generator (hash 0000000000000000" in done.err
