@@ -174,7 +174,7 @@ def test_what_cannot_be_measured_has_a_reason(psp, tmp_path: Path, monkeypatch: 
         (["ckpt=toyfaces/inversion", "factor=4"], "factor=4 is for superres"),
         (["ckpt=toyfaces/inversoin"], "Did you mean 'toyfaces/inversion'?"),
         (["ckpt=identity", "as=int"], "as=int is unknown"),
-        (["ckpt=identity", "refine=optimize"], "ckpt=identity has no codes: refine would have no effect"),
+        (["ckpt=identity", "refine=optimize"], "ckpt=identity has no codes: embed or refine would have no effect"),
         (["outputs=outputs", "targets=targets", "task=superres"], "measured as they are: task would have no effect"),
         (
             ["ckpt=toyfaces/inversion", "refine=optimize", "refine.losses={l1: 1}"],
