@@ -18,7 +18,7 @@ TRAINING, EVALUATION = "generator_training", "evaluation"  # folders of two comm
 # groups of `conf/evaluation` likewise.
 TEXTS = {
     "train": "The keys of `psp-train` that belong to no group, and the groups it starts from.",
-    "predict": "The keys of `psp-predict`. It has no groups.",
+    "predict": "The keys of `psp-predict` that belong to no group. Its groups are `embed`, `refine` and `loss`.",
     "evaluation": "The keys of `psp-evaluate` that belong to no group, and the groups it starts from. Groups that have "
     "no page below are those of `psp-train`.",
     "doctor": "The keys of `psp-doctor data`; the others are those of `psp-train`.",
@@ -28,6 +28,7 @@ TEXTS = {
     "debug": "Short runs that check whether everything works: `debug=fast`, `debug=overfit10`.",
     "domain": "The kind of images. A domain selects a generator, an encoder, a data source and loss terms that go "
     "together: `domain=ffhq`.",
+    "embed": "Where `psp-predict` and `psp-evaluate` get codes from: `embed=optimize`.",
     "encoder": "The network that is trained: `encoder=gradual`.",
     "experiment": "Complete recipes. A recipe selects a domain, a task and loss terms and sets their numbers: "
     "`experiment=toyfaces_inversion`. Anything on the command line overrides it.",
@@ -42,6 +43,7 @@ TEXTS = {
     "model": "How the network starts and how it is trained.",
     "optimizer": "The optimizer of the encoder: `optimizer=adam optimizer.lr=1e-3`.",
     "paths": "Where runs are written.",
+    "refine": "What `psp-predict` and `psp-evaluate` do with codes before they are decoded: `refine=optimize`.",
     "refiner": "A network that adds to a feature map of the generator what the codes cannot express: "
     "`refiner=features`.",
     "task": "What the source is and how it becomes a tensor: `task=sketch2face`.",
@@ -57,7 +59,6 @@ TEXTS = {
     "generator_training/optimizer": "The optimizer of both networks.",
     "generator_training/trainer": "Devices and number of steps of `psp-train-generator`.",
     "evaluation/data": "The images that `psp-evaluate` measures on: `data=folder data.root=DIR`.",
-    "evaluation/refine": "What changes the codes of the encoder before they are decoded: `refine=optimize`.",
 }
 COMMANDS = {
     "train": "train.yaml",

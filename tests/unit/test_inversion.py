@@ -167,6 +167,8 @@ def test_what_does_not_fit(net: PSP, x: Tensor) -> None:
         optimizer("features", resolution=8, start="features")(net, net.invert(x), x)
     with pytest.raises(UserError, match="not finite"):
         optimizer()(net, codes, torch.full_like(x, torch.nan))
+    with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
+        optimizer()(net, codes, x)
     with pytest.raises(UserError, match="weights for 1 of 2 images"):
         net.decode(Inversion(codes.w_plus, weights=({},)))
     with pytest.raises(UserError, match="changes the weight conv9 of shape"):

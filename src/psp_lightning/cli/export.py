@@ -6,7 +6,7 @@ from psp_lightning.cli.settings import command, new_file, parse
 from psp_lightning.utils.arguments import choice
 
 USAGE = "psp-export ckpt=RUN_OR_FILE out=FILE [what=both]"
-DEFAULTS = {"format": "", "what": "both", "overwrite": False, "plugins": ""}
+DEFAULTS = {"format": "", "what": "both", "refine": "auto", "overwrite": False, "plugins": ""}
 HELP = f"""{USAGE} [format=...]
 
 Exports a network for other programs and compares the file with PyTorch at batch sizes 1 and 3. Also writes FILE.md,
@@ -23,6 +23,7 @@ format     onnx (.onnx), torchscript (.pt) or safetensors (.safetensors, for psp
 what       encoder     source to w_plus, with the average latent added
            generator   w_plus to image, with constant noise
            both        source to image
+refine     auto: with the network's refiner, if it has one; none: without it
 plugins    Python modules with custom networks to import first, as a,b
 
 ONNX needs two extra packages: pip install onnx onnxruntime
@@ -39,11 +40,14 @@ def run(arguments: list[str]) -> None:
 
     what = choice("what", values["what"], PARTS)
     wanted = choice("format", values["format"], SUFFIXES) if values["format"] else ""
+    refine = choice("refine", values["refine"], ("auto", "none"))
     out = new_file(values, [suffix for name, suffix in SUFFIXES.items() if wanted in ("", name)])
     format = next(name for name, suffix in SUFFIXES.items() if suffix == out.suffix)
     check_packages(format)
     import_plugins(values["plugins"])
     net = load_decoder(values["ckpt"])
+    if refine == "none":
+        net.refiner = None
     done = export(net, out, format, what, facts_of(values["ckpt"]))
     print(f"wrote {done.path} ({done.path.stat().st_size / 1e6:.1f} MB) and {done.card}")
     print(f"largest difference from PyTorch at batch sizes 1 and 3: {done.difference:.1g}")

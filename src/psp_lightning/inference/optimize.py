@@ -85,9 +85,12 @@ class Optimizer:
             images: (B, C, S, S) in [-1, 1]; the generator's images are pooled to this size.
 
         Raises:
-            UserError: the network has no refiner to start from, or the images have values that are not finite.
+            UserError: the network has no refiner to start from, the images have values that are not finite, or
+                `torch.inference_mode` is on.
             ArgumentError: the generator has no feature map of this resolution.
         """
+        if torch.is_inference_mode_enabled():
+            raise UserError("Nothing can be optimised in torch.inference_mode(). Use torch.no_grad() instead.")
         if not bool(images.isfinite().all()):
             raise UserError("Some values of the images are not finite, so nothing can be optimised.")
         if self.start == "features" and inversion.features is None:
