@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.checkpoints.weight_files import generator_hash
-from psp_lightning.inference.frozen import freeze_psp_generator
+from psp_lightning.inference.frozen import freeze_psp_generator, plain_generator
 from psp_lightning.inference.invert import Inverter, Optimization, keep_codes, refine_features
 from psp_lightning.inference.optimize import Optimizer
 from psp_lightning.latents.refinements import read_refinement, save_refinement
+from psp_lightning.lit.prediction import LitPredictor
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
@@ -250,3 +252,32 @@ def test_files_are_checked(net: PSP, x: Tensor, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged|cannot be read|not a"):
         read_refinement(path, None)
+
+
+# --- other forms of the network
+
+
+def test_captured_for_compilation(net: PSP, x: Tensor) -> None:
+    """torch.compile captures the refiner, the map that it reads and the change of the map in two graphs."""
+    plain = PSP(net.encoder, plain_generator(net.generator), net.latent_avg, source=net.source, refiner=net.refiner)
+    module = LitPredictor(plain.eval(), Inverter())
+    invert, decode = (
+        torch.compile(part, backend="aot_eager", fullgraph=True) for part in (module.invert, module.decode)
+    )
+    with torch.no_grad():
+        w_plus, features = invert(x)
+        expected = net.invert(x)
+        assert torch.allclose(features, expected.features, atol=1e-4)
+        assert torch.allclose(decode(w_plus, features), net.decode(expected), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("space", SPACES)
+def test_on_a_gpu(net: PSP, x: Tensor, space: str) -> None:
+    """Every space is optimised and decoded through the CUDA kernels as on the CPU."""
+    start = Inversion(net.encode(x))
+    expected = net.decode(optimizer(space, 3, lr=1e-3)(net, start, x))
+    there = copy.deepcopy(net).cuda()
+    found = optimizer(space, 3, lr=1e-3)(there, Inversion(there.encode(x.cuda())), x.cuda())
+    assert torch.allclose(there.decode(found).cpu(), expected, atol=2e-2)

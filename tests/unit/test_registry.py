@@ -22,7 +22,8 @@ from psp_lightning.models.discriminator import Discriminator
 from psp_lightning.models.embedding import ToyFaceEmbedding
 from psp_lightning.models.protocols import Embedding, Encoder, Generator
 from psp_lightning.models.psp import PSP
-from psp_lightning.models.registry import check_encoder, record_config
+from psp_lightning.models.refiner import FeatureRefiner
+from psp_lightning.models.registry import check_registered, record_config
 from psp_lightning.models.stylegan2 import Generator as StyleGAN2
 from psp_lightning.utils import compat
 from psp_lightning.utils.errors import UserError
@@ -266,17 +267,25 @@ class Recorded(Linear):
 
 def test_an_encoder_whose_checkpoints_could_not_be_loaded(monkeypatch):
     with pytest.raises(UserError, match="encoder Recorded is not registered: decorate the class with register_encoder"):
-        check_encoder(Recorded())
+        check_registered("encoder", Recorded())
     for cls in (Linear, Recorded):
         monkeypatch.setitem(registry.ENCODERS, cls.__name__, cls)
-    check_encoder(Recorded())
+    check_registered("encoder", Recorded())
     with pytest.raises(UserError, match="encoder Linear has no config.*decorate its __init__ with record_config"):
-        check_encoder(Linear())
+        check_registered("encoder", Linear())
     with pytest.raises(UserError, match="encoder Recorded has activation=<built-in .*relu.*checkpoint cannot contain"):
-        check_encoder(Recorded(activation=torch.relu))
+        check_registered("encoder", Recorded(activation=torch.relu))
     monkeypatch.setitem(registry.ENCODERS, "Recorded", Linear)
     with pytest.raises(UserError, match=r"not registered \(another class has this name: .*test_registry\.Recorded\)"):
-        check_encoder(Recorded())
+        check_registered("encoder", Recorded())
+
+
+def test_a_refiner_whose_checkpoints_could_not_be_loaded():
+    class Mine(FeatureRefiner):
+        pass
+
+    with pytest.raises(UserError, match="refiner Mine is not registered: decorate the class with register_refiner"):
+        check_registered("refiner", Mine(4, 4, 4))
 
 
 def test_codes_of_a_wrong_shape():

@@ -77,11 +77,12 @@ class LitPredictor(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.net, self.inverter, self.keep = net, inverter, keep
-        self.invert: Callable[..., Any] = _Invert(net, inverter)
-        self.decode: Callable[..., Tensor] = _Decode(net)
+        invert: Callable[..., Any] = _Invert(net, inverter)
+        decode: Callable[..., Tensor] = _Decode(net)
         if compile or cuda_graphs:
-            self.invert = FixedBatch(self.invert, batch_size, compile, cuda_graphs)
-            self.decode = FixedBatch(self.decode, batch_size, compile, cuda_graphs)
+            invert = FixedBatch(invert, batch_size, compile, cuda_graphs)
+            decode = FixedBatch(decode, batch_size, compile, cuda_graphs)
+        self.invert, self.decode = invert, decode
         self.latent_mask = list(latent_mask or ())
         self.alpha, self.size, self.composite, self.space = alpha, size, composite, space
         self.register_buffer("inject", inject, persistent=False)

@@ -23,7 +23,7 @@ from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
-from psp_lightning.models.registry import check_encoder
+from psp_lightning.models.registry import check_registered
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.errors import UserError
@@ -113,7 +113,9 @@ class LitPSP(pl.LightningModule):
         Raises:
             UserError: the targets are larger than the generator's images, or checkpoints could not be loaded.
         """
-        check_encoder(self.net.encoder)
+        check_registered("encoder", self.net.encoder)
+        if self.net.refiner is not None:
+            check_registered("refiner", self.net.refiner)
         data = getattr(self.trainer, "datamodule", None)
         drawn, wanted = self.net.generator.output_size, getattr(data, "target_size", 0)
         if wanted > drawn:

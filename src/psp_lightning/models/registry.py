@@ -79,29 +79,29 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def check_encoder(encoder: nn.Module) -> None:
+def check_registered(role: str, network: nn.Module) -> None:
     """Check before a training that its checkpoints can be loaded.
 
     Raises:
         UserError: the class is not registered, or its `config` is missing or contains more than plain values.
     """
-    name = type(encoder).__name__
-    if ENCODERS.get(name) is not type(encoder):
-        other = f" (another class has this name: {ENCODERS[name].__module__}.{name})" if name in ENCODERS else ""
+    table, name = TABLES[role], type(network).__name__
+    if table.get(name) is not type(network):
+        other = f" (another class has this name: {table[name].__module__}.{name})" if name in table else ""
         raise UserError(
-            f"The checkpoints of this training could not be loaded, because the encoder {name} is not registered{other}"
-            ": decorate the class with register_encoder."
+            f"The checkpoints of this training could not be loaded, because the {role} {name} is not registered{other}"
+            f": decorate the class with register_{role}."
         )
-    config = getattr(encoder, "config", None)
+    config = getattr(network, "config", None)
     if not isinstance(config, Mapping):
         raise UserError(
-            f"The encoder {name} has no config, from which a checkpoint rebuilds it: decorate its __init__ with "
+            f"The {role} {name} has no config, from which a checkpoint rebuilds it: decorate its __init__ with "
             "record_config of psp_lightning.models.registry."
         )
     for key, value in config.items():
         if not _is_plain(value):
             raise UserError(
-                f"The encoder {name} has {key}={value!r}, which a checkpoint cannot contain: make it a number, a text, "
+                f"The {role} {name} has {key}={value!r}, which a checkpoint cannot contain: make it a number, a text, "
                 "true, false, null or a list or dict of these."
             )
 
