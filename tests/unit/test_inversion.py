@@ -257,6 +257,7 @@ def test_files_are_checked(net: PSP, x: Tensor, tmp_path: Path) -> None:
 # --- other forms of the network
 
 
+@pytest.mark.slow
 def test_captured_for_compilation(net: PSP, x: Tensor) -> None:
     """torch.compile captures the refiner, the map that it reads and the change of the map in two graphs."""
     plain = PSP(net.encoder, plain_generator(net.generator), net.latent_avg, source=net.source, refiner=net.refiner)
