@@ -25,7 +25,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 LEARNING_RATES = {"w_plus": 0.1, "w": 0.1, "features": 0.05, "weights": 1e-3}
 STARTS = ("encoder", "average", "features")
-RADIUS = 30.0  # of the locality term, for styles of 512 numbers (PTI, section 3.3)
+RADIUS, PUBLISHED = 30.0, 18 * 512  # distance in the locality term of PTI, for codes of so many numbers
 
 
 class Optimizer:
@@ -182,8 +182,8 @@ class Optimizer:
         z = torch.randn(1, generator.z_dim, generator=draws).to(pivot)
         with torch.no_grad():
             way = generator.mapping(z)[:, None] - pivot
-        radius = RADIUS * math.sqrt(pivot.shape[-1] / 512)
-        return pivot + radius * way / way.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        radius = RADIUS * math.sqrt(pivot.numel() / PUBLISHED)
+        return pivot + radius * way / way.norm().clamp_min(1e-8)
 
     def _loss(self, y_hat: Tensor, images: Tensor) -> Tensor:
         size = (images.shape[-2], images.shape[-1])
