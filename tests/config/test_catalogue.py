@@ -76,12 +76,14 @@ def composed_evaluation(*overrides: str):
         return compose("evaluate", overrides=list(overrides))
 
 
-@pytest.mark.parametrize("choice", ["data=toyfaces", "data=folder", "refine=none", "refine=optimize"])
+@pytest.mark.parametrize(
+    "choice", ["data=toyfaces", "data=folder", "embed=optimize", "refine=none", "refine=features", "refine=optimize"]
+)
 def test_evaluation_option_composes(choice: str) -> None:
     cfg = composed_evaluation(choice)
     assert cfg.data.store["_target_"] and cfg.domain.identity == cfg.data.identity
     assert set(cfg.metric) == {"mse", "psnr", "ssim", "id_similarity"}
-    assert (cfg.refine is None) == (choice != "refine=optimize")
+    assert ("losses" in cfg.refine, cfg.embed is not None) == (choice == "refine=optimize", choice == "embed=optimize")
 
 
 def test_generator_trainers_match_psp_train_except_for_defaults() -> None:

@@ -74,7 +74,7 @@ class Network(nn.Module):
 
     Args:
         net: the network.
-        inverter: embeds and refines; its steps may see the targets.
+        inverter: embeds and refines; its steps may see the targets. None: `Inverter()`.
         latent_mask, inject, alpha: see `LitPredictor`.
     """
 
@@ -83,13 +83,13 @@ class Network(nn.Module):
     def __init__(
         self,
         net: PSP,
-        inverter: Inverter,
+        inverter: Inverter | None = None,
         latent_mask: list[int] | None = None,
         inject: Tensor | None = None,
         alpha: float = 1.0,
     ) -> None:
         super().__init__()
-        self.net, self.inverter = net, inverter
+        self.net, self.inverter = net, inverter or Inverter()
         self.latent_mask, self.alpha = latent_mask or [], alpha
         self.register_buffer("inject", inject, persistent=False)
 
