@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,62 @@ def test_help_fits_a_screen(psp) -> None:
     done = psp("evaluate", "--help")
     assert done.code == 0 and len(done.out.splitlines()) <= 50
     assert max(map(len, done.out.splitlines())) <= 120
+
+
+@pytest.fixture
+def faces(tmp_path: Path, photos: Path) -> list[str]:
+    """Write four photos as targets and outputs, of which one output and one target are grey; return the settings."""
+    pytest.importorskip("facenet_pytorch")
+    for name in ("outputs", "targets"):
+        (tmp_path / name).mkdir()
+        for index, photo in enumerate(("face_0.jpg", "face_1.jpg", "face_2.jpg", "face_0.jpg")):
+            image = Image.open(photos / photo).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+            if (name, index) in (("outputs", 1), ("targets", 3)):
+                image = Image.new("RGB", (256, 256), "gray")
+            image.save(tmp_path / name / f"{index}.png")
+    return ["outputs=outputs", "targets=targets", *QUIET]
+
+
+@pytest.mark.slow
+def test_aligned_faces(psp, faces: list[str], tmp_path: Path) -> None:
+    metrics = "metric=[id_aligned,id_similarity]"
+    for name, more in (("one", ["batch_size=3"]), ("two", ["batch_size=1", "devices=2"])):
+        done = psp("evaluate", *faces, metrics, f"output={name}", *more)
+        assert done.code == 0, done.err
+    missing = {"1.png": "no face in the output", "3.png": "no face in the target"}
+    assert (
+        "id_aligned: 2 of 4 images have a value; not 1.png (no face in the output), 3.png (no face in the target)"
+        in done.err
+    )
+    assert ", 2 of 4 |" in done.out and "2 of 4 images" in (tmp_path / "two" / "report.html").read_text()
+    one, two = load(tmp_path / "one")["metrics"], load(tmp_path / "two")["metrics"]
+    row = one["id_aligned"]
+    assert row["missing"] == missing and row["n_images"] == 2 and row["mean"] == pytest.approx(1, abs=1e-6)
+    assert row["convention"].endswith("aligned at 112 px, toyfaces/identity") and row["error"] is None
+    assert one["id_similarity"]["missing"] == {} and one["id_similarity"]["n_images"] == 4
+    for name in one:
+        assert two[name]["missing"] == one[name]["missing"]
+        for key in ("mean", "low", "high", "median"):
+            assert two[name][key] == pytest.approx(one[name][key], rel=1e-9), name
+    assert [bool(line["id_aligned"]) for line in rows(tmp_path / "one")] == [True, False, True, False]
+
+
+def test_no_face_in_any_image_fails_only_the_metric_that_aligns_them(psp, faces: list[str], tmp_path: Path) -> None:
+    for index in (0, 2):
+        (tmp_path / "outputs" / "1.png").replace(tmp_path / "outputs" / f"{index}.png")
+        Image.new("RGB", (256, 256), "gray").save(tmp_path / "outputs" / "1.png")
+    done = psp("evaluate", *faces, "metric=[mse,id_aligned]")
+    assert done.code == 1 and "Traceback" not in done.err
+    reason = "no image has a value. 3 images: no face in the output. 1 image: no face in the target."
+    assert f"error: id_aligned: {reason}" in done.err
+    metrics = load(tmp_path / "evaluation")["metrics"]
+    assert metrics["mse"]["error"] is None and metrics["id_aligned"]["error"] == reason
+    assert metrics["id_aligned"]["mean"] is None and len(metrics["id_aligned"]["missing"]) == 4
+
+
+def test_without_the_face_detector_the_other_metrics_are_measured(psp, faces: list[str], monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
+    done = psp("evaluate", *faces, "metric=[mse,id_aligned]")
+    assert done.code == 1 and done.err.count("\n") == 1 and "| not measured |" in done.out
+    assert "error: id_aligned: The metric id_aligned needs" in done.err
+    assert "pip install --no-deps facenet-pytorch==2.6.0" in done.err

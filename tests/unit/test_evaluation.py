@@ -57,7 +57,7 @@ def evaluate(n: int, size: int, rank: int = 0, world: int = 1):
 
 
 def numbers(found) -> list[float]:
-    per_image, single, _ = found
+    per_image, single, *_ = found
     return [value for name in per_image for value in per_image[name]] + list(single.values())
 
 
@@ -136,7 +136,7 @@ def test_a_metric_that_fails_leaves_the_others(alone) -> None:
     module = LitEvaluator(Given(), {**broken, "mse": METRICS["mse"]()}, torch.nn.Identity())
     for item in items(2):
         module.predict_step(collate_images([item]), 0)
-    per_image, single, errors = module.results(2)
+    per_image, single, errors, _ = module.results(2)
     assert per_image == {"mse": alone[2][0]["mse"]} and single == {}
     assert errors["broken"] == "it broke" and "kernel size" in errors["small"].lower()
     assert errors["endless"] == "the value is inf, not a finite number."
@@ -196,7 +196,7 @@ def test_choose() -> None:
 def record(name: str, **metrics: dict) -> dict:
     rows = {
         key: {"mean": 1.0, "low": None, "high": None, "median": None, "better": "lower", "unit": "", "convention": "",
-              "error": None, **value}
+              "n_images": 2, "missing": {}, "error": None, **value}
         for key, value in metrics.items()
     }  # fmt: skip
     return {"name": name, "n_images": 2, "seconds_per_image": None, "peak_memory_mib": None, "metrics": rows}
@@ -234,6 +234,7 @@ def test_table_of_several_evaluations(tmp_path: Path) -> None:
     rows = table([first, second])
     assert rows[0][:4] == ["name", "images", "psnr, dB", "frechet"]
     assert rows[1][2:4] == ["20 [19, 21]", ""] and rows[2][2:4] == ["not measured", "3.5"]
+    assert table([record("a", mse={"n_images": 1})])[1][2] == "1, 1 of 2"
     assert save_table(tmp_path, [first, second]) == markdown(rows) == (tmp_path / "table.md").read_text()
     assert "a\\|b" in markdown(rows)
     head, one, two = (line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines())
@@ -336,7 +337,7 @@ def test_a_network_in_the_loop(net: PSP, size: int) -> None:
             module.predict_step(
                 collate_images([{"source": images[i], "target": images[i], "index": i} for i in part]), 0
             )
-        per_image, _, _ = module.results(37)
+        per_image = module.results(37).per_image
         return [sum(values) / 37 for values in per_image.values()]
 
     assert measure(size) == pytest.approx(measure(1), rel=1e-4)

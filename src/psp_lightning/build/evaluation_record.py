@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,25 @@ def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict
     Args:
         errors: reasons why metrics could not be built.
     """
-    columns, single, failed = module.results(len(subject.names))
+    columns, single, failed, missing = module.results(len(subject.names))
     if module.global_rank:
         return None
     rows: dict[str, Any] = {}
     empty = dict.fromkeys(("mean", "low", "high", "median", "n_images"))
     for name in map(str, cfg.metric):
         numbers: dict[str, Any] = dict(empty)
+        lacking = {subject.names[index]: reason for index, reason in missing.get(name, {}).items()}
         if name in single:
             numbers |= {"mean": single[name], "n_images": len(subject.names)}
         error = {**errors, **failed}.get(name)
         if name in columns:
             try:
                 numbers = summary(columns[name], cfg.seed)
-            except ValueError as reason:
-                error = str(reason)
-        rows[name] = {**numbers, **facts(module.metrics[name] if name in module.metrics else None), "error": error}
+            except ValueError as fault:
+                counts = Counter(lacking.values()).most_common()
+                error = " ".join([str(fault), *(f"{plural(n, 'image')}: {reason}." for reason, n in counts)])
+        about = facts(module.metrics[name] if name in module.metrics else None)
+        rows[name] = {**numbers, "missing": lacking, **about, "error": error}
     folder = Path(cfg.output)
     record = {
         "format": FORMAT,

@@ -199,7 +199,8 @@ def build_metric(cfg: DictConfig, name: str, terms: Any) -> Any:
         )
     metric = instantiate(cfg, f"metric.{name}", without=["loss"], **{function: getattr(term, function)})
     if isinstance(metric, ImageMean):
-        metric.convention = ", ".join(filter(None, [metric.convention, term.convention]))
+        network = term.face_convention if getattr(metric, "aligned", False) else term.convention
+        metric.convention = ", ".join(filter(None, [metric.convention, network]))
     return metric
 
 

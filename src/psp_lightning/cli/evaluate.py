@@ -47,7 +47,7 @@ def _run(cfg: DictConfig) -> None:
     from psp_lightning.build.evaluation import check_settings, count_ranks
     from psp_lightning.build.evaluation_record import row_name
     from psp_lightning.build.instantiate import import_plugins
-    from psp_lightning.lit.results import METRICS, markdown, table
+    from psp_lightning.lit.results import METRICS, markdown, table, without_value
 
     check_settings(cfg)
     import_plugins(cfg.plugins)
@@ -64,6 +64,8 @@ def _run(cfg: DictConfig) -> None:
     for name, row in record["metrics"].items():
         if row["error"]:
             print(f"error: {name}: {row['error']}", file=sys.stderr)
+        elif row["missing"]:
+            print(f"{name}: {without_value(row, record['n_images'])}", file=sys.stderr)
     if not sweep:
         print(markdown(table([record])), end="")
     page = _report(folder, [folder])

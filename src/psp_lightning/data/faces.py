@@ -103,7 +103,7 @@ class Detector:
         score: smallest score of a face, 0 to 1.
         turned: search every photo upright and turned by 90, 180 and 270 degrees, for photos in which some faces are
             upright and others are not. False: turn only photos with no face, or with one that may not be upright
-            because its score is below 0.995 or its positions are tilted by more than 45 degrees.
+            because its score is below 0.995 or its positions are tilted by more than 45 degrees. None: turn none.
         device: of the network, such as `cpu` or `cuda`.
 
     Raises:
@@ -112,7 +112,7 @@ class Detector:
 
     longest: int = 1024
     score: float = 0.9
-    turned: bool = False
+    turned: bool | None = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class Detector:
         doubtful = [
             i for i in range(len(small)) if self.turned or not all(rank >= SURE for _, rank in found[i] or NONE)
         ]
-        for turn in (90, 180, 270) if doubtful else ():
+        for turn in (90, 180, 270) if doubtful and self.turned is not None else ():
             for i, faces in zip(doubtful, self._turned([small[i] for i in doubtful], turn), strict=True):
                 found[i] = [*found[i], *faces]
         return [

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -118,6 +118,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class Results(NamedTuple):
+    """The values of an evaluation.
+
+    Attributes:
+        per_image: for each metric with values per image, these in the order of the images; NaN for an image without.
+        single: for each other metric, its value.
+        errors: for each metric that could not be measured, the reason.
+        missing: for each metric with values per image, the reasons why images have none, by their index.
+    """
+
+    per_image: dict[str, list[float]]
+    single: dict[str, float]
+    errors: dict[str, str]
+    missing: dict[str, dict[int, str]]
+
+
 class LitEvaluator(pl.LightningModule):
     """Predicts and measures, and keeps the values of each image.
 
@@ -131,6 +147,7 @@ class LitEvaluator(pl.LightningModule):
 
     Attributes:
         values: for each metric, the values of this rank's images by their index.
+        missing: for each metric, the reasons why images of this rank have no value (NaN), by their index.
         errors: for each metric that could not be measured, the first index at which it failed, and the reason.
     """
 
@@ -141,6 +158,7 @@ class LitEvaluator(pl.LightningModule):
         self.predict, self.networks, self.rounded = predict, networks, rounded
         self.metrics: Any = nn.ModuleDict(metrics)
         self.values: dict[str, dict[int, float]] = {name: {} for name in metrics}
+        self.missing: dict[str, dict[int, str]] = {name: {} for name in metrics}
         self.errors: dict[str, tuple[int, str]] = {}
 
     def seen(self, image: Tensor) -> Tensor:
@@ -181,30 +199,31 @@ class LitEvaluator(pl.LightningModule):
                     needed = needs(metric, given)
                     values = [float(metric.per_image(output[None], target, **needed)) for output in outputs]
                     self.values[name][index] = sum(values) / len(values)
+                    if math.isnan(self.values[name][index]):
+                        output = outputs[[math.isnan(value) for value in values].index(True)]
+                        self.missing[name][index] = reason(metric, output[None], target, needed)
                 else:
                     metric.update(outputs, target.expand_as(outputs))
             except FAILURES as error:
                 self.errors[name] = (index, str(error))
 
-    def results(self, n: int) -> tuple[dict[str, list[float]], dict[str, float], dict[str, str]]:
-        """Return the values of all ranks; every rank must call this.
-
-        Returns:
-            For each metric with values per image, these values in the order of the images; for each other metric, its
-            value; for each metric that could not be measured, the reason.
-        """
+    def results(self, n: int) -> Results:
+        """Return the values of all ranks; every rank must call this."""
         found: dict[str, tuple[int, str]] = {}
         for share in gather(self.errors):
             for name, error in share.items():
                 found[name] = min(error, found.get(name, error))
-        shares = gather(self.values)
-        per_image, single = {}, {}
+        shares, all_missing = gather(self.values), gather(self.missing)
+        per_image: dict[str, list[float]] = {}
+        missing: dict[str, dict[int, str]] = {}
+        single: dict[str, float] = {}
         for name, metric in self.metrics.items():
             if name in found:
                 continue
             if hasattr(metric, "per_image"):
                 merged = {index: value for share in shares for index, value in share[name].items()}
                 per_image[name] = [merged[index] for index in range(n)]
+                missing[name] = dict(sorted(item for share in all_missing for item in share[name].items()))
             else:
                 try:
                     single[name] = float(metric.compute())
@@ -212,7 +231,7 @@ class LitEvaluator(pl.LightningModule):
                         raise ValueError(f"the value is {single.pop(name)}, not a finite number.")
                 except FAILURES as error:
                     found[name] = (n, str(error))
-        return per_image, single, {name: reason for name, (_, reason) in found.items()}
+        return Results(per_image, single, {name: reason for name, (_, reason) in found.items()}, missing)
 
     @torch.no_grad()
     def one(self, item: dict[str, Any]) -> tuple[Tensor, float]:
@@ -232,6 +251,11 @@ class LitEvaluator(pl.LightningModule):
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def reason(metric: Any, output: Tensor, target: Tensor, needed: dict[str, Any]) -> str:
+    """Return why a metric has no value for an image."""
+    return str(metric.reason(output, target, **needed)) if hasattr(metric, "reason") else "no value"
 
 
 def needs(metric: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

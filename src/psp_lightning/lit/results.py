@@ -99,18 +99,26 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     heads = [f"{name}, {units[name]}" if units[name] else name for name in metrics]
     rows = [["name", "images", *heads, "seconds per image", "peak memory, MiB"]]
     for record in records:
-        cells = [_cell(record["metrics"].get(name)) for name in metrics]
+        cells = [_cell(record["metrics"].get(name), record["n_images"]) for name in metrics]
         time, memory = record["seconds_per_image"], record["peak_memory_mib"]
         ends = ["" if time is None else f"{time:.2g}", "" if memory is None else f"{memory:.0f}"]
         rows.append([record["name"], str(record["n_images"]), *cells, *ends])
     return rows
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, n_images: int) -> str:
     if row is None or row["mean"] is None:
         return "" if row is None else "not measured"
     interval = "" if row["low"] is None else f" [{row['low']:.4g}, {row['high']:.4g}]"
-    return f"{row['mean']:.4g}{interval}"
+    share = "" if row["n_images"] == n_images else f", {row['n_images']} of {n_images}"
+    return f"{row['mean']:.4g}{interval}{share}"
+
+
+def without_value(row: dict[str, Any], n_images: int, shown: int = 10) -> str:
+    """Return how many images a metric was measured on, and the names of the first others with the reasons."""
+    names = [f"{name} ({reason})" for name, reason in row["missing"].items()]
+    more = [f"and {len(names) - shown} more, see {METRICS}"] if len(names) > shown else []
+    return f"{row['n_images']} of {n_images} images have a value; not {', '.join([*names[:shown], *more])}"
 
 
 def markdown(rows: list[list[str]]) -> str:

@@ -70,13 +70,14 @@ class LossTerm(nn.Module, ABC):
 
     Subclasses implement `forward`, which runs in float32 with autocast off (see `CompositeLoss`). It must not modify
     its inputs or wait for the device (no `.item()`). `register_loss` sets `name`. `convention` says, for tables of
-    results, with which network the term compares images. `needs` names inputs without which `CompositeLoss` leaves the
-    term out.
+    results, with which network the term compares images; `face_convention` says it for faces that are cut out already.
+    `needs` names inputs without which `CompositeLoss` leaves the term out.
     """
 
     name: str = ""
     convention: str = ""
     needs: tuple[str, ...] = ()
+    face_convention: str = ""
 
     @abstractmethod
     def forward(self, inputs: LossInputs) -> Tensor | TermOutput:

@@ -53,7 +53,7 @@ class IDLoss(SimilarityLoss):
                     "a file. Leave one of them out."
                 )
             self.network = freeze(load_embedding(backbone))
-            self.convention = f"{backbone}, whole image"
+            self.convention, self.face_convention = f"{backbone}, whole image", backbone
             return
         if backbone not in RECORD:
             raise UserError(
@@ -70,11 +70,16 @@ class IDLoss(SimilarityLoss):
         load_strict(network, read(path), allow_unexpected=("logits.weight", "logits.bias"), what=str(path))
         self.network = freeze(network)
         self.convention = f"{backbone}, fixed face crop at {self.input_size} px"
+        self.face_convention = f"{backbone} at {self.input_size} px"
 
     def embed(self, image: Tensor) -> Tensor:
         if self.input_size is None:
             return self.network(image)
-        face = face_crop(image)  # (B, 3, 188, 188) of 256 px
+        return self.embed_face(face_crop(image))  # (B, 3, 188, 188) of 256 px
+
+    def embed_face(self, face: Tensor) -> Tensor:
+        if self.input_size is None:
+            return self.network(face)
         size = (self.input_size, self.input_size)
         if min(face.shape[-2:]) >= self.input_size:
             face = F.adaptive_avg_pool2d(face, size)

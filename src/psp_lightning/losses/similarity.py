@@ -22,10 +22,19 @@ class SimilarityLoss(LossTerm):
     def embed(self, image: Tensor) -> Tensor:
         """Map (B, 3, H, W) float32, nominally in [-1, 1], to unit vectors (B, D)."""
 
-    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the cosine similarity (B,) float32 of the embeddings of images (B, 3, H, W), nominally in [-1, 1]."""
+    def embed_face(self, face: Tensor) -> Tensor:
+        """Embed aligned faces as `embed` does images; a subclass that crops images overrides it."""
+        return self.embed(face)
+
+    def similarity(self, a: Tensor, b: Tensor, aligned: bool = False) -> Tensor:
+        """Return the cosine similarity (B,) float32 of the embeddings of images (B, 3, H, W), nominally in [-1, 1].
+
+        Args:
+            aligned: the images are faces that were aligned and cut out for face recognition, so they are not cropped.
+        """
+        embed = self.embed_face if aligned else self.embed
         with full_precision(a.device):
-            return cosine(self.embed(a.float()), self.embed(b.float()))
+            return cosine(embed(a.float()), embed(b.float()))
 
     def forward(self, inputs: LossInputs) -> TermOutput:
         x, y = inputs.x, inputs.y

@@ -1,6 +1,7 @@
 """torchmetrics metrics that use the same functions as the losses."""
 
 from psp_lightning.metrics.features import FID, KID, DomainFrechet, DomainKernel
+from psp_lightning.metrics.identity import AlignedIdSimilarity
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity, ImageMean
 from psp_lightning.metrics.networks import LPIPS, LabelIoU, MeanIoU, Perceptual, Pose
 from psp_lightning.metrics.registry import METRICS, register_metric
@@ -15,6 +16,7 @@ __all__ = [
     "MSE",
     "PSNR",
     "SSIM",
+    "AlignedIdSimilarity",
     "Consistency",
     "Diversity",
     "DomainFrechet",

@@ -23,6 +23,7 @@ class ImageMean(Metric):
     """A base class for the mean of one number per image.
 
     Subclasses implement `per_image(y_hat, y)`, which maps outputs and targets (B, 3, H, W) float in [-1, 1] to (B,).
+    Images without a value are NaN there; `reason`, with the same arguments for one image, then says why.
 
     It keeps and reduces the sum and the count separately, so each image has the same weight, even in a short last batch
     or on a rank with fewer images.
@@ -57,6 +58,10 @@ class ImageMean(Metric):
         values = values.detach().float().flatten()
         self.total += values.sum()
         self.count += values.numel()
+
+    def reason(self, y_hat: Tensor, y: Tensor, **needed: Any) -> str:
+        """Return why an image (1, 3, H, W) has no value."""
+        return "no value"
 
     def compute(self) -> Tensor:
         """Return the mean as a float32 scalar; NaN before the first image."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,9 @@ class _Region(ImageMean):
     higher_is_better = False
     needs = ("source",)
     inside: bool
+
+    def reason(self, y_hat: Tensor, y: Tensor, **needed: Any) -> str:
+        return "no hole" if self.inside else "nothing but a hole"
 
     def per_image(self, y_hat: Tensor, y: Tensor, source: Tensor) -> Tensor:
         if source.shape[1] != 4:
