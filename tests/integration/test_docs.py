@@ -245,6 +245,8 @@ def test_train_from_python_page(psp, tiny: list[str], place: Path, own_modules) 
 
 # --- the notebooks
 
+PICTURE = "image/"  # png or jpeg
+
 
 def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
     """Run a notebook in `place` and return it with its outputs, as text."""
@@ -252,7 +254,7 @@ def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
     nbformat = importlib.import_module("nbformat")
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    shown = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    shown = sum(PICTURE in str(output.get("data", {})) for cell in code for output in cell.outputs)
     assert shown >= 2, f"{name} is stored without its pictures"
     errors = [output for cell in code for output in cell.outputs if output.output_type in ("error", "stream")]
     assert not [e for e in errors if e.output_type == "error" or e.name == "stderr"], f"{name} is stored with errors"
@@ -263,7 +265,7 @@ def executed(name: str, place: Path, change: Callable[[str], str] = str) -> str:
     printed = [output.get("text", "") for output in outputs if output.get("name") != "stderr"]
     assert not any(str(place) in part for part in printed), "an output contains an absolute path"
     text = nbformat.writes(notebook)
-    assert text.count("image/png") >= 2, "the executed notebook shows too few pictures"
+    assert text.count(PICTURE) >= 2, "the executed notebook shows too few pictures"
     return text
 
 
@@ -286,6 +288,23 @@ def test_notebook_train(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = executed("train.ipynb", place, lambda source: quick(source).replace("steps = 200", "steps = 4"))
     assert "14 is the last step in the log" in text, "the run was not continued"
     assert (place / "runs/notebook/checkpoints/best.ckpt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["own photo and checkpoint", "shipped network"])
+def test_notebook_photo(given: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("facenet_pytorch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("PSP_PHOTO", "PSP_CHECKPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        torch.save(small_network(), place / "network.ckpt")
+        monkeypatch.setenv("PSP_PHOTO", "photos/face_1.jpg")
+        monkeypatch.setenv("PSP_CHECKPOINT", "network.ckpt")
+    text = executed("photo.ipynb", place)
+    psnr = re.findall(r"PSNR of these: ([\d.]+) dB", text)
+    assert len(psnr) == 1 and float(psnr[0]) > 40
+    assert text.count(PICTURE) == 6 and len(text) < 600_000
 
 
 def small_network() -> dict[str, object]:
