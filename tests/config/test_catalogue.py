@@ -86,6 +86,13 @@ def test_evaluation_option_composes(choice: str) -> None:
     assert ("losses" in cfg.refine, cfg.embed is not None) == (choice == "refine=optimize", choice == "embed=optimize")
 
 
+def test_ranks_of_an_evaluation_are_counted_without_a_network() -> None:
+    from psp_lightning.build.evaluation import count_ranks
+
+    cfg = composed_evaluation("ckpt=missing.ckpt", "data.limit=5", "batch_size=2")
+    assert [count_ranks(cfg, wanted) for wanted in (1, 2, 8)] == [1, 2, 3], "at most one for each batch"
+
+
 def test_generator_trainers_match_psp_train_except_for_defaults() -> None:
     cfg = composed_generator("trainer=ddp_cpu")
     assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.strategy) == ("cpu", 2, "ddp")

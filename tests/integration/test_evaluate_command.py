@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -127,10 +128,48 @@ def test_jobs_of_a_sweep_can_be_told_apart(psp, folders: list[str], tmp_path: Pa
     done = psp("evaluate", "-m", "outputs=outputs,nothing", *cheap, "size=16,32", "output=all")
     assert done.code == 1 and "outputs=nothing is not a folder" in done.err
     lines = (tmp_path / "all" / "table.md").read_text().splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in lines] == ["outputs, size=16", "outputs, size=32"]
+    names = [f"{name}, size={size}" for name in ("outputs", "nothing") for size in (16, 32)]
+    assert [line.split("|")[1].strip() for line in lines] == names
     assert load(tmp_path / "all" / "outputs_size_16")["settings"]["size"] == 16
     assert psp("evaluate", "-m", folders[0], *cheap, "name=..,b", "output=all").code == 0
     assert not (tmp_path / "metrics.json").exists(), "a name is not a path"
+
+
+def test_a_job_that_fails_has_a_row_with_the_reason(psp, folders: list[str], tmp_path: Path) -> None:
+    (tmp_path / "all" / "nothing").mkdir(parents=True)
+    (tmp_path / "all" / "nothing" / "metrics.json").write_text("of an earlier evaluation")
+    sweep = ["-m", folders[1], "metric=[mse]", "images=0", "output=all", *QUIET]
+    done = psp("evaluate", *sweep, "outputs=nothing,outputs")
+    assert done.code == 1 and "Traceback" not in done.err, done.err
+    reason = "outputs=nothing is not a folder"
+    head, _, bad, good = (tmp_path / "all" / "table.md").read_text().splitlines()
+    assert head.endswith("| error |") and bad.startswith("| nothing |  |") and reason in bad
+    assert good.startswith("| outputs | 3 |") and good.endswith("|  |") and bad in done.out
+    with (tmp_path / "all" / "table.csv").open(newline="") as file:
+        bad_row, good_row = csv.DictReader(file)
+    assert reason in bad_row["error"] and bad_row["mse_mean"] == bad_row["n_images"] == good_row["error"] == ""
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert reason in page and "<h1>2 evaluations</h1>" in page and "earlier evaluation" not in page
+    done = psp("evaluate", *sweep, "outputs=nothing,none")
+    assert done.code == 1 and "| none |" in done.out and not (tmp_path / "all" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_two_ranks_with_a_network_in_the_loop(shell, tmp_path: Path) -> None:
+    """The last of the five batches has 5 images, and so one rank has three batches and the other two."""
+    settings = ["ckpt=toyfaces/inversion", "data.limit=37", "batch_size=8", "as=float", "images=0", "timing=0", *QUIET]
+    threads = str(max(1, (os.cpu_count() or 1) // 2))  # as many as each of two ranks uses
+    for devices in (1, 2):
+        more = ["metric=[mse,id_similarity,frechet]", f"devices={devices}", f"output={devices}"]
+        done = shell("evaluate", *settings, *more, OMP_NUM_THREADS=threads)
+        assert done.code == 0, done.err
+    one, two = (load(tmp_path / name) for name in "12")
+    assert one["settings"]["threads"] == two["settings"]["threads"] == int(threads)
+    assert rows(tmp_path / "1") == rows(tmp_path / "2"), "values per image are equal bit for bit"
+    for name, row in one["metrics"].items():
+        for key in ("mean", "low", "high", "median") if name != "frechet" else ("mean",):
+            assert two["metrics"][name][key] == pytest.approx(row[key], rel=1e-9), name
 
 
 def test_optimised_codes_are_closer(psp, tmp_path: Path) -> None:
@@ -225,8 +264,6 @@ def test_kill_leaves_nothing_half_written(
 
 
 def path_with(folder: Path) -> str:
-    import os
-
     return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 

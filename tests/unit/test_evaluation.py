@@ -19,6 +19,7 @@ from psp_lightning.lit.evaluation import Given, LitEvaluator, Network, collate_i
 from psp_lightning.lit.results import (
     choose,
     delete_results,
+    failure,
     load_results,
     markdown,
     save_results,
@@ -234,11 +235,16 @@ def test_table_of_several_evaluations(tmp_path: Path) -> None:
     rows = table([first, second])
     assert rows[0][:4] == ["name", "images", "psnr, dB", "frechet"]
     assert rows[1][2:4] == ["20 [19, 21]", ""] and rows[2][2:4] == ["not measured", "3.5"]
-    assert table([record("a", mse={"n_images": 1})])[1][2] == "1, 1 of 2"
     assert save_table(tmp_path, [first, second]) == markdown(rows) == (tmp_path / "table.md").read_text()
     assert "a\\|b" in markdown(rows)
     head, one, two = (line.split(",") for line in (tmp_path / "table.csv").read_text().splitlines())
+    assert one[0] == "a|b" and one[head.index("error")] == ""
     assert one[head.index("psnr_low")] == "19.0" and two[head.index("psnr_mean")] == ""
+    broken = failure("d", "no weights,\n  no result")
+    rows = table([second, broken])
+    assert rows[0][-1] == "error" and rows[1][-1] == "" and rows[2] == ["d", *[""] * 5, "no weights, no result"]
+    assert table([broken]) == [["name", "images", *rows[0][-3:]], ["d", *[""] * 3, "no weights, no result"]]
+    assert table([record("a", mse={"n_images": 1})])[1][2] == "1, 1 of 2"
 
 
 # --- pairs of images

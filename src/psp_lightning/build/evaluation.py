@@ -211,4 +211,11 @@ def build_evaluation(cfg: DictConfig, subject: Subject) -> tuple[pl.Trainer, Lit
 
 def count_ranks(cfg: DictConfig, wanted: int) -> int:
     """Return the number of ranks to start: at most one for each batch."""
-    return wanted if wanted == 1 else min(wanted, math.ceil(len(build_subject(cfg).names) / cfg.batch_size))
+    if wanted == 1:
+        return 1
+    if cfg.outputs is not None:
+        n = len(ImagePairs(cfg.outputs, cfg.targets, cfg.size))
+    else:
+        with naming(cfg, "data"):
+            n = len(instantiate(cfg, "data.store", "data").paths())
+    return min(wanted, math.ceil(n / cfg.batch_size))

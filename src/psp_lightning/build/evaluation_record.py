@@ -97,9 +97,8 @@ def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dic
     items = [subject.dataset[index] for index in range(min(cfg.timing, len(subject.names)))]
     warm_up = 0 if steps(cfg) else 3  # an optimisation takes so long that the first image hardly differs
     reset_peak_memory(module.device)
-    with torch.no_grad():
-        bar = tqdm([items[0]] * warm_up + items, "time", disable=not cfg.progress_bar)
-        seconds = [module.one(item)[1] for item in bar][warm_up:]
+    bar = tqdm([items[0]] * warm_up + items, "time", disable=not cfg.progress_bar)
+    seconds = [module.one(item)[1] for item in bar][warm_up:]
     return {"seconds_per_image": statistics.median(seconds), "peak_memory_mib": peak_memory(module.device)}
 
 
@@ -115,8 +114,7 @@ def save_images(
     pairs = [(which, index) for which, indices in chosen.items() for index in indices]
     for which, index in tqdm(pairs, IMAGES, disable=not cfg.progress_bar):
         item = subject.dataset[index]
-        with torch.no_grad():
-            pictures = {"target": item["target"], "output": module.one(item)[0][0]}
+        pictures = {"target": item["target"], "output": module.one(item)[0][0]}
         if subject.spec is not None:
             pictures["source"] = source_to_rgb(item["source"][None], subject.spec)[0]
         entry = {"index": index, "name": subject.names[index], "which": which, "source": None}

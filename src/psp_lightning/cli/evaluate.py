@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from psp_lightning._conf import config_root
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
-from psp_lightning.cli.mistakes import guard, user_errors
+from psp_lightning.cli.mistakes import guard, message, user_errors
 from psp_lightning.cli.settings import quote_text, separate
 from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, plural
 
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
-records: list[dict[str, Any]] = []  # records of the jobs of this process
+records: dict[str, dict[str, Any]] = {}  # by folder: metrics.json of the jobs of this process, or their failure
 folders: list[str] = []  # folders of the jobs of a sweep
 
 
@@ -44,32 +45,43 @@ def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
 @hydra.main(version_base="1.3", config_path=os.path.join(config_root(), "evaluation"), config_name="evaluate")
 @user_errors
 def _run(cfg: DictConfig) -> None:
-    from psp_lightning.build.evaluation import check_settings, count_ranks
     from psp_lightning.build.evaluation_record import row_name
-    from psp_lightning.build.instantiate import import_plugins
-    from psp_lightning.lit.results import METRICS, markdown, table, without_value
+    from psp_lightning.lit.results import METRICS, failure, markdown, table
 
-    check_settings(cfg)
-    import_plugins(cfg.plugins)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         if cfg.name is None:
             cfg.name = ", ".join([row_name(cfg), *_swept()])
-        cfg.output = _job_folder(cfg.output, cfg.name)
+        cfg.output = _job_folder(cfg.output, str(cfg.name))
+    try:
+        record = records[cfg.output] = _evaluate(cfg)
+    except Exception as error:
+        records[cfg.output] = failure(str(cfg.name), message(error) or type(error).__name__)
+        raise
+    if not sweep:
+        print(markdown(table([record])), end="")
     folder = Path(cfg.output)
+    page = _report(folder, [folder])
+    print(f"{plural(record['n_images'], 'image')}; {page or folder / METRICS}")
+
+
+def _evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Measure, print which values are missing, and return the content of metrics.json."""
+    from psp_lightning.build.evaluation import check_settings, count_ranks
+    from psp_lightning.build.instantiate import import_plugins
+    from psp_lightning.lit.results import without_value
+
+    check_settings(cfg)
+    import_plugins(cfg.plugins)
     if (wanted := count_devices(cfg.accelerator, cfg.devices)) > 1 and (ranks := count_ranks(cfg, wanted)) < wanted:
         wanted = cfg.devices = ranks
-    record = launch(evaluate_job, cfg, wanted)
-    records.append(record)
+    record: dict[str, Any] = launch(evaluate_job, cfg, wanted)
     for name, row in record["metrics"].items():
         if row["error"]:
             print(f"error: {name}: {row['error']}", file=sys.stderr)
         elif row["missing"]:
             print(f"{name}: {without_value(row, record['n_images'])}", file=sys.stderr)
-    if not sweep:
-        print(markdown(table([record])), end="")
-    page = _report(folder, [folder])
-    print(f"{plural(record['n_images'], 'image')}; {page or folder / METRICS}")
+    return record
 
 
 def _swept() -> list[str]:
@@ -89,7 +101,7 @@ def _job_folder(folder: str, name: str) -> str:
     return path
 
 
-def _report(folder: Path, evaluations: list[Path]) -> Path | None:
+def _report(folder: Path, evaluations: list[Path], failed: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Write report.html and return its path, or say what is missing and return None."""
     from psp_lightning.cli.page import check_packages
     from psp_lightning.cli.report import write_report
@@ -100,8 +112,24 @@ def _report(folder: Path, evaluations: list[Path]) -> Path | None:
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
         return None
-    write_report(folder / REPORT, evaluations)
+    write_report(folder / REPORT, evaluations, failed)
     return folder / REPORT
+
+
+def _save_sweep() -> None:
+    """Write the table and the report of all jobs, and print the table."""
+    from psp_lightning.lit.results import REPORT, save_table
+
+    folder = Path(os.path.dirname(folders[0]))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(save_table(folder, list(records.values())), end="")
+    failed = [record for record in records.values() if "error" in record]
+    page = None
+    if len(failed) < len(records):
+        page = _report(folder, [Path(path) for path, record in records.items() if "error" not in record], failed)
+    else:
+        (folder / REPORT).unlink(missing_ok=True)  # of an earlier sweep
+    print(", ".join(str(path) for path in (folder / "table.md", folder / "table.csv", page) if path))
 
 
 def _run_all() -> None:
@@ -109,13 +137,8 @@ def _run_all() -> None:
         _run()
     finally:
         if folders and records:  # a sweep
-            from psp_lightning.lit.results import METRICS, save_table
-
-            folder = Path(os.path.dirname(folders[0]))
-            print(save_table(folder, records), end="")
-            page = _report(folder, [Path(path) for path in folders if (Path(path) / METRICS).is_file()])
-            print(", ".join(str(path) for path in (folder / "table.md", folder / "table.csv", page) if path))
-    if any(row["error"] for record in records for row in record["metrics"].values()):
+            _save_sweep()
+    if any("error" in record or any(row["error"] for row in record["metrics"].values()) for record in records.values()):
         sys.exit(1)
 
 

@@ -59,21 +59,24 @@ def load_evaluation(folder: Path) -> Evaluation:
     return Evaluation(folder, load_results(folder), values)
 
 
-def write_report(path: Path, folders: Sequence[Path]) -> None:
+def write_report(path: Path, folders: Sequence[Path], failed: Sequence[dict[str, Any]] = ()) -> None:
     """Write the report of one evaluation, or of several evaluations next to each other.
 
     Args:
         path: the HTML file.
-        folders: the evaluations' folders, in the order of the rows.
+        folders: the evaluations' folders, in the order of the rows; at least one.
+        failed: evaluations without results, see `psp_lightning.lit.results.failure`.
     """
     evaluations = [load_evaluation(folder) for folder in folders]
+    n = len(evaluations) + len(failed)
     names = list(dict.fromkeys(name for one in evaluations for name in one.metrics))
     write_page(
         path,
         "report.html",
         {"number": number, "embed": embed},
-        title=evaluations[0].name if len(evaluations) == 1 else f"{len(evaluations)} evaluations",
+        title=evaluations[0].name if n == 1 else f"{n} evaluations",
         evaluations=evaluations,
+        failed=failed,
         names=names,
         best={name: best(evaluations, name) for name in names},
         kinds=KINDS,

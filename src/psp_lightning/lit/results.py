@@ -92,17 +92,28 @@ def load_results(folder: Path) -> dict[str, Any]:
     return record
 
 
+def failure(name: str, reason: str) -> dict[str, Any]:
+    """Return what stands in tables for an evaluation that has no results."""
+    empty = dict.fromkeys(("n_images", "seconds_per_image", "peak_memory_mib"))
+    return {"name": name, **empty, "metrics": {}, "error": " ".join(reason.split())}
+
+
 def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return a table with one row per evaluation: name, images, each metric with its interval, time and memory."""
+    """Return a table with one row per evaluation: name, images, each metric with its interval, time and memory.
+
+    If there is a `failure`, the last column has the reasons.
+    """
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     units = {name: row["unit"] for record in records for name, row in record["metrics"].items()}
     heads = [f"{name}, {units[name]}" if units[name] else name for name in metrics]
-    rows = [["name", "images", *heads, "seconds per image", "peak memory, MiB"]]
-    for record in records:
+    errors = [record.get("error") for record in records]
+    rows = [["name", "images", *heads, "seconds per image", "peak memory, MiB", *(["error"] if any(errors) else [])]]
+    for record, error in zip(records, errors, strict=True):
         cells = [_cell(record["metrics"].get(name), record["n_images"]) for name in metrics]
         time, memory = record["seconds_per_image"], record["peak_memory_mib"]
         ends = ["" if time is None else f"{time:.2g}", "" if memory is None else f"{memory:.0f}"]
-        rows.append([record["name"], str(record["n_images"]), *cells, *ends])
+        ends += [error or ""] if any(errors) else []
+        rows.append([record["name"], "" if error else str(record["n_images"]), *cells, *ends])
     return rows
 
 
@@ -133,11 +144,11 @@ def save_table(folder: Path, records: Sequence[dict[str, Any]]) -> str:
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     keys = ("mean", "low", "high", "median")
     rows: list[list[Any]] = [["name", "n_images", *(f"{name}_{key}" for name in metrics for key in keys),
-                              "seconds_per_image", "peak_memory_mib"]]  # fmt: skip
+                              "seconds_per_image", "peak_memory_mib", "error"]]  # fmt: skip
     for record in records:
         values = [record["metrics"].get(name, {}).get(key) for name in metrics for key in keys]
-        ends = [record["seconds_per_image"], record["peak_memory_mib"]]
-        rows.append([record["name"], record["n_images"], *("" if v is None else repr(v) for v in [*values, *ends])])
+        numbers = [record["n_images"], *values, record["seconds_per_image"], record["peak_memory_mib"]]
+        rows.append([record["name"], *("" if v is None else repr(v) for v in numbers), record.get("error", "")])
     _write(folder / "table.csv", _csv(rows))
     _write(folder / "table.md", text)
     return text
