@@ -298,7 +298,8 @@ def test_aligned_faces(psp, faces: list[str], tmp_path: Path) -> None:
         "id_aligned: 2 of 4 images have a value; not 1.png (no face in the output), 3.png (no face in the target)"
         in done.err
     )
-    assert ", 2 of 4 |" in done.out and "2 of 4 images" in (tmp_path / "two" / "report.html").read_text()
+    page = (tmp_path / "two" / "report.html").read_text()
+    assert ", 2 of 4 |" in done.out and "2 of 4 images" in page and "<li>1.png: no face in the output</li>" in page
     one, two = load(tmp_path / "one")["metrics"], load(tmp_path / "two")["metrics"]
     row = one["id_aligned"]
     assert row["missing"] == missing and row["n_images"] == 2 and row["mean"] == pytest.approx(1, abs=1e-6)

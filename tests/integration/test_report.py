@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psp_lightning.cli.report import write_report
-from psp_lightning.lit.results import save_results, summary
+from psp_lightning.cli.report import COLOURS, write_report
+from psp_lightning.lit.results import failure, save_results, summary
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -109,7 +109,29 @@ def test_values_and_errors_are_in_the_page(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     means = [json.loads((folder / "metrics.json").read_text())["metrics"]["mse"]["mean"] for folder in (good, bad)]
     assert f'class="best">{min(means):.4g}' in page and f'class="best">{max(means):.4g}' not in page
-    assert "bad, ssim: weights are missing" in page
+    assert "<b>ssim of bad</b>" in page and page.count("weights are missing") == 1
+
+
+def test_a_reason_is_given_once_and_failed_jobs_have_rows(tmp_path: Path) -> None:
+    bad = [evaluation(tmp_path / name, name, seed, "weights are missing") for seed, name in enumerate("ab")]
+    write_report(tmp_path / "report.html", bad, [failure("c", "no <file>"), failure("d", "no <file>")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>4 evaluations</h1>" in page and page.count("weights are missing") == page.count("no &lt;file&gt;") == 1
+    assert "<b>ssim</b>" in page and "<b>c; d</b>" in page and page.count(">failed</td>") == 2
+    write_report(tmp_path / "report.html", bad[:1], [failure("c", "no file")])
+    assert "<h1>2 evaluations</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_and_colours_stand_once_above_the_plots(tmp_path: Path) -> None:
+    """Legends inside the plots covered the lines."""
+    folders = [evaluation(tmp_path / "a", "first one", 0), evaluation(tmp_path / "b", "second one", 1)]
+    write_report(tmp_path / "report.html", folders)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not any("first one" in plot for plot in re.findall("<svg.*?</svg>", page, re.DOTALL))
+    assert page.count('<p class="key">') == 2
+    for colour, name in zip(COLOURS, ("first one", "second one"), strict=False):
+        assert page.count(f'<i style="background: {colour}"></i>{name}') == 2
+        assert len(re.findall(f"<path[^>]*stroke: {colour}", page)) >= 4, "a line or a mark in each plot"
 
 
 def test_an_evaluation_that_failed_does_not_decide_what_is_best(tmp_path: Path) -> None:

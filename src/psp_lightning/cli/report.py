@@ -77,12 +77,30 @@ def write_report(path: Path, folders: Sequence[Path], failed: Sequence[dict[str,
         title=evaluations[0].name if n == 1 else f"{n} evaluations",
         evaluations=evaluations,
         failed=failed,
+        reasons=reasons(evaluations, failed),
+        colours=COLOURS,
         names=names,
         best={name: best(evaluations, name) for name in names},
         kinds=KINDS,
         histograms=[svg for name in names if (svg := histogram(evaluations, name)) is not None],
         trade_offs=[(name, trade_off(evaluations, name)) for name in names if is_traded(evaluations, name)],
     )
+
+
+def reasons(evaluations: Sequence[Evaluation], failed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what was not measured, and why; what has the same reason is named together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in evaluations:
+        for name, row in one.metrics.items():
+            if row["error"]:
+                found.setdefault((name, row["error"]), []).append(one.name)
+    for record in failed:
+        found.setdefault(("", record["error"]), []).append(record["name"])
+    everywhere = len(evaluations)
+    return [
+        (name if name and len(where) == everywhere else f"{name} of {'; '.join(where)}".removeprefix(" of "), reason)
+        for (name, reason), where in found.items()
+    ]
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -113,23 +131,22 @@ def axis_label(evaluations: Sequence[Evaluation], name: str) -> str:
 
 def histogram(evaluations: Sequence[Evaluation], name: str) -> Any:
     """Return the histogram of a metric over the images, one line for each evaluation; None without values per image."""
-    shown = [(one, one.values[name]) for one in evaluations if name in one.values]
-    shown = [(one, x[np.isfinite(x)]) for one, x in shown]
+    shown = [(k, one.values[name]) for k, one in enumerate(evaluations) if name in one.values]
+    shown = [(k, x[np.isfinite(x)]) for k, x in shown]
     if not any(len(x) for _, x in shown):
         return None
 
     def draw(axes: Any) -> None:
         everything = np.concatenate([x for _, x in shown])
         edges = np.histogram_bin_edges(everything, bins=min(40, max(5, round(len(everything) ** 0.5))))
-        for k, (one, x) in enumerate(shown):
-            colour = COLOURS[k % len(COLOURS)]
-            axes.stairs(np.histogram(x, edges)[0], edges, color=colour, label=one.name, fill=len(shown) == 1)
+        for k, x in shown:
+            axes.stairs(
+                np.histogram(x, edges)[0], edges, color=COLOURS[k % len(COLOURS)], fill=len(evaluations) == 1, lw=1.5
+            )
         axes.set(xlabel=axis_label(evaluations, name), ylabel="images")
         axes.yaxis.get_major_locator().set_params(integer=True)
-        if len(shown) > 1:
-            axes.legend(frameon=False, labelcolor="linecolor")
 
-    return plot(draw, f"Histogram of {name} over the images", (5.4, 2.4))
+    return plot(draw, f"Histogram of {name} over the images", (4.6, 2.2))
 
 
 def is_traded(evaluations: Sequence[Evaluation], name: str) -> bool:
@@ -149,9 +166,9 @@ def trade_off(evaluations: Sequence[Evaluation], name: str) -> Any:
                 continue
             ends = None if row["low"] is None else [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
             colour = COLOURS[k % len(COLOURS)]
-            axes.errorbar([seconds], [row["mean"]], ends, fmt="o", capsize=3, color=colour, label=one.name)
+            axes.errorbar([seconds], [row["mean"]], ends, fmt="o", capsize=3, color=colour)
         axes.margins(x=0.2, y=0.2)
-        axes.set(xlabel="seconds per image, one at a time", ylabel=axis_label(evaluations, name))
-        axes.legend(frameon=False, labelcolor="linecolor")
+        axes.set(xlabel="seconds per image, one at a time")
+        axes.set_title(axis_label(evaluations, name), loc="left", fontsize="medium")
 
-    return plot(draw, f"{name} against seconds per image", (5.4, 2.8))
+    return plot(draw, f"{name} against seconds per image", (4.6, 2.5))
