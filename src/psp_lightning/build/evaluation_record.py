@@ -21,7 +21,7 @@ from psp_lightning.checkpoints.read import resolve
 from psp_lightning.data.spec import source_to_rgb
 from psp_lightning.lit.evaluation import LitEvaluator
 from psp_lightning.lit.results import FORMAT, IMAGES, choose, delete_results, files_sha256, save_results, summary
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, plural
 from psp_lightning.utils.images import save_atomic, to_pil
 from psp_lightning.utils.memory import peak_memory, reset_peak_memory
 from psp_lightning.zoo.locate import sha256
