@@ -68,6 +68,11 @@ class Subject:
 def check_settings(cfg: DictConfig) -> None:
     """Raise a UserError for invalid settings, before anything is loaded."""
     choice("as", cfg["as"], ("uint8", "float"))
+    if "store" not in cfg.data:
+        raise UserError(
+            f"data={cfg.data.get('name', '')} has no images to measure on. Use data=toyfaces, or data=folder "
+            "data.root=DIR."
+        )
     if (cfg.outputs is None) != (cfg.targets is None):
         lacking = "targets" if cfg.targets is None else "outputs"
         raise UserError(f"{lacking}=DIR must be given too: outputs are compared with the targets of the same name.")
