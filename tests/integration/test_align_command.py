@@ -31,12 +31,12 @@ def crops(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
 
-def crowd(photos: Path, n: int = 4, side: int = 200) -> Image.Image:
-    """Return a photo with n * n faces."""
+def crowd(photos: Path, n: int = 4, side: int = 200, rows: int | None = None) -> Image.Image:
+    """Return a photo with `rows` (by default n) rows of n faces."""
     face = Image.open(photos / "face_2.jpg").convert("RGB").resize((side, side))
-    picture = Image.new("RGB", (n * side, n * side))
-    for i in range(n * n):
-        picture.paste(face, (i % n * side, i // n * side))
+    picture = Image.new("RGB", (n * side, (rows or n) * side))
+    for x, y in np.ndindex(n, rows or n):
+        picture.paste(face, (x * side, y * side))
     return picture
 
 
@@ -90,6 +90,53 @@ def test_several_faces(psp, photos, tmp_path):
     assert set(crops(tmp_path / "central")) == {"crowd.png"}
 
 
+@pytest.mark.slow
+def test_200_faces(psp, photos, tmp_path):
+    crowd(photos, 20, 100, rows=10).save(tmp_path / "crowd.png")
+    done = psp("align", "input=crowd.png", "output=out", "faces=all", "size=64", "workers=0")
+    assert done.code == 0 and "200 faces in 1 photo" in done.out, done.err
+    noses = {(float(row["nose_x"]) // 100, float(row["nose_y"]) // 100) for row in table(tmp_path / "out")}
+    assert noses == set(np.ndindex(20, 10)), "not one face in each place"
+    assert len(crops(tmp_path / "out")) == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory is read from /proc")
+@pytest.mark.parametrize("name", ["colour.jpg", "turned.jpg", "cmyk.jpg", "grey.png"])
+def test_100_megapixels_take_less_than_1_5_gb(photos, tmp_path, name):
+    from benchmarks.photos import watch
+
+    photo = Image.new("RGB", (11600, 8700), "gray")
+    photo.paste(Image.open(photos / "face_0.jpg").resize((4000, 4000)), (3000, 2000))
+    exif = Image.Exif()
+    if name == "turned.jpg":
+        exif[0x0112] = 6
+        photo = photo.transpose(Image.Transpose.ROTATE_90)
+    if name == "cmyk.jpg":
+        photo = photo.convert("CMYK")
+    if name == "grey.png":
+        photo = Image.fromarray(np.asarray(photo.convert("L"), np.uint16) * np.uint16(257))
+    photo.save(tmp_path / name, exif=exif, compress_level=1)
+    command = [sys.executable, "-m", "psp_lightning.cli.align", f"input={name}", "output=out", "workers=1"]
+    found = watch(command, tmp_path)
+    (row,) = table(tmp_path / "out")
+    assert found["code"] == 0 and abs(float(row["eye_left_x"]) - 3000 - 197 * 4000 / 512) < 30, row
+    assert found["all"] * 2**20 < 1.5e9, f"{found['all']} MiB"
+
+
+def test_workers_keep_few_compiled_operations(psp, photos, tmp_path, monkeypatch):
+    class Detector:
+        def detect(self, views, landmarks):
+            raise IndexError(f"capacity {os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY')}")
+
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setattr("psp_lightning.data.faces._mtcnn", lambda device: Detector())
+    shutil.copy(photos / "face_0.jpg", tmp_path)
+    done = psp("align", "input=face_0.jpg", "output=out", "workers=1", "progress_bar=false")
+    assert done.code == 1 and "(capacity 16)" in done.err, "memory would grow with the number of sizes of photos"
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ, "a network in this process would become slower"
+
+
 def test_landmark_files(psp, photos, tmp_path, monkeypatch):
     shutil.copytree(photos, tmp_path / "photos")
     points = {
@@ -114,6 +161,11 @@ def test_landmark_files(psp, photos, tmp_path, monkeypatch):
 
     again = psp("align", "input=photos", "output=again", "landmarks=out/faces.csv", "workers=0")
     assert crops(tmp_path / "again") == crops(tmp_path / "out") and again.code == 1
+
+    (tmp_path / "others.json").write_text(json.dumps({"stranger": POINTS, "friend.jpg": POINTS}))
+    others = psp("align", "input=photos", "output=none", "landmarks=others.json", "workers=0")
+    assert others.code == 1 and not (tmp_path / "none").exists()
+    assert "others.json names none of the photos. It has 2 names, such as 'stranger'" in others.err
 
     points["face_0"] = [[x + 3, y] for x, y in POINTS]
     (tmp_path / "points.json").write_text(json.dumps(points))

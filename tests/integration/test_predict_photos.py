@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from psp_lightning.data.spec import InputSpec
+from psp_lightning.data.spec import InputSpec, load_source, source_to_rgb
+from psp_lightning.utils.images import to_pil
 from tests.integration.test_align_command import crowd
 
 pytest.importorskip("facenet_pytorch")
@@ -100,6 +102,70 @@ def test_landmarks_instead_of_the_detector(psp, photos, tmp_path):
         "predict", *PLAIN, "ckpt=toyfaces/inversion", "input=face_0.jpg", "output=out", "landmarks=my points.json"
     )
     assert done.code == 0 and "photos: 1 face; out/aligned/faces.csv" in done.out, done.err
+
+
+def test_no_photo_has_a_face(psp, photos, tmp_path):
+    shutil.copy(photos / "input_mask.png", tmp_path)
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    done = psp(
+        "predict", *PLAIN, "ckpt=toyfaces/inversion", "input=*.png", "output=out", "paste_back=true", "sheet=true",
+        "latents=true",
+    )  # fmt: skip
+    assert done.code == 1 and "Traceback" not in done.err
+    for name in ("input_mask.png", "pixel.png"):
+        assert f"error: {name}: no face was found" in done.err
+    assert "0 written, 0 skipped" in done.out and "photos: 0 faces, 2 photos without a face" in done.out, done.out
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "given"),
+    [
+        ({"kind": "lowres", "factors": (1, 4)}, ["factor=4"], {"factor": 4}),
+        ({"kind": "lowres", "factors": (1, 4)}, [], {}),
+        ({"kind": "masked"}, ["mask.kind=box", "mask.composite=true"], {"rng": [0, 0]}),
+        ({"kind": "masked"}, ["mask.dir=masks"], {"mask": "masks/face_0.png"}),
+        ({}, [], {}),  # toonify
+        ({"task": "frontalization"}, [], {}),
+    ],
+    ids=["superres", "superres of small photos", "inpainting", "inpainting with a mask", "toonify", "frontalization"],
+)
+def test_the_source_of_each_task_is_made_from_the_aligned_face(psp, photos, tmp_path, source, settings, given):
+    shutil.copy(photos / "face_0.jpg", tmp_path)
+    network(tmp_path / "net.safetensors", **source)
+    (tmp_path / "masks").mkdir()
+    Image.linear_gradient("L").save(tmp_path / "masks" / "face_0.png")
+    fits = source.get("task") is None
+    done = psp(
+        "predict", *PLAIN, "ckpt=net.safetensors", "input=face_0.jpg", "output=out", "side_by_side=true",
+        f"paste_back={str(fits).lower()}", *settings,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    spec = InputSpec(**{"kind": "rgb", "size": 64, **source})
+    if "rng" in given:
+        spec, given = replace(spec, mask={"kind": "box"}), {"rng": np.random.default_rng(given["rng"])}
+    expected = source_to_rgb(load_source(tmp_path / "out/aligned/face_0.png", spec, **given)[None], spec)[0]
+    pair = Image.open(tmp_path / "out/side_by_side/face_0.png")
+    assert np.array_equal(np.asarray(pair)[:, :64], np.asarray(to_pil(expected))), "the source is another picture"
+    assert (tmp_path / "out/face_0.png").is_file() and (tmp_path / "out/pasted/face_0.png").is_file() == fits
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_same_files(shell, photos, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("face_0.jpg", "face_1.jpg", "input_mask.png"):
+        shutil.copy(photos / name, tmp_path / "in")
+    crowd(photos, 2, 300).save(tmp_path / "in" / "four.png")
+    files = []
+    for n in (1, 2):
+        done = shell(
+            "predict", *PLAIN, "ckpt=toyfaces/inversion", "input=in", f"output=out{n}", "faces=all", "paste_back=true",
+            "sheet=true", "batch_size=1", f"devices={n}",
+        )  # fmt: skip
+        assert done.code == 1 and "6 written" in done.out and "pasted: 3 written" in done.out, done.err
+        found = sorted(path for path in (tmp_path / f"out{n}").rglob("*") if path.suffix in (".png", ".csv"))
+        files.append({path.relative_to(tmp_path / f"out{n}").as_posix(): path.read_bytes() for path in found})
+    assert list(files[0]) == list(files[1]) and len(files[0]) == 6 + 6 + 3 + 2
+    assert [name for name in files[0] if files[0][name] != files[1][name]] == []
 
 
 def test_networks_that_do_not_fit(psp, photos, tmp_path):

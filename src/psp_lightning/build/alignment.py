@@ -16,6 +16,7 @@ from psp_lightning.data.inputs import InputFile, list_inputs
 from psp_lightning.data.landmarks import LandmarkFile, write_table
 from psp_lightning.lit.manifest import append_record, difference, read_manifest, save_manifest, stamp
 from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.memory import limit_primitive_cache
 from psp_lightning.utils.optional import facenet_pytorch
 from psp_lightning.utils.progress import track
 
@@ -162,7 +163,10 @@ def run_alignment(plan: AlignmentPlan, workers: int = 2, batch_size: int = 1, pr
     units = [block for block in blocks if not todo.isdisjoint(block)]
     dataset = AlignmentUnits(plan.files, units, plan.settings, plan.folder, plan.landmarks)
     spawn = "spawn" if workers and plan.settings.detector.device != "cpu" else None  # CUDA does not survive a fork
-    loader = DataLoader(dataset, batch_size=None, num_workers=min(workers, len(units)), multiprocessing_context=spawn)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=min(workers, len(units)), multiprocessing_context=spawn,
+        worker_init_fn=limit_primitive_cache,
+    )  # fmt: skip
     steps = track(loader, f"{len(plan.files)} photos", len(units), progress and bool(units))
     try:
         for results in steps:

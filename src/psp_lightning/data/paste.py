@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -46,8 +47,10 @@ def paste_back(
             differ, an argument is out of range, or a square lies outside the photo.
     """
     number("feather", feather, 0, 0.5)
-    opened = open_image(photo)
-    picture = to_8bit(opened, "RGB")
+    result = open_image(photo)
+    kept = KEPT if result.mode in ("RGB", "RGBA", "P") else ()  # a colour profile of CMYK or grey would be wrong
+    info: dict[Any, Any] = {key: result.info[key] for key in kept if key in result.info}
+    result = to_8bit(result, "RGB")
     places = np.asarray(corners, np.float64)
     many = places.ndim == 3
     faces: Sequence[ImageLike] = edited if many else [edited]  # type: ignore[assignment,list-item]
@@ -55,13 +58,11 @@ def paste_back(
     places = places if many else places[None]
     if places.shape[1:] != (4, 2) or isinstance(faces, str) or not len(faces) == len(places) == len(masks):
         raise UserError("paste_back needs four corners (x, y), and a mask if masks are given, for each edited face.")
-    result = picture.copy()
-    kept = KEPT if opened.mode in ("RGB", "RGBA", "P") else ()  # a colour profile of CMYK or grey would be wrong
-    result.info = {key: opened.info[key] for key in kept if key in opened.info}
     patches = [
-        _Patch.of(picture, face, place, feather, other, match_colour)
+        _Patch.of(result, face, place, feather, other, match_colour)
         for face, place, other in zip(faces, places, masks, strict=True)
     ]
+    result.info = info
     for patch in patches:
         others = [other for other in patches if other is not patch and other.overlaps(patch)]
         for box in patch.strips():

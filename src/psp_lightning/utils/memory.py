@@ -34,6 +34,15 @@ def keep_freed_memory() -> bool:
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def limit_primitive_cache(*_: Any) -> None:
+    """Let oneDNN keep only a few compiled operations in this process, which must not have used oneDNN yet.
+
+    By default it keeps 1024, for each shape of an input its own. When every photo has another size, these grow to half
+    a gigabyte and are rarely used again.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
+
 def reset_peak_memory(device: Any) -> None:
     """Start a new measurement of `peak_memory`. Only Linux and CUDA can; elsewhere, the peak is since the start."""
     import torch

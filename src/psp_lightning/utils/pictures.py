@@ -35,8 +35,8 @@ def open_image(source: ImageLike, what: str = "image") -> Image.Image:
             with Image.open(source) as image:
                 _scale_transparent_value(image)
                 image.load()
-                picture = ImageOps.exif_transpose(image)
-                picture.format = image.format
+                ImageOps.exif_transpose(image, in_place=True)  # a copy of a large photo would double the memory
+                picture = image
     except FileNotFoundError:
         raise UserError(f"{what.capitalize()} {source} does not exist.") from None
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
@@ -62,7 +62,7 @@ def to_rgba(image: Image.Image) -> Image.Image | None:
     key = image.info.get("transparency")
     if image.mode[0] == "I" and isinstance(key, int):  # Pillow ignores the transparent value of 16-bit grey
         rgba = _to_8bit_grey(image).convert("RGBA")
-        rgba.putalpha(Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)))
+        rgba.putalpha(Image.fromarray(np.where(np.asarray(image) == key, np.uint8(0), np.uint8(255))))
         return rgba
     if image.mode == "La":
         return image.convert("LA").convert("RGBA")
@@ -88,13 +88,14 @@ def opacity(image: Image.Image) -> np.ndarray | None:
 
 def _to_8bit_grey(image: Image.Image) -> Image.Image:
     """Return 16-bit grey, which Pillow's conversion would clip at 255, divided by 257."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    wide = image.convert("I")
+    low, high = wide.getextrema()
+    if low < 0 or high > 65535:  # type: ignore[operator]
         raise UserError(
-            f"{name_of(image)}: the pixels range from {values.min()} to {values.max()}, beyond 16 bits. "
+            f"{name_of(image)}: the pixels range from {low} to {high}, beyond 16 bits. "
             "Save the image with 8 or 16 bits per channel."
         )
-    return Image.fromarray((values / 257).round().astype(np.uint8))
+    return wide.point([round(value / 257) for value in range(65536)], "L")
 
 
 def to_8bit(image: Image.Image, mode: str) -> Image.Image:
