@@ -16,7 +16,7 @@ from torch import Tensor
 
 from psp_lightning.data.checks import Finding, check_files, check_names, check_pairs, check_pictures, check_store
 from psp_lightning.data.datamodules import TaskDataModule
-from psp_lightning.data.face_check import FFHQ_CROP, OWN_CROP, check_faces, eye_offset, load_detector
+from psp_lightning.data.face_check import FFHQ_CROP, OWN_CROP, check_faces, eye_offset
 from psp_lightning.data.labels import LabelMap
 from psp_lightning.data.loader import EpochSampler
 from psp_lightning.data.sources import Labels
@@ -134,13 +134,12 @@ def look_for_faces(cfg: DictConfig, files: Files) -> list[Finding]:
     Raises:
         UserError: the face detector is not installed.
     """
-    detector = load_detector()
     readable = {item.name for item in files.facts if item.thumb is not None}
     images = [item for item in files.pictures if item.role in ("image", "target") and item.name in readable]
     places = np.unique(np.linspace(0, len(images) - 1, min(cfg.doctor.faces, len(images))).round().astype(int))
     offsets = [
-        eye_offset(detector, open_8bit(images[i].load(), "RGB"))
-        for i in track(places, "searching faces", len(places), cfg.doctor.progress_bar)
+        eye_offset(open_8bit(images[i].load(), "RGB"))
+        for i in track(places, "looking for faces", len(places), cfg.doctor.progress_bar)
     ]
     return check_faces(offsets, OWN_CROP if "/" in str(cfg.loss.id.get("backbone")) else FFHQ_CROP)
 

@@ -102,7 +102,12 @@ class Cut:
 
 
 def plan_cut(photo_size: tuple[int, int], corners: np.ndarray, size: int) -> Cut:
-    """Return how the square with these corners is cut from a photo and scaled to `size` x `size`.
+    """Return how a square is cut from a photo and scaled.
+
+    Args:
+        photo_size: width and height of the photo in pixels.
+        corners: float64 (4, 2), the square in pixels of the photo, see `crop_corners`.
+        size: height and width of the crop.
 
     Raises:
         UserError: the square lies outside the photo.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from psp_lightning.data.align import crop_corners
 from psp_lightning.data.checks import Finding
-from psp_lightning.utils.errors import plural
+from psp_lightning.data.faces import Detector, Face
+from psp_lightning.utils.errors import UserError, plural
 from psp_lightning.utils.optional import facenet_pytorch
 
 EDGE = 256  # pixels, height and width of the picture in which a face is searched
@@ -20,29 +20,24 @@ FFHQ_CROP, OWN_CROP = 0.05, 0.15
 FEW = 0.8  # share of pictures that should show a face, and of faces that should be aligned
 
 
-def load_detector() -> Any:
-    """Return MTCNN, whose weights are in the package facenet-pytorch.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    return facenet_pytorch("Face detection").MTCNN(post_process=False)
-
-
-def eye_offset(detector: Any, picture: Image.Image) -> float | None:
+def eye_offset(picture: Image.Image) -> float | None:
     """Return how far the eyes lie from FFHQ's place, as a share of the picture's width; None if no face is found.
 
     Args:
-        detector: the result of `load_detector`.
         picture: RGB; it is squashed to a square as in training.
+
+    Raises:
+        UserError: facenet-pytorch is not installed.
     """
+    facenet_pytorch("Face detection")
     square = picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC)
-    _, _, points = detector.detect(square, landmarks=True)
-    if points is None or points[0] is None:
+    faces: list[Face] = []
+    with contextlib.suppress(UserError):  # the detector fails on some pictures
+        (faces,) = Detector(score=0).upright([square])
+    if not faces:
         return None
-    face = np.array(points[0], float)  # eyes, nose, corners of the mouth
-    eyes, mouth = face[:2], face[3:]
-    corner, lower, _, right = crop_corners(*eyes, *mouth)  # corners of the aligned crop, in pixels of this picture
+    eyes = faces[0].landmarks[:2]
+    corner, lower, _, right = faces[0].corners  # corners of the aligned crop, in pixels of this picture
     across, down = right - corner, lower - corner
     placed = [[(eye - corner) @ across / (across @ across), (eye - corner) @ down / (down @ down)] for eye in eyes]
     return float(np.linalg.norm(np.array(placed) - eyes / EDGE, axis=1).mean())

@@ -45,7 +45,11 @@ class Face:
 
     @property
     def corners(self) -> np.ndarray:
-        """The corners of the FFHQ crop, see `psp_lightning.data.align.crop_corners`."""
+        """The corners of the FFHQ crop, float64 (4, 2), see `psp_lightning.data.align.crop_corners`.
+
+        Raises:
+            UserError: the points do not form a face.
+        """
         return crop_corners(*self.points)
 
     @property
@@ -147,19 +151,23 @@ class Detector:
         found: list[list[Candidate]] = [[] for _ in views]
         for size in {view.size for view in views if min(view.size) >= SMALLEST}:
             group = [i for i, view in enumerate(views) if view.size == size]
-            for i, faces in zip(group, self._detect([views[i] for i in group]), strict=True):
+            for i, faces in zip(group, self.upright([views[i] for i in group]), strict=True):
                 for face in faces:
                     landmarks = _turn_back(face.landmarks, photos[i].size, turn)
                     found[i].append((Face(landmarks, face.score), _rank(face)))
         return found
 
-    def _detect(self, views: list[Image.Image]) -> list[list[Face]]:
-        """Return the faces of pictures of one size."""
+    def upright(self, views: list[Image.Image]) -> list[list[Face]]:
+        """Return the faces of RGB pictures of one size, largest first. Nothing is reduced or turned.
+
+        Raises:
+            UserError: see `__call__`.
+        """
         try:
             _, scores, points = _mtcnn(self.device).detect(views, landmarks=True)
         except (RuntimeError, IndexError) as error:  # it fails on some boxes at the border of a picture
             if len(views) > 1:
-                return [self._detect([view])[0] for view in views]
+                return [self.upright([view])[0] for view in views]
             raise UserError(f"{name_of(views[0])}: the face detector fails on this photo ({error}).") from None
         found = []
         for i in range(len(views)):
