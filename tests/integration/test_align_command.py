@@ -102,8 +102,12 @@ def test_200_faces(psp, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory is read from /proc")
-@pytest.mark.parametrize("name", ["colour.jpg", "turned.jpg", "cmyk.jpg", "grey.png"])
-def test_100_megapixels_take_less_than_1_5_gb(photos, tmp_path, name):
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("align", "colour.jpg"), ("align", "turned.jpg"), ("align", "cmyk.jpg"), ("align", "grey.png"),
+     ("predict", "cmyk.jpg")],
+)  # fmt: skip
+def test_100_megapixels_take_less_than_1_5_gb(photos, tmp_path, command, name):
     from benchmarks.photos import watch
 
     photo = Image.new("RGB", (11600, 8700), "gray")
@@ -117,9 +121,20 @@ def test_100_megapixels_take_less_than_1_5_gb(photos, tmp_path, name):
     if name == "grey.png":
         photo = Image.fromarray(np.asarray(photo.convert("L"), np.uint16) * np.uint16(257))
     photo.save(tmp_path / name, exif=exif, compress_level=1)
-    command = [sys.executable, "-m", "psp_lightning.cli.align", f"input={name}", "output=out", "workers=1"]
-    found = watch(command, tmp_path)
-    (row,) = table(tmp_path / "out")
+    settings = {
+        "align": ["workers=1"],
+        "predict": ["ckpt=toyfaces/inversion", "align=true", "paste_back=true", "num_workers=1", "accelerator=cpu"],
+    }[command]
+    program = [
+        sys.executable,
+        "-m",
+        f"psp_lightning.cli.{command}",
+        f"input={name}",
+        "output=out",
+        "progress_bar=false",
+    ]
+    found = watch([*program, *settings], tmp_path)
+    (row,) = table(tmp_path / "out" / ("" if command == "align" else "aligned"))
     assert found["code"] == 0 and abs(float(row["eye_left_x"]) - 3000 - 197 * 4000 / 512) < 30, row
     assert found["all"] * 2**20 < 1.5e9, f"{found['all']} MiB"
 
