@@ -259,7 +259,8 @@ def measure(folder: Path, n: int, seed: int, busy: bool) -> dict[str, Any]:
 def page(text: str, results: dict[str, Any]) -> str:
     """Return the text of the page with the results between their marks."""
     (few, few_peak), (_, peak) = results["peak_mib"].items()
-    beside = ", while other work ran beside it" if results["other_work"] else ""
+    busy = results["other_work"]
+    place = f"two cores ({results['machine']['processor']}{'; other work ran beside it' if busy else ''})"
     lines = [
         "| Rotation | " + " | ".join(f"{name} px" for name in WIDTHS) + " |",
         "|---" * (1 + len(WIDTHS)) + "|",
@@ -270,8 +271,8 @@ def page(text: str, results: dict[str, Any]) -> str:
         "",
         f"In all, {results['found']:,} of {results['known']:,} faces are found, {results['misplaced']} are found with "
         f"wrong positions, and {results['strange']} findings are no face. The median of the largest error of a "
-        f"face's positions is {results['median_error']:.0%} of the distance of its eyes. A photo takes "
-        f"{results['seconds_per_photo']:.2f} s on two cores ({results['machine']['processor']}){beside}. The largest "
+        f"face's positions is {results['median_error']:.1%} of the distance of its eyes. A photo takes "
+        f"{'at most ' if busy else ''}{results['seconds_per_photo']:.1f} s on {place}. The largest "
         f"process needs at most {few_peak} MiB for {few} photos and {peak} MiB for all. Killed after "
         f"{results['killed_after']} photos and started again, the command "
         f"{'writes' if results['same_files_after_kill'] else 'does not write'} the same bytes.",
