@@ -80,8 +80,6 @@ def shipped_rows() -> list[Row]:
         refined("average, then 500 steps in W+", *optimised, "refine.steps=500", "refine.start=average"),
         refined("average, then 500 steps in W", *optimised, "refine.steps=500", "refine.start=average",
                 "refine.space=w"),
-        refined("encoder, then 100 steps in features", *optimised, "refine.steps=100", "refine.space=features"),
-        refined("encoder, then 100 steps of weights (PTI)", *optimised, "refine.steps=100", "refine.space=weights"),
     ]  # fmt: skip
 
 

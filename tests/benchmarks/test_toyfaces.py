@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.toyfaces import generator
+from benchmarks.toyfaces import edits, generator
 from benchmarks.toyfaces.results import KEPT, PAGE, RESULTS, page, shipped_rows, table, trained_rows
+from psp_lightning.inference.frozen import freeze_psp_generator
+from psp_lightning.inference.invert import keep_codes
+from psp_lightning.loading import load_psp
 
 ROOT = Path(__file__).parents[2]
 RECORDS = json.loads((ROOT / "src/psp_lightning/weights/toyfaces/records.json").read_text())
@@ -55,6 +58,19 @@ def test_the_numbers_come_from_the_shipped_files(results: dict[str, Any]) -> Non
     measured = json.loads(generator.RESULTS.read_text())
     assert measured["sha256"] == {name: RECORDS[name]["sha256"] for name in generator.MEASURED}
     assert measured["frechet"]["images"] == 10_000
+
+
+def test_the_refiner_page_shows_the_edits() -> None:
+    measured = json.loads(edits.RESULTS.read_text(encoding="utf-8"))
+    text = edits.PAGE.read_text(encoding="utf-8")
+    assert edits.page(text, measured) == text, "run python -m benchmarks.toyfaces.edits"
+    assert "encoder" in measured["rows"] and measured["images"] == edits.IMAGES
+
+
+def test_an_edit_is_measured() -> None:
+    row = edits.measure(freeze_psp_generator(load_psp("toyfaces/inversion")), keep_codes, n=2)
+    assert row.keys() == edits.COLUMNS.keys()
+    assert 15 < row["psnr"] < 30 and 0.4 < row["miou_mixed"] < 1 and 10 < row["psnr_edited"] < 30
 
 
 def test_the_page_shows_the_generators_distances() -> None:
