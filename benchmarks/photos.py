@@ -1,9 +1,9 @@
 """Measure psp-align on photos in which every face is known: `python -m benchmarks.photos`, about half an hour on Linux.
 
-The photos are collages of a few real faces, scaled and rotated, on a blurred mosaic of small pieces of them. psp-align
-runs on all of them with two processes, and again in another folder, where it is killed half-way and then repeated. The
-numbers go to benchmarks/results/photos.json, and the table of docs/photos.md is made from them: `--page` only writes
-the page.
+The photos are collages of a few real faces, scaled and rotated, on a blurred mosaic of small pieces of the same faces.
+psp-align runs on all photos with two processes. It then runs with another output folder, is killed half-way, and is
+started again. The numbers go to benchmarks/results/photos.json, and the table in docs/photos.md is made from them:
+`--page` only writes the page.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ FACES = {
 }
 SIZES = [(640, 480), (480, 640), (1024, 768), (1200, 1600), (2400, 1600)]
 PIECE = 24  # pixels, the side of the background's pieces, which are too small to show a face
-FEW, SEARCHED = 100, 1024  # photos of the smaller call; pixels, psp-align's default `longest`
+FEW = 100  # photos; the peak memory until this many are done is recorded separately
+SEARCHED = 1024  # pixels, psp-align's default `longest`
 SETTINGS = ["faces=all", "workers=2", "progress_bar=false"]
 ROTATIONS = {"up to 20°": 20, "20° to 45°": 45, "more": 180}
 WIDTHS = {"below 20": 20.0, "20 to 40": 40.0, "40 to 80": 80.0, "over 80": np.inf}
@@ -59,9 +60,9 @@ class Known:
     """A face in a photo.
 
     Attributes:
-        points: float64 (4, 2), eyes and corners of the mouth in pixels.
-        rotation: in degrees, counterclockwise, -180 to 180.
-        width: of the face, half the side of its FFHQ crop, in pixels of the photo as it is searched.
+        points: eyes and corners of the mouth in pixels, float64 (4, 2).
+        rotation: rotation in degrees, counterclockwise, -180 to 180.
+        width: width of the face, taken as half the side of its FFHQ crop, in pixels of the photo as it is searched.
     """
 
     points: np.ndarray
@@ -91,14 +92,14 @@ def sources() -> list[tuple[Image.Image, np.ndarray]]:
 
 
 def make_photo(faces: list[tuple[Image.Image, np.ndarray]], seed: int, index: int) -> tuple[Image.Image, list[Known]]:
-    """Return photo number `index`, which depends on nothing but the arguments, and the faces in it."""
+    """Return photo number `index`, which depends only on the arguments, and the faces in it."""
     rng = np.random.default_rng([seed, index])
     width, height = SIZES[rng.integers(len(SIZES))]
     photo = _mosaic([face for face, _ in faces], width, height, rng)
-    rows = rng.choice([1, 2, 3, 6], p=[0.5, 0.2, 0.2, 0.1])  # of faces along the shorter side
+    rows = rng.choice([1, 2, 3, 6], p=[0.5, 0.2, 0.2, 0.1])  # rows of faces along the shorter side
     cell = min(width, height) // rows
     kind = rng.choice(["upright", "tilted", "turned", "any"], p=[0.6, 0.2, 0.1, 0.1])
-    turn = float(rng.choice([90, 180, 270]))  # the whole photo, if it is turned
+    turn = float(rng.choice([90, 180, 270]))  # rotation of the whole photo, if it is turned
     known = []
     for place in np.ndindex(width // cell, height // cell) if rows > 1 else [(0, 0)]:
         if rows > 1 and rng.random() < 0.5:
@@ -140,7 +141,7 @@ def _put(
 
 
 def peak_memory(process: int) -> int:
-    """Return the peak memory in MiB of the largest among a process and its children; 0 if all have ended."""
+    """Return the peak memory in MiB of a process or its children, whichever is largest; 0 if all have ended."""
     peaks = [0]
     with contextlib.suppress(OSError):  # they may end at any time
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -151,16 +152,18 @@ def peak_memory(process: int) -> int:
 
 
 def watch(command: list[str], folder: Path, done: Callable[[], int] = int, stop: int | None = None) -> dict[str, Any]:
-    """Run a command while its memory is watched.
+    """Run a command and watch its memory.
 
     Args:
+        command: the command and its arguments.
         folder: working folder.
-        done: returns how many photos are done.
-        stop: kill all processes of the command when so many photos are done.
+        done: function that returns how many photos are done.
+        stop: number of photos after which all processes of the command are killed; None: kill none.
 
     Returns:
         `code`, the exit status; `seconds`, the wall time; `few` and `all`, the peak memory in MiB of its largest
-        process until `FEW` photos were done and until it ended; `done`, if it was killed.
+        process until `FEW` photos were done and until it ended. If it was killed, only `code` and `done`, the number of
+        photos that were done.
     """
     start, few, peak, number = time.perf_counter(), 0, 0, 0
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -194,8 +197,8 @@ def digests(folder: Path) -> dict[str, str]:
 def compare(known: dict[str, list[Known]], table: Path) -> dict[str, Any]:
     """Return how many of the known faces are in a table, and how many faces of the table are not known.
 
-    A face is found if both eyes and both corners of the mouth are within half a distance of its eyes of their places,
-    misplaced if only its centre is, and otherwise missed.
+    A face is found if both eyes and both corners of the mouth are off by at most half the distance between its eyes. It
+    is misplaced if only its centre is near the true one, and otherwise it is missed.
     """
     with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] in ("ok", "left out")]
@@ -286,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.photos", description=__doc__)
     parser.add_argument("--photos", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--busy", action="store_true", help="other work runs beside it, which the page then says")
+    parser.add_argument("--busy", action="store_true", help="other work runs at the same time; the page then says so")
     parser.add_argument("--page", action="store_true", help="only write the page from the stored numbers")
     given = parser.parse_args()
     if not given.page:

@@ -1,11 +1,12 @@
 """Measure whether refined inversions of drawn faces keep edits: `python -m benchmarks.toyfaces.edits [--train]`.
 
-Each row is an inversion of the shipped encoder's codes. On held-out faces: PSNR and identity similarity of the
-reconstruction, and, after styles 4 to 9 were replaced, the mean IoU of the output's regions with the face's label map.
-On generated images G(w*), whose edited form is known: the PSNR between the edited inversion and the edited G(w*).
+Each row is one way to refine the codes of the shipped encoder. Held-out faces give the PSNR and the identity similarity
+of the reconstruction and, after styles 4 to 9 were replaced, the mean IoU between the regions of the output and the
+face's label map. Generated images G(w*), whose edited form is known, give the PSNR between the edited inversion and the
+edited G(w*).
 
-With --train, first train (or continue) a refiner for each resolution, with and without edit pairs. Results go to
-benchmarks/results/edits.json and to the table in docs/refiner.md.
+With --train, measure refiners instead: train (or continue to train) one for each resolution, with and without edit
+pairs. Results go to benchmarks/results/edits.json and to the table in docs/refiner.md.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ COLUMNS = {
 
 
 class MSE(nn.Module):
-    """The sum over images of the mean squared error."""
+    """The mean squared error of each image, summed over the images."""
 
     def forward(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return a scalar for two batches (B, 3, S, S)."""
@@ -55,7 +56,7 @@ class MSE(nn.Module):
 
 
 def optimise(space: str) -> Step:
-    """Return a step that optimises l2."""
+    """Return a step that minimises the mean squared error."""
     return Optimization(MSE(), partial(Optimizer, space=space, steps=STEPS))
 
 
@@ -130,11 +131,11 @@ def page(text: str, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure the rows, or those that start with --only, and write file and page."""
+    """Measure the rows, or only the rows that --only selects, and write the file and the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.toyfaces.edits", description=__doc__)
     parser.add_argument("--train", action="store_true", help="train and measure refiners, hours on two cores")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="only the rows whose names start with ROW")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the trainings")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="measure only the rows whose names start with ROW")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder in which the refiners are trained")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": {}}
     refiners = {

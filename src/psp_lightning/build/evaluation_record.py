@@ -1,4 +1,4 @@
-"""The record of an evaluation: what was measured, with what, and the numbers; and its files."""
+"""The record of an evaluation and its files: what was measured, with what, and the numbers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from psp_lightning.zoo.locate import sha256
 
 VERSIONS = ("torch", "torchmetrics", "pytorch-lightning", "torchvision", "numpy", "pillow", "lpips", "torch-fidelity")
 DISPLAY = ("progress_bar", "num_workers", "output", "name")  # settings that do not affect the numbers
-EDGE = 256  # the largest side of the shown images in pixels
+EDGE = 256  # pixels, longest side of the shown images
 
 
 def check_output(cfg: DictConfig) -> None:
-    """Make the folder for the results, before anything is measured.
+    """Make the folder for the results before anything is measured.
 
     Raises:
-        UserError: it is a file, cannot be written, or lies in a folder of images, which would then contain more images.
+        UserError: the folder is a file, cannot be written, or lies in a folder of measured images, to which it would
+            add images.
     """
     folder = Path(cfg.output)
     for key in ("outputs", "targets", "data.root", "data.source", "data.target"):
@@ -56,7 +57,10 @@ def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict
     """Combine the values of all ranks, write the files and return the content of metrics.json; None on other ranks.
 
     Args:
-        errors: reasons why metrics could not be built.
+        cfg: settings.
+        subject: what was measured.
+        module: module that measured it.
+        errors: reasons why metrics could not be built, by the name of the metric.
     """
     columns, single, failed, missing = module.results(len(subject.names))
     if module.global_rank:
@@ -91,7 +95,7 @@ def finish(cfg: DictConfig, subject: Subject, module: LitEvaluator, errors: dict
 
 
 def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dict[str, float | None]:
-    """Return seconds per image and peak memory, both for one image at a time."""
+    """Return the seconds per image and the peak memory, both measured with one image at a time."""
     if subject.task == PAIRS or not cfg.timing:
         return {"seconds_per_image": None, "peak_memory_mib": None}
     items = [subject.dataset[index] for index in range(min(cfg.timing, len(subject.names)))]
@@ -105,7 +109,7 @@ def measure_cost(cfg: DictConfig, subject: Subject, module: LitEvaluator) -> dic
 def save_images(
     cfg: DictConfig, subject: Subject, module: LitEvaluator, columns: dict[str, list[float]], folder: Path
 ) -> list[dict[str, Any]]:
-    """Write the best, median and worst images by the first metric that has values per image, and return their list."""
+    """Write the best, median and worst images by the first metric that has values per image, and return a list."""
     if not columns:
         return []
     name = next(iter(columns))
@@ -128,7 +132,7 @@ def save_images(
 
 
 def row_name(cfg: DictConfig) -> str:
-    """Return the name of the row: as set, or a short form of what is measured."""
+    """Return the name of the row: the `name` that is set, or a short form of what is measured."""
     if cfg.name is not None:
         return str(cfg.name)
     if cfg.outputs is not None:
@@ -136,7 +140,7 @@ def row_name(cfg: DictConfig) -> str:
     name = str(cfg.ckpt)
     if os.path.exists(name):
         path = Path(name).resolve()
-        run = f"{path.parents[1].name}/" if path.parent.name == "checkpoints" else ""  # last.ckpt alone says nothing
+        run = f"{path.parents[1].name}/" if path.parent.name == "checkpoints" else ""  # last.ckpt names no run
         name = path.name if path.is_dir() else f"{run}{path.stem}"
     return " + ".join(filter(None, [name, describe_steps(cfg)]))
 

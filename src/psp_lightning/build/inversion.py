@@ -20,7 +20,7 @@ CODES = ("w_plus", "w")
 
 
 class Distance(nn.Module):
-    """The sum over images of weighted losses; each term is an average over the batch, so images stay independent."""
+    """The weighted sum of losses, summed over the images of a batch, so that images stay independent."""
 
     def __init__(self, losses: CompositeLoss) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Distance(nn.Module):
 
     def forward(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Return a scalar for two batches (B, C, S, S)."""
-        return self.losses(LossInputs(y_hat=y_hat, y=y))[0] * len(y)
+        return self.losses(LossInputs(y_hat=y_hat, y=y))[0] * len(y)  # each loss is a mean over the batch
 
 
 def build_inverter(cfg: DictConfig, net: PSP) -> Inverter:
@@ -52,7 +52,7 @@ def build_inverter(cfg: DictConfig, net: PSP) -> Inverter:
 
 
 def load_network(cfg: DictConfig) -> PSP:
-    """Load the network of `ckpt`, which may be only a generator if a step optimises.
+    """Load the network of `ckpt`, which may contain only a generator if a step optimises.
 
     Raises:
         UserError: see `load_psp`.
@@ -69,7 +69,7 @@ def _step(cfg: DictConfig, key: str) -> Step:
         step: Step = instantiate(cfg, key)
         return step
     given: Any = OmegaConf.to_container(cfg[key].losses)
-    weights = {name: weight for name, weight in given.items() if weight != 0}  # otherwise each step computes it
+    weights = {name: weight for name, weight in given.items() if weight != 0}  # a weight of 0 would still cost time
     losses = CompositeLoss({name: instantiate(cfg, f"loss.{name}", without=["weight"]) for name in weights}, weights)
     with naming(cfg, key):
         return Optimization(Distance(losses), instantiate(cfg, key, without=["losses"]))
@@ -100,14 +100,14 @@ def makes_refinement(cfg: DictConfig) -> bool:
 
 
 def is_refined(cfg: DictConfig) -> bool:
-    """Return whether an inversion has more than codes. Loads the network if the settings do not tell."""
+    """Return whether an inversion has more than codes. If the settings do not decide this, load the network."""
     if optimises(cfg, "refine"):
         return cfg.refine.space in ("features", "weights") or cfg.refine.start == "features"
     return not drops_refinement(cfg) and (makes_refinement(cfg) or load_network(cfg).refiner is not None)
 
 
 def recorded_steps(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings of the steps that differ from the default, which determine the outputs."""
+    """Return the settings of the steps that are not the default; they belong to what determines the outputs."""
     found = {} if cfg.embed is None else {"embed": OmegaConf.to_container(cfg.embed, resolve=True)}
     if makes_refinement(cfg) or drops_refinement(cfg):
         found["refine"] = OmegaConf.to_container(cfg.refine, resolve=True)
@@ -115,12 +115,12 @@ def recorded_steps(cfg: DictConfig) -> dict[str, Any]:
 
 
 def steps(cfg: DictConfig) -> list[str]:
-    """Return the steps that optimise, of `embed` and `refine`."""
+    """Return which of the steps `embed` and `refine` optimise."""
     return [key for key in ("embed", "refine") if optimises(cfg, key)]
 
 
 def describe_steps(cfg: DictConfig) -> str:
-    """Return how the inversion differs from the network's own, in words for the name of a row; empty if it does not."""
+    """Return words for the name of a row that say how the inversion differs from the default; empty if it does not."""
     words = []
     for key in steps(cfg):
         node = cfg[key]

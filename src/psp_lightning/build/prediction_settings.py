@@ -16,7 +16,7 @@ from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import FORMATS
 
-LARGEST = 8192  # pixels per side; any program that reads larger pictures with Pillow takes them for attacks
+LARGEST = 8192  # pixels per side; programs that use Pillow would treat a larger picture as an attack
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 

@@ -1,4 +1,4 @@
-"""The FFHQ crop that face models expect: rotates, crops and scales a photo using its eye and mouth positions.
+"""The FFHQ crop that face models expect: the positions of eyes and mouth determine how a photo is rotated and cropped.
 
 Source: Karras et al., arXiv:1812.04948, appendix A (the FFHQ data set). The order of rounding follows the published
 FFHQ preprocessing, which the pSp reference uses with an output size of 256.
@@ -25,7 +25,7 @@ def crop_corners(eye_left: Point, eye_right: Point, mouth_left: Point, mouth_rig
     of 4 eye distances and 3.6 face heights (eyes to mouth).
 
     Raises:
-        UserError: if the points coincide or are not finite.
+        UserError: the points coincide or are not finite.
     """
     eyes, mouth = np.array([eye_left, eye_right], float), np.array([mouth_left, mouth_right], float)
     across = eyes[1] - eyes[0]
@@ -62,7 +62,7 @@ def _pad(image: Image.Image, pads: np.ndarray, quad_size: float) -> Image.Image:
     """Extend the photo (left, top, right, bottom) by mirroring, fading outwards into blur and the median colour."""
     left, top, right, bottom = pads.tolist()
     planes = []
-    for plane in image.split():  # one by one: less memory
+    for plane in image.split():  # one by one, which needs less memory
         array = np.pad(np.asarray(plane, np.float32), ((top, bottom), (left, right)), "reflect")
         height, width = array.shape
         y, x = np.ogrid[:height, :width]
@@ -82,11 +82,11 @@ class Cut:
     """How a crop is cut from a photo.
 
     Attributes:
-        shrink: the photo is first made smaller by this factor.
-        size: width and height of the photo after this.
-        box: left, top, right and bottom of the part that is used.
+        shrink: factor by which the photo is first made smaller.
+        size: width and height of the smaller photo.
+        box: left, top, right and bottom of the part of the smaller photo that is used.
         pads: pixels that are added to the left, top, right and bottom of the part; all 0 if it is large enough.
-        quad: float64 (4, 2), the corners of the crop within the padded part, in the order of `crop_corners`.
+        quad: corners of the crop within the padded part, float64 (4, 2), in the order of `crop_corners`.
     """
 
     shrink: int
@@ -106,7 +106,7 @@ def plan_cut(photo_size: tuple[int, int], corners: np.ndarray, size: int) -> Cut
 
     Args:
         photo_size: width and height of the photo in pixels.
-        corners: float64 (4, 2), the square in pixels of the photo, see `crop_corners`.
+        corners: corners of the square in pixels of the photo, float64 (4, 2), see `crop_corners`.
         size: height and width of the crop.
 
     Raises:
@@ -135,7 +135,9 @@ def cut_face(photo: Image.Image, corners: np.ndarray, size: int = 256) -> Image.
     """Return the square with these corners from an RGB photo, scaled to `size` x `size`; see `align_face`.
 
     Args:
-        corners: float64 (4, 2) in pixels, see `crop_corners`.
+        photo: RGB image.
+        corners: corners of the square in pixels of the photo, float64 (4, 2), see `crop_corners`.
+        size: height and width of the result.
 
     Raises:
         UserError: the square lies outside the photo.
@@ -162,12 +164,12 @@ def align_face(
 
     Args:
         image: path or PIL image; the EXIF orientation is applied.
-        eye_left, eye_right: x, y in pixels of the eye centres; left and right are as seen in the photo.
-        mouth_left, mouth_right: x, y in pixels of the mouth corners.
+        eye_left, eye_right: x and y of the eye centres, in pixels; left and right are as seen in the photo.
+        mouth_left, mouth_right: x and y of the mouth corners, in pixels.
         size: height and width of the crop.
 
     Raises:
-        UserError: if the image cannot be read, the points do not form a face, or the face lies outside the photo.
+        UserError: the image cannot be read, the points do not form a face, or the face lies outside the photo.
     """
     photo = open_8bit(image, "RGB")
     return cut_face(photo, crop_corners(eye_left, eye_right, mouth_left, mouth_right), size)

@@ -13,7 +13,7 @@ from psp_lightning.data.faces import Detector, Face
 from psp_lightning.utils.errors import UserError, plural
 from psp_lightning.utils.optional import facenet_pytorch
 
-EDGE = 256  # pixels, height and width of the picture in which a face is searched
+EDGE = 256  # pixels, height and width of the picture that is searched for a face
 # How far eyes may lie from their place in FFHQ, as a share of the picture's width. The distance is 0.01 for aligned
 # photographs, 0.06 on average and 0.11 at most for drawn faces, and 0.29 for a portrait that was not aligned.
 FFHQ_CROP, OWN_CROP = 0.05, 0.15
@@ -21,10 +21,10 @@ FEW = 0.8  # share of pictures that should show a face, and of faces that should
 
 
 def eye_offset(picture: Image.Image) -> float | None:
-    """Return how far the eyes lie from FFHQ's place, as a share of the picture's width; None if no face is found.
+    """Return how far the eyes lie from their place in FFHQ, as a share of the picture's width; None without a face.
 
     Args:
-        picture: RGB; it is squashed to a square as in training.
+        picture: RGB image; it is squashed to a square as in training.
 
     Raises:
         UserError: facenet-pytorch is not installed.
@@ -47,7 +47,7 @@ def check_faces(offsets: Iterable[float | None], far: float = FFHQ_CROP) -> list
     """Report pictures without a face, and faces that are not aligned, from the results of `eye_offset`.
 
     Args:
-        offsets: the result of `eye_offset` for each picture.
+        offsets: result of `eye_offset` for each picture.
         far: largest offset of an aligned face.
     """
     offsets = list(offsets)

@@ -1,6 +1,6 @@
-"""Faces in photos: detection with MTCNN, and the choice among several.
+"""Faces in photos: detection with MTCNN, and the choice among several faces.
 
-Source: Zhang et al., arXiv:1604.02878, with the networks of facenet-pytorch, which are part of that package.
+Source: Zhang et al., arXiv:1604.02878. The package facenet-pytorch contains the networks.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Face:
     """A face in a photo.
 
     Attributes:
-        landmarks: float64 (5, 2), x and y of the left eye, right eye, nose, left and right corner of the mouth, in
+        landmarks: x and y of the left eye, right eye, nose, left and right corner of the mouth, float64 (5, 2), in
             pixels of the upright photo. Left and right are as seen when the face is upright. NaN: not known.
-        score: of the detector, 0 to 1; None: the landmarks are from a file.
+        score: score of the detector, 0 to 1; None: the landmarks are from a file.
     """
 
     landmarks: np.ndarray
@@ -65,7 +65,7 @@ class Face:
         """Return why the face cannot be aligned in a photo of this width and height, or None if it can.
 
         Both eyes and both corners of the mouth must be known and lie in the photo. If the nose is known, it must not
-        lie beyond an eye by more than half the distance of the eyes, which means that one eye is hidden.
+        lie beyond an eye by more than half the distance between the eyes: that would mean that one eye is hidden.
         """
         for name, point in zip(POINTS, self.landmarks, strict=True):
             if name == "nose":
@@ -86,7 +86,7 @@ class Face:
 
 
 Candidate = tuple[Face, tuple[bool, float]]  # a face and its rank, see `_rank`
-# MTCNN also finds faces that lie on their side or upside down, with lower scores and wrong positions.
+# MTCNN also finds faces that lie on their side or are upside down, but with lower scores and wrong positions.
 SURE = (True, 0.995)
 NONE = [(None, (False, 0.0))]
 
@@ -102,13 +102,13 @@ class Detector:
     """Finds the faces in photos.
 
     Args:
-        longest: a photo whose longer side has more pixels is searched at this size. Faces whose box is then smaller
-            than 20 pixels are not found.
+        longest: largest number of pixels on the longer side; a larger photo is reduced to it before the search. Faces
+            whose box is then smaller than 20 pixels are not found.
         score: smallest score of a face, 0 to 1.
-        turned: search every photo upright and turned by 90, 180 and 270 degrees, for photos in which some faces are
-            upright and others are not. False: turn only photos with no face, or with one that may not be upright
-            because its score is below 0.995 or its positions are tilted by more than 45 degrees. None: turn none.
-        device: of the network, such as `cpu` or `cuda`.
+        turned: True: search every photo upright and turned by 90, 180 and 270 degrees, for photos in which some faces
+            are upright and others are not. False: turn only photos with no face, or with one that may not be upright
+            because its score is below 0.995 or its positions are tilted by more than 45 degrees. None: turn no photo.
+        device: device of the network, such as `cpu` or `cuda`.
 
     Raises:
         UserError: an argument is invalid.
@@ -145,7 +145,7 @@ class Detector:
         ]
 
     def _turned(self, photos: list[Image.Image], turn: int) -> list[list[Candidate]]:
-        """Return the faces of photos that are turned counterclockwise first, in pixels of the photos before that."""
+        """Turn photos counterclockwise, and return their faces in pixels of the photos before the turn."""
         method = TURNS[turn]
         views = photos if method is None else [photo.transpose(method) for photo in photos]
         found: list[list[Candidate]] = [[] for _ in views]
@@ -165,7 +165,7 @@ class Detector:
         """
         try:
             _, scores, points = _mtcnn(self.device).detect(views, landmarks=True)
-        except (RuntimeError, IndexError) as error:  # it fails on some boxes at the border of a picture
+        except (RuntimeError, IndexError) as error:  # MTCNN fails on some boxes at the border of a picture
             if len(views) > 1:
                 return [self.upright([view])[0] for view in views]
             raise UserError(f"{name_of(views[0])}: the face detector fails on this photo ({error}).") from None
@@ -187,7 +187,7 @@ def _reduced(photo: Image.Image, longest: int) -> Image.Image:
 
 
 def _scaled(face: Face, size: tuple[int, int], reduced: tuple[int, int]) -> Face:
-    """Return a face of a reduced photo in pixels of the photo, in which the centre of the first pixel is 0."""
+    """Convert a face from pixels of the reduced photo to pixels of the photo; the centre of the first pixel is 0."""
     return Face(((face.landmarks + 0.5) * np.array(size) / np.array(reduced) - 0.5).round(2), face.score)
 
 
@@ -206,7 +206,7 @@ def _rank(face: Face) -> tuple[bool, float]:
 
 
 def _distinct(faces: list[Candidate]) -> list[Face]:
-    """Return the faces, largest first; of several at one place, the best."""
+    """Return the faces, largest first; if several are in the same place, only the best of them."""
     kept: list[Face] = []
     for face, _ in sorted(faces, key=lambda candidate: candidate[1], reverse=True):
         centre = face.points.mean(0)
@@ -220,8 +220,8 @@ def detect_faces(
 ) -> list[Face]:
     """Return the faces in a photo, largest first.
 
-    The network is MTCNN, which finds upright faces. If it finds none or is not sure, the photo is turned by 90, 180 and
-    270 degrees.
+    The network is MTCNN, which finds upright faces. If it finds none or is not sure, the photo is also turned by 90,
+    180 and 270 degrees and searched again.
 
     Args:
         image: path or PIL image; the EXIF orientation is applied.
@@ -237,10 +237,10 @@ def detect_faces(
 
 
 def check_choice(faces: str | int) -> str | int:
-    """Return a valid argument `which` of `choose`; numbers may be text.
+    """Return `faces` as a valid argument `which` of `choose`; a number may be given as text.
 
     Raises:
-        UserError: it is neither one of `CHOICES` nor a number of at least 1.
+        UserError: `faces` is neither one of `CHOICES` nor a number of at least 1.
     """
     if str(faces).isdecimal() and int(faces) >= 1:
         return int(faces)
@@ -253,9 +253,9 @@ def choose(faces: Sequence[Face], which: str | int, size: tuple[int, int]) -> li
     """Return the wanted faces, largest first.
 
     Args:
-        faces: of a photo.
-        which: `all`, `largest`, `central` (closest to the centre of the photo) or a number n (the n largest). Except
-            for `all`, faces that cannot be aligned count only if there are no others.
+        faces: faces of one photo.
+        which: the wanted faces: `all`, `largest`, `central` (closest to the centre of the photo) or a number n (the n
+            largest). Except for `all`, faces that cannot be aligned count only if there are no others.
         size: width and height of the photo.
     """
     ordered = sorted(faces, key=lambda face: -face.side)

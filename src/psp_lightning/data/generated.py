@@ -1,4 +1,4 @@
-"""Samples that the generator of a training draws: the data module gives seeds, and `LitPSP` draws images of them."""
+"""Samples that the generator of a training draws: the data module provides seeds, and `LitPSP` draws the images."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.utils.data import Dataset, default_collate
 from psp_lightning.data.datasets import TaskDataset
 from psp_lightning.utils.arguments import ArgumentError, number
 
-EPOCH = 10_000  # generated samples of a training epoch without images
-VALIDATION = 64  # generated samples of a validation without images
+EPOCH = 10_000  # generated samples in a training epoch without images
+VALIDATION = 64  # generated samples in a validation without images
 
 
 def generated_per_batch(share: float, batch_size: int) -> int:
     """Return how many of `batch_size` samples are generated.
 
     Raises:
-        ArgumentError: `share` is not from 0 to 1, or not a whole number of samples. Rounding would give one device with
-            a large batch and two devices with half of it different samples.
+        ArgumentError: `share` is not from 0 to 1, or does not give a whole number of samples. The number is not
+            rounded, because one device and two devices with half its batch size would then see different samples.
     """
     n = number("generated_share", share, 0, 1) * batch_size
     if abs(n - round(n)) < 1e-6:
@@ -36,16 +36,16 @@ def generated_per_batch(share: float, batch_size: int) -> int:
 class GeneratedSamples(Dataset[dict[str, Any]]):
     """Samples of `images`, if given, followed by generated samples, which are only seeds.
 
-    An index below the number of images is a sample of `images`; any other index is a generated sample with `seed`,
-    `path` (a name for messages) and `index`. Its seed depends only on (seed, epoch, index) and on `train`.
+    An index below the number of images gives a sample of `images`; any other index gives a generated sample with
+    `seed`, `path` (a name for messages) and `index`. Its seed depends only on (seed, epoch, index) and on `train`.
 
     Args:
-        images: the images of the task. None: all samples are generated.
-        n: number of samples without images.
+        images: data set of the task's images; None: all samples are generated.
+        n: number of samples if there are no images.
         input_size, target_size: height and width of source and target.
-        seed: of the generated samples.
-        fixed: the generated samples are the same in each epoch.
-        train: False: other samples than in training, the same in each epoch.
+        seed: seed of the generated samples.
+        fixed: True: the generated samples are the same in each epoch.
+        train: False: the generated samples differ from those in training, and are the same in each epoch.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
         if self.images is not None and index < self.n_images:
             return self.images[(epoch, index)]
         epoch = 0 if self.fixed else epoch
-        # without the leading number, a validation would have the samples of the first epoch
+        # without the leading number, a validation would use the samples of the first training epoch
         drawn = np.random.SeedSequence([int(self.train), self.seed, epoch, index]).generate_state(1, np.uint64)[0]
         path = f"generated sample {index} of epoch {epoch}"
         return {"seed": int(drawn >> np.uint64(1)), "path": path, "index": torch.tensor(index)}
@@ -79,9 +79,9 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch whose last samples are the generated ones, without their images.
 
-        `source` and `target` have the r images of the batch, which may be none: (r, 3, input_size, input_size) and
-        (r, 3, target_size, target_size). `seeds` is a list of g integers, because reading them from a GPU would wait
-        for it. `path` and `index` have r + g entries.
+        `source` and `target` contain the r other samples, of which there may be none: (r, 3, input_size, input_size)
+        and (r, 3, target_size, target_size). `seeds` is a list of g integers and not a tensor, because reading a tensor
+        from a GPU would have to wait for the GPU. `path` and `index` have r + g entries.
         """
         images = [item for item in items if "seed" not in item]
         drawn = [item for item in items if "seed" in item]

@@ -15,8 +15,8 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.pictures import ImageLike, open_8bit, open_image, to_8bit
 
 STRIP = 1 << 20  # pixels that are computed at once, which bounds the memory
-SEAM = 256  # side at which the colours at the seam are compared
-KEPT = ("icc_profile", "exif")  # what else a photo's file contains, kept if the photo is in RGB
+SEAM = 256  # pixels, side of the crops in which the colours along the margin are compared
+KEPT = ("icc_profile", "exif")  # other data in a photo's file, which is kept if the photo is in RGB
 
 
 def paste_back(
@@ -27,19 +27,20 @@ def paste_back(
     match_colour: bool = False,
     mask: ImageLike | Sequence[ImageLike] | None = None,
 ) -> Image.Image:
-    """Return a photo in which aligned faces are replaced by edited versions of them, an RGB image.
+    """Return a photo, as an RGB image, in which aligned faces are replaced with edited versions of them.
 
     The faces are rotated and scaled back, and blended over a margin along the edge of each square. Pixels outside the
-    squares do not change. Where the crop had to be filled because the square leaves the photo, the photo's own pixels
-    remain. Where squares overlap, each pixel belongs to the face whose centre is closer, in sides of its square.
+    squares do not change. Where the crop had to be filled because the square extends beyond the photo, the photo's own
+    pixels remain. Where squares overlap, each pixel belongs to the face whose centre is closer, measured in sides of
+    its square.
 
     Args:
         photo: path or PIL image; the EXIF orientation is applied.
-        edited: the edited face or faces, square, of any size.
-        corners: float64 (4, 2) for one face, (N, 4, 2) for several: the corners of the crops in pixels of the photo,
-            see `psp_lightning.data.align.crop_corners`.
+        edited: edited face or faces, square, of any size.
+        corners: corners of the crops in pixels of the photo, float64 (4, 2) for one face or (N, 4, 2) for several, see
+            `psp_lightning.data.align.crop_corners`.
         feather: width of the blended margin as a share of the side of the square, 0 to 0.5.
-        match_colour: shift the colours of each face so that their mean along the margin is the photo's.
+        match_colour: True: shift the colours of each face so that their mean along the margin equals the photo's.
         mask: picture or pictures of the shape of `edited`, white where the edited face is wanted; None: everywhere.
 
     Raises:
@@ -81,13 +82,13 @@ class _Patch:
     """An edited face and its place in the photo.
 
     Attributes:
-        face: RGB, about as many pixels as its place has, or fewer.
+        face: RGB image, reduced if it is much larger than its place.
         quad: corners of the place in the photo.
         cut: how the crop was cut from the photo, which determines where it was filled.
-        scale: width and height of the photo after `cut.shrink`, in widths and heights of the photo.
+        scale: width and height of the photo after `cut.shrink`, divided by those before.
         region: left, top, right and bottom of the place in the photo.
         feather, mask: see `paste_back`.
-        shift: added to the colours.
+        shift: difference (3,) that is added to the colours.
     """
 
     face: Image.Image
@@ -123,9 +124,9 @@ class _Patch:
         return patch
 
     def _sharpened(self, photo: Image.Image) -> Image.Image:
-        """Return the face with what scaling it there and back loses added, so that the result's crop is the face.
+        """Return the face plus the detail that it would lose by being put into the photo and cut out again.
 
-        This is one step of back-projection (Irani and Peleg, 1991).
+        A crop from the result is then closer to the face. This is one step of back-projection (Irani and Peleg, 1991).
         """
         margin = int(self.cut.quad_size * 0.15) + 4  # more than `plan_cut` uses
         low = np.maximum(np.array(self.region[:2]) - margin, 0)
@@ -140,7 +141,7 @@ class _Patch:
         return Image.fromarray(np.clip(2 * np.asarray(self.face, np.int16) - again, 0, 255).astype(np.uint8))
 
     def _seam(self, photo: Image.Image) -> np.ndarray:
-        """Return the mean difference of photo and edited face along the margin, float32 (3,)."""
+        """Return the mean difference between photo and edited face along the margin, float32 (3,)."""
         before = np.asarray(cut_face(photo, self.quad, SEAM), np.float32)
         after = np.asarray(self.face.resize((SEAM, SEAM), Image.Resampling.BOX), np.float32)
         u = (np.arange(SEAM) + 0.5) / SEAM
@@ -165,16 +166,16 @@ class _Patch:
                 yield left, start, right, min(start + rows, bottom)
 
     def position(self, box: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the pixels of a box lie in the square: from left to right and top to bottom, 0 to 1, (H, W)."""
+        """Return where the pixels of a box lie in the square, (H, W): 0 to 1 from left to right and top to bottom."""
         u, v = self._affine()
         x, y = np.arange(box[0], box[2]), np.arange(box[1], box[3])[:, None]
         return tuple((c[0] * x + c[1] * y + c[2]).astype(np.float32) for c in (u, v))  # type: ignore[return-value]
 
     def _affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return a, b, c of u = a x + b y + c and of v for pixels x, y of the photo."""
+        """Return a, b, c of u = a x + b y + c, and the same for v, for pixels x, y of the photo."""
         origin, right, down = self.quad[0], self.quad[3] - self.quad[0], self.quad[1] - self.quad[0]
-        # The crop is taken from the photo shrunk by a whole number, as `cut_face` does: there, pixel x of the photo is
-        # at (x + 0.5) * scale - 0.5, and the corners at their positions divided by that number.
+        # `cut_face` takes the crop from the photo after shrinking it by a whole number. There, pixel x of the photo is
+        # at (x + 0.5) * scale - 0.5, and the corners are at their positions divided by that number.
         shift = 0.5 * self.scale - 0.5 - origin / self.cut.shrink
         rows = []
         for axis in (right, down):
@@ -217,7 +218,7 @@ class _Patch:
         return _smooth(3 * near - 3).astype(np.float32)
 
     def precedence(self, other: _Patch, box: tuple[int, int, int, int]) -> np.ndarray:
-        """Return the share of this face in the pixels where `other` lies too, float32 (H, W)."""
+        """Return the share of this face in the pixels of a box that `other` may also cover, float32 (H, W)."""
         mine, theirs = (
             np.maximum(abs(2 * u - 1), abs(2 * v - 1)) for u, v in (self.position(box), other.position(box))
         )
@@ -225,6 +226,6 @@ class _Patch:
 
 
 def _smooth(x: np.ndarray) -> np.ndarray:
-    """Return 0 below 0, 1 above 1, and a smooth step between."""
+    """Return 0 below 0, 1 above 1, and a smooth step in between."""
     x = np.clip(x, 0, 1)
     return x * x * (3 - 2 * x)

@@ -17,12 +17,12 @@ Step = Callable[[PSP, Inversion, Tensor, Tensor], Inversion]  # (network, invers
 
 
 def keep_codes(net: PSP, inversion: Inversion, source: Tensor, target: Tensor) -> Inversion:
-    """Return only the codes, which the refiner of the network does not change."""
+    """Return only the codes, without any refinement."""
     return Inversion(inversion.w_plus)
 
 
 def refine_features(net: PSP, inversion: Inversion, source: Tensor, target: Tensor) -> Inversion:
-    """Add what the network's refiner sees in the source.
+    """Return the inversion with the change that the network's refiner computes from the source.
 
     Raises:
         UserError: the network has no refiner.
@@ -32,7 +32,7 @@ def refine_features(net: PSP, inversion: Inversion, source: Tensor, target: Tens
 
 
 def refine_if_possible(net: PSP, inversion: Inversion, source: Tensor, target: Tensor) -> Inversion:
-    """Add what the network's refiner sees in the source, if it has a refiner."""
+    """Return the inversion with the change that the network's refiner computes; without a refiner, add no change."""
     return replace(inversion, features=net.refine(source, inversion.w_plus))
 
 
@@ -46,11 +46,11 @@ def check_refiner(net: PSP) -> None:
 
 
 class Optimization(nn.Module):
-    """A step that optimises, with the target in view.
+    """A step that optimises an inversion towards the target.
 
     Args:
-        distance: a module that maps (y_hat, y) to the sum over images of a loss; it is moved with this module.
-        make: builds the method from `distance`, such as `functools.partial(Optimizer, steps=100)`.
+        distance: module that maps (y_hat, y) to a loss, summed over the images; it is moved with this module.
+        make: function that builds the method from `distance`, such as `functools.partial(Optimizer, steps=100)`.
     """
 
     def __init__(self, distance: nn.Module, make: Callable[..., Optimizer]) -> None:
@@ -69,8 +69,8 @@ class Inverter(nn.Module):
     """Map sources to inversions with a network: its encoder, and the steps that follow.
 
     Args:
-        embed: changes the encoder's codes; None keeps them.
-        refine: follows.
+        embed: step that changes the encoder's codes; None keeps them.
+        refine: step that refines the result.
     """
 
     def __init__(self, embed: Step | None = None, refine: Step = refine_if_possible) -> None:
@@ -78,7 +78,7 @@ class Inverter(nn.Module):
         self.embed, self.refine = embed, refine
 
     def optimizers(self) -> Iterator[Optimizer]:
-        """Return the methods that optimise, in order."""
+        """Yield the methods that optimise, in the order of the steps."""
         for step in (self.embed, self.refine):
             if isinstance(step, Optimization):
                 yield step.method
@@ -100,7 +100,7 @@ class Inverter(nn.Module):
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether the codes of the encoder are used: not if the first step starts from the average latent."""
+        """Whether the codes of the encoder are used: they are not if the first step starts from the average latent."""
         first = self.refine if self.embed is None else self.embed
         return not (isinstance(first, Optimization) and first.method.start == "average")
 
@@ -108,9 +108,9 @@ class Inverter(nn.Module):
         """Return the inversion of a batch.
 
         Args:
-            net: the network.
-            source: (B, C, input_size, input_size).
-            target: (B, 3, S, S) in [-1, 1], the images to be reproduced; only optimisation looks at them.
+            net: network.
+            source: sources (B, C, input_size, input_size).
+            target: images to be reproduced, (B, 3, S, S) in [-1, 1]; only optimisation uses them.
         """
         codes = net.encode(source) if self.needs_encoder else net.latent_avg.expand(len(source), -1, -1)
         inversion = Inversion(codes)

@@ -1,4 +1,4 @@
-"""Find what represents images by optimisation: a slow alternative to an encoder, or a refinement of its result.
+"""Inversion of images by optimisation: a slow alternative to an encoder, or a refinement of its result.
 
 Sources: Abdal et al., Image2StyleGAN (arXiv:1904.03189), with the learning-rate schedule of StyleGAN2
 (arXiv:1912.04958), appendix D, for codes; Roich et al., PTI (arXiv:2106.05744), for weights.
@@ -25,7 +25,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 LEARNING_RATES = {"w_plus": 0.1, "w": 0.1, "features": 0.05, "weights": 1e-3}
 STARTS = ("encoder", "average", "features")
-RADIUS, PUBLISHED = 30.0, 18 * 512  # distance in the locality term of PTI, for codes of so many numbers
+RADIUS, PUBLISHED = 30.0, 18 * 512  # distance in the locality term of PTI, and how many numbers its codes have
 
 
 class Optimizer:
@@ -34,21 +34,22 @@ class Optimizer:
     Each image is optimised independently of the others of its batch.
 
     Args:
-        distance: maps (y_hat, y), both (B, C, S, S) in about [-1, 1], to (B,), or to its sum.
-        space: `w_plus` (a style for each layer), `w` (one style for all layers), `features` (a change of the feature
-            map of side `resolution`), or `weights` (the generator's weights, a copy for each image).
-        start: `encoder` (the codes of the network), `average` (the average latent), or `features` (the codes and the
-            change of the network's refiner).
+        distance: function that maps (y_hat, y), both (B, C, S, S) in about [-1, 1], to (B,) or to the sum over B.
+        space: what is optimised: `w_plus` (a style for each layer), `w` (one style for all layers), `features` (a
+            change of the feature map of side `resolution`), or `weights` (the generator's weights, a copy for each
+            image).
+        start: first result: `encoder` (the codes of the network), `average` (the average latent), or `features` (the
+            codes and the change that the network's refiner adds).
         steps: number of Adam steps.
-        seconds: end earlier, after this time for a batch; None: no limit. The result then depends on the machine.
+        seconds: time limit for a batch; None: no limit. With a limit, the result depends on the speed of the machine.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %. None:
             0.1 for codes, 0.05 for features, 0.001 for weights.
         resolution: side of the feature map; None: the refiner's, otherwise a sixteenth of the image, at least 16.
-        locality: weight of the term that keeps other images as they are, for `weights`; 0 leaves it out.
-        seed: of the images of this term.
+        locality: weight of the term that keeps other images as they are, for `weights`; 0 leaves the term out.
+        seed: seed of the random images in this term.
 
     Attributes:
-        on_step: called with the number of finished steps and of all steps of a batch.
+        on_step: function that is called with the number of finished steps and the number of all steps of a batch.
 
     Raises:
         ArgumentError: `space` or `start` is unknown, or a number is out of range.
@@ -80,9 +81,9 @@ class Optimizer:
         """Return an inversion whose images are close to `images`, detached.
 
         Args:
-            net: the network, which is not changed.
-            inversion: what the network made of the images; its codes are (B, n_styles, style_dim).
-            images: (B, C, S, S) in [-1, 1]; the generator's images are pooled to this size.
+            net: network; it is not changed.
+            inversion: the network's inversion of the images, with codes (B, n_styles, style_dim).
+            images: images (B, C, S, S) in [-1, 1]; the generator's images are pooled to this size.
 
         Raises:
             UserError: the network has no refiner to start from, the images have values that are not finite, or
@@ -128,7 +129,7 @@ class Optimizer:
         return inversion.features.detach()
 
     def run(self, generator: GeneratorModule, images: Tensor, start: Inversion) -> Inversion:
-        """Optimise from `start`; for space `w`, from the mean of its styles."""
+        """Return an optimised inversion. It starts from `start`, or for space `w` from the mean of its styles."""
         if self.space == "weights":
             share = None if self.seconds is None else self.seconds / len(images)
             total = self.steps * len(images)
@@ -174,11 +175,12 @@ class Optimizer:
             return total
 
         self._descend(list(weights.values()), loss, seconds, done)
-        return {name: value.detach() for name, value in weights.items() if bool(value.any())}  # not the mapping's
+        # the weights of the mapping network have not changed
+        return {name: value.detach() for name, value in weights.items() if bool(value.any())}
 
     @staticmethod
     def _near(generator: GeneratorModule, pivot: Tensor, draws: torch.Generator) -> Tensor:
-        """Return codes at a fixed distance from the pivot, towards a random code."""
+        """Return codes at a fixed distance from the pivot, in the direction of a random code."""
         z = torch.randn(1, generator.z_dim, generator=draws).to(pivot)
         with torch.no_grad():
             way = generator.mapping(z)[:, None] - pivot
@@ -198,9 +200,9 @@ class Optimizer:
         seconds: float | None,
         done: tuple[int, int] | None = None,
     ) -> None:
-        """Change the leaves in place until the steps or the seconds are over.
+        """Change the leaves in place until all steps are done or the time is over.
 
-        `done` contains the steps that were finished before these and the steps of the whole batch, for `on_step`.
+        `done` is for `on_step`: the number of steps that were finished before, and the number of steps of the batch.
         """
         before, total = done or (0, self.steps)
         optimizer = torch.optim.Adam(leaves, lr=self.lr, betas=(0.9, 0.999))
@@ -214,7 +216,7 @@ class Optimizer:
                         break
                 fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.25))
                 optimizer.param_groups[0]["lr"] = self.lr * fall * min(1.0, (t + 1 / self.steps) / 0.05)
-                # computes no gradients of the other weights
+                # unlike backward(), this computes no gradients for other weights
                 gradients = torch.autograd.grad(loss(), leaves, allow_unused=True)
                 for leaf, gradient in zip(leaves, gradients, strict=True):
                     leaf.grad = gradient

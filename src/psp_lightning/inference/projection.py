@@ -1,4 +1,4 @@
-"""Projection into W+ from the average latent, in one call; `optimize.py` has the method and its options."""
+"""Projection into W+ from the average latent, in one call; `optimize.py` contains the method and its options."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def project(
     """Optimise codes (B, n_styles, style_dim) until their images are close to `images`, and return them detached.
 
     Args:
-        generator: the generator, used with constant noise; it is not changed. `freeze_generator` makes it faster.
-        images: (B, C, S, S) in [-1, 1], on the generator's device.
-        latent_avg: (style_dim,) or (n_styles, style_dim), the initial codes.
-        distance: maps (y_hat, y), both (B, C, S, S), to (B,); each image is optimised independently.
+        generator: generator, used with constant noise; it is not changed. `freeze_generator` makes it faster.
+        images: images (B, C, S, S) in [-1, 1], on the generator's device.
+        latent_avg: initial codes, (style_dim,) or (n_styles, style_dim).
+        distance: function that maps (y_hat, y), both (B, C, S, S), to (B,); each image is optimised independently.
         steps: number of Adam steps.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %.
     """

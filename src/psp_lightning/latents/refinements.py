@@ -1,7 +1,7 @@
-"""Files of what an inversion has besides its codes: a change of a feature map, or of the generator's weights.
+"""Files for what an inversion contains besides its codes: a change of a feature map, or of the generator's weights.
 
-Each image has a file of its own, in float16, so that a folder of any size is written and read image by image. A change
-of the feature map of side 16 with 64 channels takes 33 kB, one of side 64 with 512 channels 4 MB, and the weights of a
+Each image has its own file, in float16, so that a folder of any size is written and read image by image. A change of a
+16 x 16 feature map with 64 channels takes 33 kB, a change of a 64 x 64 map with 512 channels 4 MB, and the weights of a
 1024 px generator take about 60 MB.
 """
 
@@ -17,7 +17,7 @@ from psp_lightning.checkpoints.safetensors_io import read_described, save_descri
 from psp_lightning.models.inversion import Inversion, Weights
 from psp_lightning.utils.errors import UserError
 
-FOLDER = "refinements"  # in the output folder, beside the codes
+FOLDER = "refinements"  # in the output folder, next to the codes
 KIND = "refinement"
 FEATURES, WEIGHTS = "features", "weights."
 
@@ -28,9 +28,9 @@ def save_refinement(
     """Write the features and weights of one image in float16.
 
     Args:
-        path: the file to write.
-        inversion: of one image, with features or weights.
-        generator: the generator's `generator_hash`.
+        path: file to write.
+        inversion: inversion of one image, with features or weights.
+        generator: `generator_hash` of the generator.
         checkpoint: name of the generator's file, used in messages.
 
     Raises:
@@ -48,8 +48,8 @@ def read_refinement(path: Path, generator: str | None) -> tuple[Tensor | None, W
     """Read the features (channels, r, r) and weights of one image, in float32.
 
     Args:
-        path: a file of `save_refinement`.
-        generator: the `generator_hash` that the file must name; None accepts any.
+        path: file that `save_refinement` wrote.
+        generator: `generator_hash` that the file must name; None accepts any.
 
     Raises:
         UserError: the file does not exist, is damaged, or belongs to another generator.

@@ -21,9 +21,9 @@ class Edit:
     """A change of codes: some styles are replaced, then a direction is added.
 
     Attributes:
-        replaced: bool (B, n_styles, 1).
-        styles: (B, n_styles, style_dim), the new styles.
-        direction: (B, n_styles, style_dim).
+        replaced: bool (B, n_styles, 1), true where a style is replaced.
+        styles: new styles (B, n_styles, style_dim).
+        direction: change (B, n_styles, style_dim) that is added.
     """
 
     replaced: Tensor
@@ -37,14 +37,14 @@ class Edit:
 
 @torch.no_grad()
 def draw_edits(generator: Generator, latent_avg: Tensor, n: int) -> tuple[Tensor, Tensor, Edit]:
-    """Draw images, edits of their codes, and the edited images from the global random state.
+    """Draw images, edits of their codes, and the edited images. The random numbers come from the global state.
 
-    About half of the edits replace the styles from a random layer of the finer half on; the others add a tenth to half
-    of the difference of two codes.
+    About half of the edits replace all styles from a random layer in the finer half onwards; the others add the
+    difference of two codes, multiplied by a random factor from 0.1 to 0.5.
 
     Args:
         generator: the generator.
-        latent_avg: (n_styles, style_dim), to which the drawn codes are truncated.
+        latent_avg: average latent (n_styles, style_dim), towards which the drawn codes are truncated.
         n: number of pairs.
 
     Returns:

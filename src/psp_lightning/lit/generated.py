@@ -21,14 +21,15 @@ class Drawing:
     """How images and their codes are drawn from seeds.
 
     The random numbers of a sample depend only on its seed, and not on the batch or the number of ranks. Its codes are
-    the same on all devices. Its noise is drawn on the device, for speed, and different kinds of devices draw different
+    the same on all devices. Its noise is drawn on the device, for speed, so different kinds of devices draw different
     noise.
 
     Attributes:
-        truncation: from 0 to 1; 1 draws from all of W, smaller values closer to the average latent.
-        mixing: probability from 0 to 1 that the styles from a random layer on come from a second code (style mixing,
-            StyleGAN, arXiv:1812.04948, section 3.1).
-        noise: the generator's noise: `const` for its stored maps, `random` for new ones in each sample.
+        truncation: truncation of the codes, from 0 to 1; 1 draws from all of W, smaller values draw closer to the
+            average latent.
+        mixing: probability from 0 to 1 that the styles from a random layer onwards come from a second code (style
+            mixing, StyleGAN, arXiv:1812.04948, section 3.1).
+        noise: noise of the generator: `const` for its stored maps, `random` for new ones in each sample.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -49,8 +50,8 @@ class Drawing:
 
         Args:
             generator: the generator.
-            latent_avg: (n_styles, style_dim), to which the codes are truncated.
-            seeds: of g samples, from 0 to 2 ** 63 - 1.
+            latent_avg: average latent (n_styles, style_dim), towards which the codes are truncated.
+            seeds: seeds of g samples, each from 0 to 2 ** 63 - 1.
 
         Returns:
             Images (g, 3, output_size, output_size) clamped to [-1, 1], and codes (g, n_styles, style_dim), both
@@ -82,7 +83,7 @@ class Drawing:
             raise UserError(
                 f"data.noise=random: {name} has no noise_sides(), which says what to draw. Use data.noise=const."
             )
-        # another stream than that of the codes, whose numbers would appear in the maps
+        # a different seed than for the codes, so that their random numbers do not appear in the maps
         sources = [torch.Generator(device).manual_seed(seed ^ (1 << 31)) for seed in seeds]
         return [
             torch.stack([torch.randn(1, side, side, generator=source, device=device) for source in sources])
@@ -91,10 +92,11 @@ class Drawing:
 
 
 def with_drawn(batch: dict[str, Any], drawing: Drawing, generator: Generator, latent_avg: Tensor) -> dict[str, Any]:
-    """Return a batch of `GeneratedSamples` with the images of its g seeds, which it no longer contains.
+    """Return a batch of `GeneratedSamples` in which images take the place of its g seeds.
 
-    The images are added to `source` and `target`, pooled to the size of each, so both have all B samples. `codes` (B,
-    n_styles, style_dim) has their codes, and 0 for the other samples; `generated` (B,) is 1 or 0, float32.
+    The images are appended to `source` and `target`, pooled to the size of each, so both contain all B samples. `codes`
+    (B, n_styles, style_dim) contains the codes of the generated images, and 0 for the other samples. `generated` (B,)
+    is float32: 1 for generated images, 0 for the other samples.
     """
     full = dict(batch)
     seeds, n_images = full.pop("seeds"), len(batch["target"])

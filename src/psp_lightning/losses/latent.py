@@ -1,4 +1,4 @@
-"""The distance of the codes from the known codes of generated images."""
+"""The distance between the encoder's codes and the known codes of generated images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from psp_lightning.utils.errors import UserError
 
 @register_loss("latent")
 class LatentLoss(LossTerm):
-    """Mean squared difference of the codes and the codes that a generated image was drawn from, in W+.
+    """Mean squared difference in W+ between the encoder's codes and the codes that generated images were drawn from.
 
-    It is averaged over the styles and their numbers, and over the generated samples of the batch; others do not count.
-    A `CompositeLoss` leaves it out of a batch without any, such as a validation on images.
+    It is averaged over the styles, over the numbers of each style, and over the generated samples of the batch; other
+    samples do not count. If a batch has no generated samples, such as in a validation on images, a `CompositeLoss`
+    leaves this loss out.
 
-    Source: In-domain GAN inversion (arXiv:2004.00049), as the loss of a conventional encoder.
+    Source: In-domain GAN inversion (arXiv:2004.00049), where it is the loss of a conventional encoder.
     """
 
     needs = ("codes",)

@@ -1,4 +1,4 @@
-"""Similarity of identities between faces that a detector finds and aligns, the protocol of pSp's evaluation."""
+"""Identity similarity of faces that a detector finds and that are then aligned, as in pSp's evaluation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import from_uint8, to_pil
 from psp_lightning.utils.optional import facenet_pytorch
 
-SIZE = 112  # side of the crop in pixels
-# Where ArcFace (arXiv:1801.07698) expects eyes, nose and corners of the mouth in such a crop; x, y, first pixel at 0.
+SIZE = 112  # pixels, side of the crop
+# Where ArcFace (arXiv:1801.07698) expects eyes, nose and corners of the mouth in this crop: x, y; the first pixel is 0.
 PLACES = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
 
 
@@ -27,17 +27,17 @@ def cut_for_recognition(image: Image.Image, landmarks: np.ndarray) -> Image.Imag
     """Return a face as face recognition networks expect it: rotated, scaled and shifted, without shear.
 
     The transform maps `PLACES` to the landmarks with the least squared distance in pixels of the image. The image is
-    sampled bilinearly; where the crop leaves it, the crop is black. An image in which the face is at least four times
-    as large as in the crop is first reduced by a whole factor, because bilinear samples would skip pixels.
+    sampled bilinearly; where the crop extends beyond the image, it is black. An image in which the face is at least
+    four times as large as in the crop is first reduced by a whole factor, because bilinear samples would skip pixels.
 
     Args:
-        image: RGB.
-        landmarks: float64 (5, 2), x and y of left eye, right eye, nose, left and right corner of the mouth in pixels.
+        image: RGB image.
+        landmarks: x and y of left eye, right eye, nose, left and right corner of the mouth in pixels, float64 (5, 2).
 
     Returns:
         An RGB image of 112 x 112 pixels.
     """
-    places, points = (array @ (1, 1j) for array in (PLACES, landmarks))  # complex numbers: a product turns and scales
+    places, points = (array @ (1, 1j) for array in (PLACES, landmarks))  # complex: a product rotates and scales
     offsets = places - places.mean()
     factor = (offsets.conj() @ (points - points.mean())) / (offsets.conj() @ offsets).real
     shift = points.mean() - factor * places.mean()
@@ -52,11 +52,11 @@ def cut_for_recognition(image: Image.Image, landmarks: np.ndarray) -> Image.Imag
 class AlignedIdSimilarity(ImageMean):
     """Mean cosine similarity of the identities of output and target, whose faces are aligned first; higher is better.
 
-    MTCNN searches both images, and the face with the highest score is cut out of each. An image in which it finds none
-    has no value (NaN) and does not count. The images are compared as 8 bits. Values are in [-1, 1].
+    MTCNN searches both images, and the face with the highest score is cut out of each. If it finds no face in one of
+    them, the pair has no value (NaN) and does not count. The images are compared as 8 bits. Values are in [-1, 1].
 
     Args:
-        similarity: maps two batches of crops (B, 3, 112, 112) to (B,), given `aligned=True`; see
+        similarity: function that maps two batches of crops (B, 3, 112, 112) to (B,) and takes `aligned=True`; see
             `SimilarityLoss.similarity`.
         score: smallest score of a face, 0 to 1. MTCNN itself drops faces below 0.7.
 
@@ -99,7 +99,7 @@ class AlignedIdSimilarity(ImageMean):
         try:
             (faces,) = Detector(score=self.score, turned=None, device=device)([picture])
         except UserError as error:
-            return f"failed search ({error})"
+            return f"failed face detection ({error})"
         if not faces:
             return "no face"
         best = max(faces, key=lambda face: face.score or 0)

@@ -1,4 +1,4 @@
-"""What represents an image in a generator: codes, and optionally what the codes cannot express."""
+"""The representation of an image in a generator: codes, and optionally what the codes cannot express."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Inversion:
     """Codes, and optionally a change of one feature map or of the weights of the generator.
 
     Attributes:
-        w_plus: (B, n_styles, style_dim).
-        features: (B, channels, r, r), added to the generator's map of side r; None changes nothing.
-        weights: for each image, differences by the name of the generator's parameter, which are added to the weights
-            while this image is decoded; None changes nothing. The generator itself is not modified.
+        w_plus: codes (B, n_styles, style_dim).
+        features: change (B, channels, r, r), added to the generator's feature map of side r; None changes nothing.
+        weights: differences for each image, by the name of the generator's parameter. They are added to the parameters
+            while this image is decoded; the generator itself is not modified. None changes nothing.
     """
 
     w_plus: Tensor
@@ -52,7 +52,7 @@ class Inversion:
 
 
 class Synthesis(nn.Module):
-    """A generator whose `forward` is its synthesis, for functions that call modules."""
+    """A generator whose `forward` is its synthesis, for functions that call a module, such as `functional_call`."""
 
     def __init__(self, generator: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ def synthesise(generator: nn.Module, inversion: Inversion, noise: Noise = "const
     """Map an inversion to images (B, 3, output_size, output_size), about [-1, 1], not clamped.
 
     Args:
-        generator: see `models.protocols.Generator`; with features, a `FeatureGenerator`. It is not modified.
+        generator: a `models.protocols.Generator`; for an inversion with features, a `FeatureGenerator`. It is not
+            modified.
+        inversion: codes of the images, and what refines them.
         noise: see `Generator.synthesis`.
 
     Raises:

@@ -33,7 +33,7 @@ class PSP(nn.Module):
     Args:
         encoder: see `models.protocols.Encoder` and `RefiningEncoder`.
         generator: see `models.protocols.Generator`; it is frozen in place.
-        latent_avg: (style_dim,) or (n_styles, style_dim) average latent; None means zeros.
+        latent_avg: average latent, (style_dim,) or (n_styles, style_dim); None means zeros.
         start_from_latent_avg: add the average latent to the codes of the encoder.
         source: description of the source as plain values (`InputSpec.to_dict()`); it is only stored.
         refiner: see `models.protocols.Refiner`; the generator must be a `FeatureGenerator`.
@@ -42,7 +42,7 @@ class PSP(nn.Module):
         latent_avg: buffer (n_styles, style_dim).
 
     Raises:
-        UserError: encoder, generator, average latent and refiner do not match.
+        UserError: encoder, generator, average latent or refiner do not fit together.
     """
 
     encoder: EncoderModule
@@ -107,7 +107,8 @@ class PSP(nn.Module):
         images.
 
         Raises:
-            UserError: the source has another shape than the encoder was built for, or the codes have a wrong shape.
+            UserError: the source does not have the shape that the encoder was built for, or the codes have a wrong
+                shape.
 
         Source of the passes: Alaluf et al., ReStyle (arXiv:2104.02699), section 3.
         """
@@ -142,8 +143,8 @@ class PSP(nn.Module):
         """Return what the refiner adds to its feature map, (B, channels, r, r); None without a refiner.
 
         Args:
-            x: (B, 3, input_size, input_size), the source.
-            w_plus: (B, n_styles, style_dim), its codes. No gradient flows into them.
+            x: source (B, 3, input_size, input_size).
+            w_plus: codes of the source, (B, n_styles, style_dim). No gradient flows into them.
         """
         if (refiner := self.refiner) is None:
             return None
@@ -197,8 +198,8 @@ class PSP(nn.Module):
         """Return the codes with some styles replaced, (B, n_styles, style_dim), or an inversion with such codes.
 
         Args:
-            w_plus: (B, n_styles, style_dim), or an inversion, which keeps its features; it is not modified.
-            inject: (B or 1, style_dim) or (B or 1, n_styles, style_dim); None sets the styles to zero.
+            w_plus: codes (B, n_styles, style_dim), or an inversion, which keeps its features; it is not modified.
+            inject: new styles, (B or 1, style_dim) or (B or 1, n_styles, style_dim); None sets the styles to zero.
             latent_mask: indices of the styles to replace, 0 (coarsest) to n_styles - 1.
             alpha: the styles become `alpha * inject + (1 - alpha) * w_plus`.
 
@@ -239,7 +240,7 @@ class PSP(nn.Module):
             pack: see `FusedEncoder`.
 
         Raises:
-            UserError: `dtype` is another one.
+            UserError: `dtype` is neither of them.
         """
         from psp_lightning.inference.fused import for_inference
 
@@ -286,9 +287,9 @@ class PSP(nn.Module):
         """Load a trained network in eval mode, without running any code from the file.
 
         Args:
-            path: the folder of a run, a checkpoint of this library (.ckpt or .safetensors), or a released pSp file. If
-                the path does not exist: the name of shipped weights (see `from_pretrained`).
-            device: the device for the network.
+            path: folder of a run, checkpoint of this library (.ckpt or .safetensors), or released pSp file. A path that
+                does not exist is looked up as the name of shipped weights (see `from_pretrained`).
+            device: device for the network.
 
         Raises:
             UserError: `path` contains no such network; the message says what it contains.
@@ -303,10 +304,11 @@ class PSP(nn.Module):
         """Load a trained network of this package in eval mode, without a download.
 
         Args:
-            name: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or `toyfaces/superres`: networks for
-                the drawn faces of `psp-data toyfaces`, 64 px. `psp_lightning.zoo.locate.shipped()` returns the records
-                of all files: how each was made, its licence and SHA-256.
-            device: the device for the network.
+            name: name of the network: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or
+                `toyfaces/superres`. All are for the drawn faces of `psp-data toyfaces`, 64 px.
+                `psp_lightning.zoo.locate.shipped()` returns a record of each file: how it was made, its licence and
+                its SHA-256.
+            device: device for the network.
 
         Raises:
             UserError: no network has this name (the message lists the names), or its file was changed.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from psp_lightning.models.registry import record_config, register_refiner
 from psp_lightning.utils.errors import UserError
 
-SLOPE = 0.2  # of the leaky ReLU, as in the generator
+SLOPE = 0.2  # negative slope of the leaky ReLU, as in the generator
 
 
 class _Residual(nn.Module):
-    """Two convolutions, added to their input."""
+    """A residual block: adds the result of two convolutions to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Residual(nn.Module):
 
 @register_refiner
 class FeatureRefiner(nn.Module):
-    """A convolutional network from an image and its first reconstruction to a change of one feature map.
+    """A convolutional network that maps an image and its first reconstruction to a change of one feature map.
 
     The change is zero before training.
 
@@ -45,10 +45,10 @@ class FeatureRefiner(nn.Module):
     def __init__(
         self,
         resolution: int,  # side of the feature map, a power of two from 4
-        channels: int,  # of the feature map
+        channels: int,  # channels of the feature map
         input_size: int,  # side of the image, a power of two
         width: int = 96,  # channels of the network at the map's resolution
-        blocks: int = 4,  # residual blocks there
+        blocks: int = 4,  # residual blocks at the map's resolution
     ) -> None:
         super().__init__()
         for name, value in (("resolution", resolution), ("input_size", input_size)):
@@ -74,9 +74,9 @@ class FeatureRefiner(nn.Module):
         """Return what to add to the feature map, float (B, channels, resolution, resolution).
 
         Args:
-            x: (B, 3, input_size, input_size) in [-1, 1], the image.
-            first: (B, 3, input_size, input_size), its reconstruction from the codes.
-            features: (B, channels, resolution, resolution), the generator's map for these codes.
+            x: images (B, 3, input_size, input_size) in [-1, 1].
+            first: their reconstructions from the codes, (B, 3, input_size, input_size).
+            features: the generator's feature maps for these codes, (B, channels, resolution, resolution).
         """
         h = self.stem(torch.cat([x, first, x - first], 1))
         for layer in self.down:
