@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -263,7 +264,16 @@ def page(text: str, results: dict[str, Any]) -> str:
     """Return the text of the page with the results between their marks."""
     (few, few_peak), (_, peak) = results["peak_mib"].items()
     busy = results["other_work"]
-    place = f"two cores ({results['machine']['processor']}{'; other work ran beside it' if busy else ''})"
+    place = f"two cores ({results['machine']['processor']}{'; busy with other work' if busy else ''})"
+    summary = (
+        f"In all, {results['found']:,} of {results['known']:,} faces are found. {results['misplaced']} faces are found "
+        f"with wrong positions, and {results['strange']} other detections are not faces. Half of the faces have no "
+        f"position that is off by more than {results['median_error']:.0%} of the distance between the eyes. A photo "
+        f"takes {'at most ' if busy else ''}{results['seconds_per_photo']:.1f} s on {place}. The largest process needs "
+        f"at most {few_peak} MiB for {few} photos and {peak} MiB for all. If the command is killed after "
+        f"{results['killed_after']} photos and started again, it "
+        f"{'writes' if results['same_files_after_kill'] else 'does not write'} the same bytes."
+    )
     lines = [
         "| Rotation | " + " | ".join(f"{name} px" for name in WIDTHS) + " |",
         "|---" * (1 + len(WIDTHS)) + "|",
@@ -272,13 +282,7 @@ def page(text: str, results: dict[str, Any]) -> str:
             for rotation, cells in results["groups"].items()
         ),
         "",
-        f"In all, {results['found']:,} of {results['known']:,} faces are found, {results['misplaced']} are found with "
-        f"wrong positions, and {results['strange']} findings are no face. The median of the largest error of a "
-        f"face's positions is {results['median_error']:.1%} of the distance of its eyes. A photo takes "
-        f"{'at most ' if busy else ''}{results['seconds_per_photo']:.1f} s on {place}. The largest "
-        f"process needs at most {few_peak} MiB for {few} photos and {peak} MiB for all. Killed after "
-        f"{results['killed_after']} photos and started again, the command "
-        f"{'writes' if results['same_files_after_kill'] else 'does not write'} the same bytes.",
+        *textwrap.wrap(summary, 120, break_long_words=False, break_on_hyphens=False),
     ]
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}"
