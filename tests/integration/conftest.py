@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -47,6 +48,9 @@ def psp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFi
         monkeypatch.setattr(sys, "argv", [f"psp-{command}", *map(str, arguments)])
         module = importlib.import_module(f"psp_lightning.cli.{command}")
         GlobalHydra.instance().clear()
+        for handler in logging.getLogger().handlers[:]:  # of an earlier command, for a stream that is closed by now
+            if type(handler) is logging.StreamHandler:
+                logging.getLogger().removeHandler(handler)
         capfd.readouterr()
         code = 0
         try:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from psp_lightning._conf import config_root
-from psp_lightning.build.prediction import _check_settings
+from psp_lightning.build.prediction_settings import check_settings
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.stylegan2 import Generator
@@ -72,9 +72,9 @@ def test_incompatible_settings(settings, message: str, monkeypatch: pytest.Monke
     monkeypatch.delenv("CXX", raising=False)
     with initialize_config_dir(config_root(), version_base="1.3"):
         plain = compose("predict", ["ckpt=none", "input=none", "output=none"])
-    _check_settings(plain)
+    check_settings(plain)
     with pytest.raises(UserError, match=message):
-        _check_settings(OmegaConf.merge(plain, settings))
+        check_settings(OmegaConf.merge(plain, settings))
 
 
 def test_freed_memory_is_kept_if_possible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from psp_lightning import PSP
 from psp_lightning.checkpoints.weight_files import save_generator
 from psp_lightning.models.psp import PSP as Network
 from psp_lightning.models.refiner import FeatureRefiner
+from psp_lightning.zoo.locate import find_shipped as find
 
 FAST = ["accelerator=cpu", "num_workers=0", "progress_bar=false"]
 CHOICES = {
@@ -69,8 +71,8 @@ def test_latents_give_the_same_image(psp, faces: Path, tmp_path: Path, embed: st
 def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, refine: str) -> None:
     for devices in (1, 2):
         settings = [*FAST, *CHOICES[refine], f"devices={devices}", "latents=true", "batch_size=1"]
-        done = shell("psp-predict", "ckpt=net.ckpt", f"input={faces}", f"output=out{devices}", *settings)
-        assert done.returncode == 0, done.stderr
+        done = shell("predict", "ckpt=net.ckpt", f"input={faces}", f"output=out{devices}", *settings)
+        assert done.code == 0, done.err
     files = sorted(path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path / "out2") for path in (tmp_path / "out2").rglob("*.*"))
     for file in files:
@@ -85,7 +87,7 @@ def test_a_generator_is_enough_to_optimise(psp, faces: Path, tmp_path: Path) -> 
     done = psp("predict", *settings, "output=out", "embed=optimize", "embed.steps=3")
     assert done.code == 0 and "3 written" in done.out, done.err
     done = psp("predict", *settings, "output=other", "refine=optimize", "refine.steps=3")
-    assert done.code == 1 and "contains only a generator" in done.err, done.err
+    assert done.code == 1 and "embed=optimize needs no encoder" in done.err, done.err
 
 
 def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: Path) -> None:
@@ -112,6 +114,9 @@ def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: P
          "embed.space=features must be w_plus or w"),
         (["ckpt=toyfaces/inversion", "refine=optimize", "compile=true"], "compile=true cannot be used with refine"),
         (["ckpt=toyfaces/inversion", "refine=optimise"], "Did you mean"),
+        (["ckpt=toyfaces/inversion", "refine=optimize", "precision=16-mixed"], "too coarse for the gradients"),
+        (["ckpt=toyfaces/inversion", "embed=optimize", "refine=optimize", "refine.start=average"], "would discard"),
+        (["ckpt=net.ckpt", "embed=optimize", "embed.start=features"], "embed.start=features must be average"),
         (["ckpt=toyfaces/inversion", "refine=optimize", "refine.losses={l2: 0}"], "No loss is selected"),
     ],
 )  # fmt: skip
@@ -133,10 +138,46 @@ def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:
     assert done.code == 1 and "refine is for images" in done.err
     other = tmp_path / "out" / "refinements" / "0.safetensors"
     content = other.read_bytes()
-    wrong = PSP.from_pretrained("toyfaces/inversion")
     digest = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["psp_lightning"]
     changed = content.replace(json.loads(digest)["generator"]["sha256"].encode(), b"0" * 64)
-    assert changed != content and wrong.refiner is None
+    assert changed != content
     other.write_bytes(changed)
     done = psp("predict", *latents, "output=fourth")
     assert done.code == 1 and "0.safetensors belongs to another generator (hash 0000000000000000" in done.err
+
+
+def test_codes_in_folders_and_of_another_run(psp, faces: Path, tmp_path: Path) -> None:
+    """Each code finds its own refinement, below folders too, and no refinement of another code."""
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    for name in ("0.jpg", "sub/1.jpg"):
+        (tmp_path / "tree" / name).write_bytes((faces / Path(name).name).read_bytes())
+    settings = ["ckpt=net.ckpt", *FAST, "latents=true"]
+    assert psp("predict", *settings, "input=tree", "output=out").code == 0
+    for source, name in (("out/latents.safetensors", "sub/1"), ("out/latents/sub/1.safetensors", "sub/1")):
+        done = psp("predict", "ckpt=net.ckpt", *FAST, f"input={source}", "output=again", "overwrite=true")
+        assert done.code == 0, done.err
+        assert np.abs(pixels(tmp_path / "again" / f"{name}.png") - pixels(tmp_path / "out" / f"{name}.png")).max() <= 1
+    optimised = ["refine=optimize", "refine.space=features", "refine.steps=1", "embed=optimize", "embed.steps=1"]
+    assert psp("predict", *settings, "input=tree", "output=other", *optimised).code == 0
+    shutil.copytree(tmp_path / "other" / "refinements", tmp_path / "out" / "refinements", dirs_exist_ok=True)
+    done = psp("predict", "ckpt=net.ckpt", *FAST, "input=out/latents.safetensors", "output=mixed")
+    assert done.code == 1 and "written with another code" in done.err and "2 failed" in done.out
+    given = ["refinements=out/refinements", "output=edited"]
+    assert psp("predict", "ckpt=net.ckpt", *FAST, "input=out/latents.safetensors", *given).code == 0
+
+
+def test_outputs_that_are_not_finite(psp, faces: Path, tmp_path: Path) -> None:
+    settings = ["refine=optimize", "refine.steps=3", "refine.lr=1e30", "latents=true"]
+    done = psp("predict", "ckpt=toyfaces/inversion", f"input={faces}", "output=out", *FAST, *settings)
+    assert done.code == 1 and "3 failed" in done.out and "not finite" in done.err and "Traceback" not in done.err
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_another_network_of_a_loss_is_not_skipped(psp, faces: Path, tmp_path: Path) -> None:
+    settings = ["refine=optimize", "refine.steps=1", "refine.losses.perceptual=0.1", f"input={faces / '0.jpg'}"]
+    assert psp("predict", "ckpt=toyfaces/inversion", "output=out", *FAST, *settings).code == 0
+    (tmp_path / "mine.safetensors").write_bytes(find("toyfaces/identity").read_bytes())
+    done = psp(
+        "predict", "ckpt=toyfaces/inversion", "output=out", *FAST, *settings, "loss.perceptual.weights=mine.safetensors"
+    )
+    assert done.code == 1 and "exist already and may differ" in done.err, done.out

@@ -41,14 +41,23 @@ def build_inverter(cfg: DictConfig, net: PSP) -> Inverter:
     if isinstance(embed, Optimization) and embed.method.space not in CODES:
         raise UserError(f"embed.space={embed.method.space} must be w_plus or w. For {embed.method.space}, use refine.")
     inverter = Inverter(embed, _step(cfg, "refine"))
-    if isinstance(net.encoder, nn.Identity) and inverter.needs_encoder:
-        raise UserError(
-            f"{cfg.ckpt} contains only a generator. Give a network with an encoder, or set embed=optimize or "
-            "refine=optimize with start=average."
-        )
+    if embed is not None and optimises(cfg, "refine") and cfg.refine.start == "average":
+        raise UserError("refine.start=average would discard the codes of embed=optimize. Leave one of the two out.")
+    if optimises(cfg, "embed") and cfg.embed.start == "features":
+        raise UserError("embed.start=features must be average or encoder. Use refine.start=features.")
+    if any(method.start == "average" for method in inverter.optimizers()) and not bool(net.latent_avg.any()):
+        if not isinstance(net.encoder, nn.Identity):
+            raise UserError(f"{cfg.ckpt} has no average latent to start from. Set start=encoder.")
+        net.latent_avg.copy_(net.generator.latent_average())
     with naming(cfg, "refine"):
         inverter.check(net)
     return inverter.eval().requires_grad_(False)
+
+
+def starts_from_average(cfg: DictConfig) -> bool:
+    """Return whether the first step starts from the average latent, so that no encoder is needed."""
+    first = cfg.refine if cfg.embed is None else cfg.embed
+    return bool(first.get("start") == "average")
 
 
 def load_network(cfg: DictConfig) -> PSP:
@@ -57,7 +66,13 @@ def load_network(cfg: DictConfig) -> PSP:
     Raises:
         UserError: see `load_psp`.
     """
-    net = load_decoder(cfg.ckpt) if steps(cfg) else load_psp(cfg.ckpt)
+    if not starts_from_average(cfg):
+        try:
+            return load_psp(cfg.ckpt)
+        except UserError as error:
+            advice = " embed=optimize needs no encoder: a generator is enough." if steps(cfg) else ""
+            raise UserError(f"{error}{advice}") from None
+    net = load_decoder(cfg.ckpt)
     if isinstance(net.encoder, nn.Identity):
         size: int = net.generator.output_size
         net.source = InputSpec("rgb", size=min(size, 256)).to_dict()
@@ -111,6 +126,10 @@ def recorded_steps(cfg: DictConfig) -> dict[str, Any]:
     found = {} if cfg.embed is None else {"embed": OmegaConf.to_container(cfg.embed, resolve=True)}
     if makes_refinement(cfg) or drops_refinement(cfg):
         found["refine"] = OmegaConf.to_container(cfg.refine, resolve=True)
+    used = {name for key in steps(cfg) for name, weight in cfg[key].losses.items() if weight != 0}
+    if used:
+        losses: Any = OmegaConf.to_container(cfg.loss, resolve=True)
+        found["loss"] = {name: losses.get(name) for name in sorted(used)}
     return found
 
 

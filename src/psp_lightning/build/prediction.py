@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from psp_lightning.build.inversion import (
     load_network,
     makes_refinement,
     recorded_steps,
+    starts_from_average,
     steps,
 )
 from psp_lightning.build.photos import align_inputs, crops, paste_jobs, paste_outputs
@@ -146,7 +147,7 @@ def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
     settings |= recorded_steps(cfg)
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
-    digest = sha256(resolve(str(cfg.ckpt), generator=decoder))
+    digest = sha256(resolve(str(cfg.ckpt), generator=decoder or starts_from_average(cfg)))
     if cfg.mix.reference is not None and os.path.isfile(cfg.mix.reference):  # reading it reports that it is missing
         settings["mix.reference_sha256"] = sha256(cfg.mix.reference)
     return {
@@ -232,7 +233,7 @@ def build_prediction(
         net = load_decoder(cfg.ckpt)
         latents = plan.latents.of(net.generator, str(cfg.ckpt), cfg.any_generator)
         space, average = latents.space, latents.lacking(net)
-        dataset = LatentDataset(latents.codes, _refinements(cfg, latents))
+        dataset = LatentDataset(latents.codes, _refinements(cfg, latents, net.generator))
         inverter = Inverter()
     else:
         net = load_network(cfg)
@@ -247,9 +248,11 @@ def build_prediction(
         with naming(cfg, "mix"):
             inject = make_inject(frozen, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     digest = generator_hash(net.generator) if cfg.latents else None
+    # refinements of one batch may differ in kind and size
+    batch_size = 1 if plan.latents is not None and _is_refined(cfg, plan.latents) else cfg.batch_size
     module = LitPredictor(
         _for_inference(cfg, net), inverter, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space,
-        average, cfg.compile, cfg.cuda_graphs, cfg.batch_size, keep=bool(cfg.latents),
+        average, cfg.compile, cfg.cuda_graphs, batch_size, keep=bool(cfg.latents),
     ).eval()  # fmt: skip
     writer = PredictionWriter(plan.outputs, spec, digest, str(cfg.ckpt))
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
@@ -269,7 +272,7 @@ def build_prediction(
     )
     loader: DataLoader[Any] = DataLoader(
         Subset(dataset, plan.todo[trainer.global_rank :: world]),
-        batch_size=cfg.batch_size,
+        batch_size=batch_size,
         num_workers=cfg.num_workers if plan.latents is None else 0,
         collate_fn=collate_inputs,
         pin_memory=torch.cuda.is_available(),
@@ -310,17 +313,21 @@ def _is_refined(cfg: DictConfig, latents: Latents | None) -> bool:
     return (latents.refined or cfg.refinements is not None) and not drops_refinement(cfg)
 
 
-def _refinements(cfg: DictConfig, latents: Latents) -> Callable[[int], dict[str, Any]] | None:
+def _refinements(cfg: DictConfig, latents: Latents, generator: nn.Module) -> Callable[[int], dict[str, Any]] | None:
     """Return a function that reads what refines a code, or None if only the codes are decoded."""
     if not _is_refined(cfg, latents):
         return None
     path = Path(str(cfg.input)).expanduser()
-    nearby = [parent / REFINEMENTS for parent in list(path.absolute().parents)[:2]]  # it may be in OUTPUT/latents
-    folder = Path(cfg.refinements) if cfg.refinements else next((p for p in nearby if p.is_dir()), nearby[0])
+    above = list(path.absolute().parents)
+    depth = len(PurePosixPath(latents.names[0]).parts)
+    own = len(latents) == 1 and len(above) > depth and above[depth - 1].name == "latents"  # OUTPUT/latents/NAME
+    folder = Path(cfg.refinements) if cfg.refinements else (above[depth] if own else above[0]) / REFINEMENTS
     digest = None if cfg.any_generator else latents.generator
+    checked = latents.space == "w_plus" and cfg.refinements is None  # codes may have been edited on purpose
 
     def read(index: int) -> dict[str, Any]:
-        features, weights = read_refinement(folder / f"{native(latents.names[index])}.safetensors", digest)
+        file = folder / f"{native(latents.names[index])}.safetensors"
+        features, weights = read_refinement(file, generator, digest, latents.codes[index] if checked else None)
         return {key: part for key, part in (("features", features), ("weights", weights)) if part is not None}
 
     return read

@@ -37,6 +37,8 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError("cuda_graphs=true needs precision=32-true or bf16, and compile=false.")
     if (cfg.compile or cfg.cuda_graphs) and (used := steps(cfg)):
         raise UserError(f"{'compile' if cfg.compile else 'cuda_graphs'}=true cannot be used with {used[0]}=optimize.")
+    if cfg.precision == "16-mixed" and (used := steps(cfg)):
+        raise UserError(f"precision=16-mixed is too coarse for the gradients of {used[0]}=optimize. Use bf16-mixed.")
     if cfg.compile and not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         raise UserError("compile=true needs a C++ compiler. Install g++, or set CXX to a compiler.")
     if cfg.latents not in (True, False, "safetensors"):

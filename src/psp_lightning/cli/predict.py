@@ -54,7 +54,6 @@ def _run(cfg: DictConfig) -> None:
     save_manifest(folder, records)
     if cfg.sheet:
         save_sheet(folder / "sheet.png", records, sheet_inputs(cfg, plan))
-    pasted = plan.paste(cfg, records)
     count = {status: sum(r["status"] == status for r in records) for status in ("ok", "skipped", "error")}
     for record in records:
         if record["status"] == "error":
@@ -63,6 +62,7 @@ def _run(cfg: DictConfig) -> None:
     print(f"{count['ok']} written, {count['skipped']} skipped{again}, {count['error']} failed; {folder / MANIFEST}")
     if codes := plan.write_latents(cfg, records):
         print(f"latents: {codes}")
+    pasted = plan.paste(cfg, records)
     if pasted is not None:
         for reason in pasted["failed"]:
             print(f"error: {reason}", file=sys.stderr)

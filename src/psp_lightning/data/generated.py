@@ -29,7 +29,7 @@ def generated_per_batch(share: float, batch_size: int) -> int:
     advice = " or ".join(f"{k / batch_size:.4g}" for k in near)
     advice = f"Choose {advice}, or another batch_size." if advice else "Choose a larger batch_size."
     raise ArgumentError(
-        "generated_share", share, f"of batch_size={batch_size} is {n:.4g} samples, not a whole number. {advice}"
+        "generated_share", share, f"is {n:.4g} samples of a batch of {batch_size}, not a whole number. {advice}"
     )
 
 

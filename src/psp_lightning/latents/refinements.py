@@ -7,11 +7,12 @@ Each image has its own file, in float16, so that a folder of any size is written
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psp_lightning.checkpoints.safetensors_io import read_described, save_described
 from psp_lightning.models.inversion import Inversion, Weights
@@ -29,7 +30,7 @@ def save_refinement(
 
     Args:
         path: file to write.
-        inversion: inversion of one image, with features or weights.
+        inversion: inversion of one image, with features or weights. The file names the hash of its code.
         generator: `generator_hash` of the generator.
         checkpoint: name of the generator's file, used in messages.
 
@@ -40,19 +41,29 @@ def save_refinement(
     tensors = {} if inversion.features is None else {FEATURES: inversion.features[0]}
     if inversion.weights is not None:
         tensors |= {WEIGHTS + name: difference for name, difference in inversion.weights[0].items()}
-    facts = {"generator": {"sha256": generator, "checkpoint": checkpoint}}
+    code = code_hash(inversion.w_plus[0])
+    facts = {"generator": {"sha256": generator, "checkpoint": checkpoint}, "code_sha256": code}
     save_described(path, KIND, tensors, facts, torch.float16)
 
 
-def read_refinement(path: Path, generator: str | None) -> tuple[Tensor | None, Weights | None]:
+def code_hash(w_plus: Tensor) -> str:
+    """Return the SHA-256 of the float32 numbers of one code (n_styles, style_dim)."""
+    return hashlib.sha256(w_plus.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_refinement(
+    path: Path, generator: nn.Module, digest: str | None, code: Tensor | None
+) -> tuple[Tensor | None, Weights | None]:
     """Read the features (channels, r, r) and weights of one image, in float32.
 
     Args:
         path: file that `save_refinement` wrote.
-        generator: `generator_hash` that the file must name; None accepts any.
+        generator: the generator that will decode them.
+        digest: `generator_hash` that the file must name; None accepts any.
+        code: the code (n_styles, style_dim) that the file must have been written with; None accepts any.
 
     Raises:
-        UserError: the file does not exist, is damaged, or belongs to another generator.
+        UserError: the file does not exist, is damaged, or belongs to another generator or code.
     """
     if not path.is_file():
         raise UserError(
@@ -62,13 +73,30 @@ def read_refinement(path: Path, generator: str | None) -> tuple[Tensor | None, W
     facts, tensors = read_described(path, KIND)
     named = facts.get("generator")
     found = named.get("sha256") if isinstance(named, dict) else None
-    if generator is not None and found != generator:
+    if digest is not None and found != digest:
         raise UserError(
-            f"{path} belongs to another generator (hash {str(found)[:16]} instead of {generator[:16]}): decode it with "
+            f"{path} belongs to another generator (hash {str(found)[:16]} instead of {digest[:16]}): decode it with "
             "the checkpoint that made it."
+        )
+    if code is not None and facts.get("code_sha256") != code_hash(code):
+        raise UserError(
+            f"{path} was written with another code than the one in the latents. If you edited the code, give "
+            "refinements=DIR; otherwise run the prediction again."
         )
     weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
     features = tensors.get(FEATURES)
-    if features is not None and features.ndim != 3:
-        raise UserError(f"{path} is damaged: its features have the shape {tuple(features.shape)}.")
+    if features is None and not weights:
+        raise UserError(f"{path} is damaged: it contains neither features nor weights.")
+    if features is not None:
+        side = features.shape[-1]
+        expected = (getattr(generator, "feature_channels", {}).get(side), side, side)
+        if tuple(features.shape) != expected:
+            raise UserError(
+                f"{path} has features of shape {tuple(features.shape)}, but this generator has {expected[0] or 'no'} "
+                f"channels at {side} px."
+            )
+    shapes = {name: parameter.shape for name, parameter in generator.named_parameters()}
+    for name, value in weights.items():
+        if shapes.get(name) != value.shape:
+            raise UserError(f"{path} changes the weight {name}, which this generator lacks or has in another shape.")
     return features, weights or None

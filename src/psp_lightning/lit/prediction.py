@@ -89,7 +89,10 @@ class LitPredictor(pl.LightningModule):
         self.register_buffer("average", average, persistent=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Return `images` (B, n_outputs, 3, S, S), uint8, and with `keep` the `inversion` before mixing, on the CPU."""
+        """Return `images` (B, n_outputs, 3, S, S), uint8, and with `keep` the `inversion` before mixing, on the CPU.
+
+        `finite` lists for each input whether its images have only finite values.
+        """
         start = time.perf_counter()
         if not batch["index"]:
             return {"seconds": 0.0}
@@ -101,7 +104,7 @@ class LitPredictor(pl.LightningModule):
             inversion = self.inverter(self.net, batch["source"], batch["target"])
         else:
             inversion = Inversion(*self.invert(batch["source"]))
-        outputs = []
+        outputs, finite = [], []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = inversion
             if inject is not None:
@@ -114,11 +117,13 @@ class LitPredictor(pl.LightningModule):
                 image = _composite(image, batch["known"], batch["source"][:, 3:])
             if self.size is not None:
                 image = F.adaptive_avg_pool2d(image, self.size)  # as the reference resizes
+            finite.append(image.flatten(1).isfinite().all(1))
             outputs.append(to_uint8(image))  # on the device: a quarter of the bytes to copy
         # copying to the host waits for the device, so the time below covers the whole batch
         images = torch.stack(outputs, dim=1).cpu()
         seconds = (time.perf_counter() - start) / len(images)
-        return {"images": images, "inversion": inversion.cpu() if self.keep else None, "seconds": seconds}
+        kept = inversion.cpu() if self.keep else None
+        return {"images": images, "finite": torch.stack(finite).all(0).tolist(), "inversion": kept, "seconds": seconds}
 
 
 class _Invert(nn.Module):
@@ -252,9 +257,15 @@ class PredictionWriter(Callback):
             seconds = batch["seconds"][i] + outputs["seconds"]
             shown = None if source is None else source[i : i + 1]
             inversion = None if outputs["inversion"] is None else outputs["inversion"][i]
+            if not outputs["finite"][i]:
+                path = self.outputs.files[index].path
+                reason = f"{path}: the output has values that are not finite. Check the checkpoint, or lower refine.lr."
+                self._keep(self.outputs.record(index, "error", seconds, reason, files=[]))
+                continue
             job = (index, seconds, outputs["images"][i], inversion, shown)
             self._waiting.append(self._threads.submit(self._write, *job))
-        while len(self._waiting) > 64 or (self._waiting and self._waiting[0].done()):
+        most = 4 if self.outputs.refined else 64  # an inversion of weights has a hundred megabytes
+        while len(self._waiting) > most or (self._waiting and self._waiting[0].done()):
             self._keep(self._waiting.pop(0).result())  # bounds memory if writing is the slowest part
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -274,7 +285,7 @@ class PredictionWriter(Callback):
         """Write the files of an input and return its record, which gives the reason if a file cannot be written."""
         start, outputs = time.perf_counter(), self.outputs
         options = FORMATS[outputs.format]
-        writes = [partial(save_atomic, to_pil(image), **options) for image in images]
+        writes: list[Callable[..., None]] = [partial(save_atomic, to_pil(image), **options) for image in images]
         if source is not None:
             assert self.spec is not None
             shown = F.interpolate(source_to_rgb(source, self.spec), size=images.shape[-2:], mode="nearest")
@@ -283,8 +294,12 @@ class PredictionWriter(Callback):
             assert self.generator is not None
             maker = (self.generator, self.checkpoint)
             names = (portable(outputs.files[index].name),)
-            latents = Latents(inversion.w_plus, names, "w_plus", *maker, refined=outputs.refined)
-            writes.append(partial(save_latents, latents=latents))
+            codes = inversion.w_plus
+
+            def save_code(path: Path) -> None:
+                save_latents(path, Latents(codes, names, "w_plus", *maker, refined=outputs.refined))
+
+            writes.append(save_code)
             if outputs.refined:
                 writes.append(partial(save_refinement, inversion=inversion, generator=maker[0], checkpoint=maker[1]))
         written, reason = [], None
@@ -296,6 +311,8 @@ class PredictionWriter(Callback):
                 if error.errno in DISK:
                     raise
                 reason = reason or f"{path} cannot be written: {error.strerror or error}"
+            except UserError as error:
+                reason = reason or f"{path} cannot be written: {error}"
         seconds += time.perf_counter() - start
         return outputs.record(index, "ok" if reason is None else "error", seconds, reason, written)
 
