@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.data.spec import InputSpec
+from psp_lightning.inference import invert
 from psp_lightning.inference.invert import Inverter, Optimization, Step
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.losses.base import LossInputs
@@ -17,6 +18,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError, plural
 
 CODES = ("w_plus", "w")
+NONE, AUTO = f"{invert.__name__}.keep_codes", f"{invert.__name__}.refine_if_possible"  # targets of these options
 
 
 class Distance(nn.Module):
@@ -106,12 +108,12 @@ def check_source(cfg: DictConfig, spec: InputSpec) -> None:
 
 def drops_refinement(cfg: DictConfig) -> bool:
     """Return whether only the codes are decoded."""
-    return str(cfg.refine.get("_target_", "")).endswith("keep_codes")
+    return cfg.refine.get("_target_") == NONE
 
 
 def makes_refinement(cfg: DictConfig) -> bool:
     """Return whether `refine` needs images: it is neither `auto` nor `none`."""
-    return not str(cfg.refine.get("_target_", "")).endswith(("keep_codes", "refine_if_possible"))
+    return cfg.refine.get("_target_") not in (NONE, AUTO)
 
 
 def is_refined(cfg: DictConfig) -> bool:
