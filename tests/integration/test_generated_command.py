@@ -80,6 +80,10 @@ def test_doctor_without_images(psp, tmp_path: Path) -> None:
         (["data=generated", "data.noise=fixed"], "data.noise=fixed is unknown"),
         (["data=folder", "data.generated_share=0.5"], "needs data.root=DIR"),
         (["data.generated_share=1.5"], "data.generated_share=1.5 must be a number, from 0 to 1"),
+        (
+            ["+trainer.overfit_batches=1", "data.generated_share=0.5"],
+            "trainer.overfit_batches cannot be used with images and generated samples",
+        ),
         (["data.generated_share=0.25"], "is 0.5 samples of a batch of 2, not a whole number. Choose 0.5"),
         (["data.generated_share=0.5", "loss=[latent]"], "none of the losses (latent) can be computed on validation"),
         (

@@ -183,6 +183,11 @@ class TaskDataModule(_DataModule):
         if isinstance(dataset, GeneratedSamples):
             loading["collate_fn"] = dataset.collate
             if dataset.images is not None:
+                if getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace the sampler
+                    raise UserError(
+                        "trainer.overfit_batches cannot be used with images and generated samples. Set "
+                        "data.generated_share to 0 or 1."
+                    )
                 images = self.batch_size - self.generated
                 loading["sampler"] = MixedSampler(len(dataset), images, self.generated, self.seed, *self._ranks())
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
