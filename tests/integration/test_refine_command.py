@@ -164,6 +164,8 @@ def test_codes_in_folders_and_of_another_run(psp, faces: Path, tmp_path: Path) -
     assert done.code == 1 and "written with another code" in done.err and "2 failed" in done.out
     given = ["refinements=out/refinements", "output=edited"]
     assert psp("predict", "ckpt=net.ckpt", *FAST, "input=out/latents.safetensors", *given).code == 0
+    done = psp("latents", "in=out/latents.safetensors", "out=codes.npy")
+    assert done.code == 0 and "codes.npy has only the codes" in done.err
 
 
 def test_outputs_that_are_not_finite(psp, faces: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,8 @@ def run(arguments: list[str]) -> None:
     plain = out.suffix in PLAIN
     if values["into"] or (plain and not latents.latent_avg):  # other tools expect the average to be included
         latents = latents.into(values["into"] or latents.space, net)
+    if latents.refined and plain:
+        print(f"{out} has only the codes; what refines them stays in the files next to {values['in']}", file=sys.stderr)
     (save_plain if plain else save_latents)(out, latents)
     print(f"{len(latents)} {latents.space} codes, {tuple(latents.codes.shape)}: {out}")
 
