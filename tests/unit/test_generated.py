@@ -55,7 +55,7 @@ def test_number_of_generated_samples(share: float, batch_size: int, n: int) -> N
 @pytest.mark.parametrize(
     ("share", "batch_size", "message"),
     [
-        (0.3, 8, r"generated_share=0.3 of batch_size=8 is 2.4 samples.*Choose 0.25 or 0.375"),
+        (0.3, 8, r"generated_share=0.3 is 2.4 samples of a batch of 8.*Choose 0.25 or 0.375"),
         (0.1, 4, r"is 0.4 samples.*Choose 0.25, or"),
         (0.9, 4, r"is 3.6 samples.*Choose 0.75, or"),
         (0.5, 1, r"is 0.5 samples.*Choose a larger batch_size"),
