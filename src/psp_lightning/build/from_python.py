@@ -27,6 +27,7 @@ from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import (
     AverageBatchNorm,
+    Curves,
     EpochStart,
     ImageGrids,
     LastCheckpoint,
@@ -79,8 +80,8 @@ def fit(
     """Train an encoder for a frozen generator, and return the trained network.
 
     The run folder receives `checkpoints/best.ckpt` (lowest validation loss), `checkpoints/last.ckpt`,
-    `csv/metrics.csv` and `images/`. `psp-predict ckpt=RUN` and `PSP.from_checkpoint(RUN)` read it. Ctrl-C finishes the
-    step, writes `last.ckpt` and returns; the same call with `resume=True` continues from there.
+    `csv/metrics.csv`, `curves.png` and `images/`. `psp-predict ckpt=RUN` and `PSP.from_checkpoint(RUN)` read it. Ctrl-C
+    finishes the step, writes `last.ckpt` and returns; the same call with `resume=True` continues from there.
 
     Args:
         task: name of a task: `inversion`, `sketch2face`, `seg2face`, `superres`, `frontalization`, `inpainting` or
@@ -239,6 +240,7 @@ def _trainer(run: Path, resume: bool, val_every: int, **options: Any) -> pl.Trai
         ValidateEvery(val_every),
         ModelCheckpoint(checkpoints, "best", monitor="val/loss", enable_version_counter=False),
         ImageGrids(run / "images", every_n_steps=0, n_images=4),
+        Curves(run),
         *options.pop("callbacks", ()),
     ]
     if options.get("enable_progress_bar", True):

@@ -25,7 +25,7 @@ TEXT = {
     "loss.id.backbone", "loss.id.weights", "loss.lpips.weights", "loss.lpips_crop.weights", "loss.moco.weights",
     "loss.perceptual.weights",
     "callbacks.last.folder", "callbacks.best.dirpath", "callbacks.best.filename", "callbacks.every.folder",
-    "callbacks.images.folder", "callbacks.export.run",
+    "callbacks.images.folder", "callbacks.curves.folder", "callbacks.export.run",
     "logger.csv.folder", "logger.tensorboard.save_dir", "logger.tensorboard.name", "logger.tensorboard.version",
     "logger.wandb.project", "logger.wandb.name", "logger.wandb.group", "logger.wandb.save_dir",
     # groups with one option, which may be the user's file

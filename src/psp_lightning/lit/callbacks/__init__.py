@@ -1,6 +1,7 @@
 """Callbacks for training."""
 
 from psp_lightning.lit.callbacks.batch_norm import AverageBatchNorm
+from psp_lightning.lit.callbacks.curves import Curves
 from psp_lightning.lit.callbacks.epoch_start import EpochStart
 from psp_lightning.lit.callbacks.forecast import Forecast
 from psp_lightning.lit.callbacks.image_grids import ImageGrids
@@ -11,6 +12,6 @@ from psp_lightning.lit.callbacks.samples import ExportGenerator, SampleGrids
 from psp_lightning.lit.callbacks.validation import ValidateEvery
 
 __all__ = [
-    "AverageBatchNorm", "EpochStart", "ExportGenerator", "Forecast", "ImageGrids", "LastCheckpoint", "LossFalls",
-    "ProgressBar", "SampleGrids", "ValidateEvery", "step_checkpoints",
+    "AverageBatchNorm", "Curves", "EpochStart", "ExportGenerator", "Forecast", "ImageGrids", "LastCheckpoint",
+    "LossFalls", "ProgressBar", "SampleGrids", "ValidateEvery", "step_checkpoints",
 ]  # fmt: skip
