@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +38,14 @@ class Result:
 
 
 Command = Callable[..., Result]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<script>addEventListener("load", () => {
+  const images = [...document.images], shown = images.filter(i => i.complete && i.naturalWidth > 0);
+  document.body.dataset.seen = JSON.stringify({images: images.length, shown: shown.length,
+    width: (document.body.style.width ? document.body : document.documentElement).scrollWidth,
+    plots: document.querySelectorAll("svg").length,
+    addresses: images.map(i => i.src.slice(0, 10)), text: document.body.innerText});
+})</script></body>"""
 
 
 @pytest.fixture
@@ -110,3 +121,33 @@ def own_modules() -> Iterator[None]:
         table.update(content)
     for name in [name for name in sys.modules if name.startswith("my_")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def look(tmp_path: Path):
+    """Return a function that opens a page in a browser and returns what it shows."""
+    if BROWSER is None:
+        pytest.skip("needs Chromium")
+
+    def open_page(page: Path, width: int, dark: bool = False) -> dict:
+        copy = tmp_path / "looked_at" / "page.html"  # without the files next to it
+        copy.parent.mkdir(exist_ok=True)
+        text = page.read_text(encoding="utf-8").replace("</body>", LOOK)
+        if width < 500:  # Chromium's windows are not narrower
+            text = text.replace("<body>", f'<body style="width: {width}px">')
+        copy.write_text(text, encoding="utf-8")
+        options = ["--blink-settings=preferredColorScheme=0"] if dark else []
+        done = subprocess.run(
+            [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", *options,
+             f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom", copy.as_uri()],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert not errors, errors
+        found = re.search(r'data-seen="([^"]*)"', done.stdout)
+        assert found, done.stderr[-2000:]
+        return json.loads(
+            found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        )
+
+    return open_page

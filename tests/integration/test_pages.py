@@ -36,6 +36,18 @@ def test_evaluation_page(psp, tiny: list[str], place: Path) -> None:  # noqa: F8
     assert "| toyfaces/superres | 10 |" in (place / "superres" / "table.md").read_text()
 
 
+def test_runs_page(psp, tiny: list[str], place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run_page("runs.md", psp, tiny, place)
+    assert (place / "comparison.html").is_file()
+    text = (DOCS / "runs.md").read_text()
+    run = place / "runs" / "inversion" / "fast"
+    for name in re.findall(r"`([\w./]+\.(?:ckpt|csv|png|yaml|log))`", text.split("## List")[0]):
+        assert (run / name).is_file(), f"the page names {name}"
+    header = psp("runs").out.splitlines()[0]
+    assert header.split() == text.split("```text\n")[1].splitlines()[0].split()
+
+
 def test_refiner_page(psp, tiny: list[str], place: Path) -> None:
     names = run_page("refiner.md", psp, tiny, place)
     assert names["inversion"].features.shape[-1] == 16  # type: ignore[attr-defined]

@@ -6,13 +6,15 @@ import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -37,6 +39,7 @@ from psp_lightning.lit.callbacks import (
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.lit.run_folder import claim_run, contains_run
+from psp_lightning.lit.runs import FIT
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.losses import LOSSES, CompositeLoss, LossTerm
 from psp_lightning.metrics.images import MSE, PSNR, IdSimilarity
@@ -44,6 +47,7 @@ from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.psp import PSP
 from psp_lightning.optim.ranger import Ranger
 from psp_lightning.utils.arguments import whole
+from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.memory import computes_on_cpu
@@ -153,10 +157,18 @@ def fit(
     )
     validate = min(whole("val_every", val_every, 1), steps)
     claim = claim_run(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
+    settings = {
+        "task": {"name": task},
+        "seed": seed,
+        "trainer": {"max_steps": steps, "val_every": validate},
+        "data": {"batch_size": batch_size},
+        "loss": {name: {"weight": float(weight)} for name, weight in objective.weights.items()},
+    }
     try:
         with claim:
             training = _trainer(run, resume, validate, max_steps=steps, **trainer)
-            training.fit(module, datamodule=data, ckpt_path=last if resume else None)
+            with _recorded(run, settings, training):
+                training.fit(module, datamodule=data, ckpt_path=last if resume else None)
     except (TypeError, MisconfigurationException) as error:
         raise UserError(f"fit: {error}") from error
     interrupted = any(isinstance(item, LastCheckpoint) and item.interrupted for item in training.callbacks)  # type: ignore[attr-defined]
@@ -164,6 +176,27 @@ def fit(
         message = f"{run}: stopped at step {training.global_step} of {steps}; the same call with resume=True continues"
         print(message, file=sys.stderr)
     return load_psp(run)
+
+
+@contextlib.contextmanager
+def _recorded(run: Path, settings: dict[str, Any], training: pl.Trainer) -> Iterator[None]:
+    """Record for psp-runs the settings of a run, and at its end its steps and its duration with all earlier parts."""
+    if not training.is_global_zero:
+        yield
+        return
+    file, start = run / FIT, monotonic()
+    earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    before = (earlier or {}).get("seconds", 0.0)
+
+    def write(**reached: Any) -> None:
+        with replacing(file) as part:
+            part.write_text(yaml.safe_dump({**settings, **reached}, allow_unicode=True, sort_keys=False), "utf-8")
+
+    write(seconds=before)
+    try:
+        yield
+    finally:
+        write(seconds=round(before + monotonic() - start, 3), step=training.global_step)
 
 
 def _generator(given: PathLike | nn.Module | tuple[nn.Module, Tensor]) -> tuple[Any, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from psp_lightning.cli.settings import command, new_file, parse, verb
+from psp_lightning.cli.table import print_table
 from psp_lightning.utils.arguments import choice, number, whole
 from psp_lightning.utils.errors import UserError, clean
 
@@ -99,10 +100,7 @@ def _print_pairs(pairs: Iterable[tuple[str, Any]]) -> None:
 
 
 def _print_table(rows: Iterable[Sequence[Any]]) -> None:
-    lines = [[clean(str(cell)) for cell in row] for row in (("part", "tensors", "result"), *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_table((("part", "tensors", "result"), *rows))
 
 
 def _print_import(imported: Imported, facts: Mapping[str, Any]) -> None:

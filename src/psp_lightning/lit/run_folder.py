@@ -12,6 +12,7 @@ from psp_lightning.utils.errors import UserError
 
 CLAIM = ".claim"
 LAST = Path("checkpoints") / "last.ckpt"
+PATIENCE = 0.5  # seconds; `is_claimed` holds a claim for an instant, which must not stop a training from starting
 
 
 def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
@@ -31,13 +32,28 @@ def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     folder.mkdir(parents=True, exist_ok=True)
     claim = FileLock(folder / CLAIM)
     try:
-        claim.acquire(timeout=0)
+        claim.acquire(timeout=PATIENCE)
     except Timeout:
         raise UserError(f"Another process is writing to {folder}; wait until it ends. {hint}") from None
     if not resume and contains_run(folder):
         claim.release()
         raise UserError(f"{folder} contains a run already. {hint}")
     return claim
+
+
+def is_claimed(folder: Path) -> bool:
+    """Return whether a process has claimed a folder; False if nobody can tell, as on a file system without locks."""
+    if not (folder / CLAIM).is_file():
+        return False
+    claim = FileLock(folder / CLAIM)
+    try:
+        claim.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+    claim.release()
+    return False
 
 
 def new_folder(folder: Path) -> Path:
