@@ -31,7 +31,7 @@ class Shown:
 
     Attributes:
         run: the run.
-        label: its name, with its task or as a path if another run has the same name.
+        label: its name; with its task, or its path, if two runs have the same name.
         colour: of its curves.
         line: style of its curves.
         grid: its newest image grid.
@@ -57,18 +57,16 @@ def write_comparison(path: Path, runs: Sequence[Run]) -> list[str]:
         What could not be read, in one line each.
     """
     faults = [f"{run.folder}: {run.reason}" for run in runs if run.reason]
-    names = [run.name for run in runs]
-    longer = [f"{run.task}/{run.name}" for run in runs]
+    kinds = ([run.name for run in runs], [f"{run.task}/{run.name}" for run in runs])
+    labels = next((kind for kind in kinds if len(set(kind)) == len(runs)), [os.fspath(run.folder) for run in runs])
     shown = []
     for k, run in enumerate(runs):
         grid, caption = newest_grid(run.folder)
         if grid is not None and not is_picture(grid):
             faults.append(f"{grid} is not a complete picture.")
             grid, caption = None, "damaged picture"
-        unique = [text for text, all in ((names[k], names), (longer[k], longer)) if all.count(text) == 1]
-        label = unique[0] if unique else os.fspath(run.folder)
         line = LINES[k // len(COLOURS) % len(LINES)]
-        shown.append(Shown(run, label, COLOURS[k % len(COLOURS)], line, grid, caption))
+        shown.append(Shown(run, labels[k], COLOURS[k % len(COLOURS)], line, grid, caption))
     tasks = list(dict.fromkeys(run.task for run in runs))
     values, lonely = shared([curves.by_value(run.log) for run in runs], len(tasks) > 1)
     rows, left_out = differing_settings(runs)
