@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from PIL import Image
 
 from psp_lightning.cli import page
 from psp_lightning.cli.page import INK, plot
+from psp_lightning.lit.curves import read_log
 from psp_lightning.utils.images import save_atomic
 from psp_lightning.utils.pictures import open_8bit
 
@@ -56,10 +56,9 @@ class Part:
 
 def read_losses(path: Path) -> Losses:
     """Read the training and validation losses from a run's `metrics.csv`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    log = read_log(path)
     return {
-        name: [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+        name: [(int(step), float(value)) for step, value in log.get(key, ())]
         for name, key in (("training", "train/loss"), ("validation", "val/loss"))
     }
 
