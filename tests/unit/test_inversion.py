@@ -154,6 +154,8 @@ def test_steps_are_reported(net: PSP, x: Tensor) -> None:
         ({"steps": 0}, "steps=0"),
         ({"lr": -1}, "lr=-1"),
         ({"locality": "much"}, "locality=much"),
+        ({"locality": 0.1}, "locality=0.1 has no effect with space=w_plus, only with space=weights"),
+        ({"space": "weights", "resolution": 16}, "resolution=16 has no effect with space=weights"),
     ],
 )
 def test_invalid_arguments(more: dict[str, Any], message: str) -> None:

@@ -24,6 +24,7 @@ from psp_lightning.utils.errors import UserError
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 LEARNING_RATES = {"w_plus": 0.1, "w": 0.1, "features": 0.05, "weights": 1e-3}
+LOCALITY = 0.1  # the published weight
 STARTS = ("encoder", "average", "features")
 RADIUS, PUBLISHED = 30.0, 18 * 512  # distance in the locality term of PTI, and how many numbers its codes have
 
@@ -44,15 +45,18 @@ class Optimizer:
         seconds: time limit for a batch; None: no limit. With a limit, the result depends on the speed of the machine.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %. None:
             0.1 for codes, 0.05 for features, 0.001 for weights.
-        resolution: side of the feature map; None: the refiner's, otherwise a sixteenth of the image, at least 16.
-        locality: weight of the term that keeps other images as they are, for `weights`; 0 leaves the term out.
+        resolution: side of the feature map, for `features`; None: the refiner's, otherwise a sixteenth of the image, at
+            least 16.
+        locality: weight of the term that keeps other images as they are, for `weights`; 0 leaves the term out. None:
+            0.1.
         seed: seed of the random images in this term.
 
     Attributes:
         on_step: function that is called with the number of finished steps and the number of all steps of a batch.
 
     Raises:
-        ArgumentError: `space` or `start` is unknown, or a number is out of range.
+        ArgumentError: `space` or `start` is unknown, a number is out of range, or `resolution` or `locality` is given
+            for a space that does not use it.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Optimizer:
         seconds: float | None = None,
         lr: float | None = None,
         resolution: int | None = None,
-        locality: float = 0.1,
+        locality: float | None = None,
         seed: int = 0,
     ) -> None:
         self.distance = distance
@@ -74,7 +78,11 @@ class Optimizer:
         if self.seconds == 0:
             raise ArgumentError("seconds", seconds, "must be more than 0, or null for no limit.")
         self.resolution = whole("resolution", resolution, 4, optional=True)
-        self.locality, self.seed = number("locality", locality, 0), whole("seed", seed, 0)
+        self.locality = number("locality", LOCALITY if locality is None else locality, 0)
+        self.seed = whole("seed", seed, 0)
+        for name, value, user in (("resolution", resolution, "features"), ("locality", locality, "weights")):
+            if value is not None and space != user:
+                raise ArgumentError(name, value, f"has no effect with space={space}, only with space={user}.")
         self.on_step: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(self, net: PSP, inversion: Inversion, images: Tensor) -> Inversion:
