@@ -24,7 +24,8 @@ TEXTS = {
     "doctor": "The keys of `psp-doctor data`; the others are those of `psp-train`.",
     "callbacks": "Checkpoints, image grids and other callbacks of `psp-train`: `callbacks=NAME` selects a file, and "
     "`callbacks.images=null` removes one of its entries.",
-    "data": "Where the images come from: `data=folder`, `data=toyfaces`, or `data=generated` without any.",
+    "data": "Where the images come from: `data=folder`, `data=toyfaces`, `data=generated` without any images, or "
+    "`data=dataset`, on which a file of your own is based.",
     "debug": "Short runs that check whether everything works: `debug=fast`, `debug=overfit10`.",
     "domain": "The kind of images. A domain selects a generator, an encoder, a data source and loss terms that go "
     "together: `domain=ffhq`.",

@@ -145,7 +145,7 @@ def test_every_setting_that_is_text_exists() -> None:
 
 def targets(node: object) -> list[str]:
     if isinstance(node, dict):
-        own = [node["_target_"]] if "_target_" in node else []
+        own = [node["_target_"]] if node.get("_target_", "???") != "???" else []  # ???: the user's file has it
         return own + [name for value in node.values() for name in targets(value)]
     return []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from psp_lightning.data.checks import Finding, check_files, check_names, check_pairs, check_pictures, check_store
 from psp_lightning.data.datamodules import TaskDataModule
+from psp_lightning.data.datasets import TaskDataset
 from psp_lightning.data.face_check import FFHQ_CROP, OWN_CROP, check_faces, eye_offset
 from psp_lightning.data.labels import LabelMap
 from psp_lightning.data.loader import EpochSampler
@@ -67,7 +70,7 @@ def read_files(data: Any, workers: int, progress: bool) -> Files:
         UserError: a folder is missing, or not set.
     """
     files = Files()
-    for part in filter(data.has_images, ("train", "val")):
+    for part in filter(data.has_store, ("train", "val")):
         store = data.store(part)
         found = check_store(store, data.layout)
         masks = None
@@ -91,9 +94,9 @@ def classes(data: Any) -> LabelMap | None:
 
 def check_first_batch(data: TaskDataModule) -> list[Finding]:
     """Run the checks 1 to 6 on the files of the first training batch, which takes less than a second."""
-    if not data.has_images("train"):
+    dataset = data.dataset("train") if data.has_store("train") else None
+    if not isinstance(dataset, TaskDataset):
         return []
-    dataset = data.dataset("train")
     store, findings = dataset.store, []
     if is_drawn(store):
         return []
@@ -149,6 +152,8 @@ def first_samples(data: Any, n: int) -> list[dict[str, Any]]:
     if not data.has_images("train"):
         return []
     dataset = data.dataset("train")
+    if isinstance(dataset, IterableDataset):
+        return list(islice(dataset, n))
     order = EpochSampler(len(dataset), data.seed).order(0)[:n]
     return [dataset[(0, int(index))] for index in order]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from psp_lightning.data.datasets import TaskDataset
 from psp_lightning.data.generated import EPOCH, VALIDATION, GeneratedSamples, generated_per_batch
@@ -18,6 +18,7 @@ from psp_lightning.data.image_sets import ImageSet
 from psp_lightning.data.labels import CELEBAMASK_HQ, LabelMap, load_label_map
 from psp_lightning.data.loader import EpochSampler, MixedSampler, ReadableDataLoader, ResumableDataLoader
 from psp_lightning.data.masks import draw_mask
+from psp_lightning.data.own_samples import OwnSamples, SampleStream
 from psp_lightning.data.pairing import pair_masks
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.data.stores import PairLayout, Store
@@ -25,7 +26,8 @@ from psp_lightning.utils.arguments import ArgumentError, number, whole
 from psp_lightning.utils.compat import warn_moved
 from psp_lightning.utils.errors import UserError, plural
 
-StoreLike = Store | Callable[[], Store]
+StoreLike = Store | Callable[[], Store] | Dataset[Any]
+Samples = TaskDataset | OwnSamples | SampleStream
 
 
 class _DataModule(pl.LightningDataModule):
@@ -40,14 +42,16 @@ class _DataModule(pl.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
-    def _loading(self, n: int, train: bool) -> dict[str, Any]:
-        """Return `DataLoader` arguments for n samples."""
-        return {
-            "sampler": EpochSampler(n, self.seed, train, *self._ranks(), pad=train),
+    def _loading(self, dataset: Any, train: bool) -> dict[str, Any]:
+        """Return `DataLoader` arguments for a dataset; a stream has its own order."""
+        options: dict[str, Any] = {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+        if not isinstance(dataset, IterableDataset):
+            options["sampler"] = EpochSampler(len(dataset), self.seed, train, *self._ranks(), pad=train)
+        return options
 
 
 class TaskDataModule(_DataModule):
@@ -56,8 +60,9 @@ class TaskDataModule(_DataModule):
     Generated samples, the last ones of a batch, have only a seed in `seeds` until `LitPSP` draws them.
 
     Args:
-        train, val: stores, or functions without arguments that create them (called on first use). None: no images;
-            training then needs `generated_share=1`, and a validation has generated samples.
+        train, val: stores, or functions without arguments that create them (called on first use); or datasets whose
+            items are samples already, see `OwnSamples` and `SampleStream`. None: no images; training then needs
+            `generated_share=1`, and a validation has generated samples.
         input_size: height and width of the sources.
         target_size: height and width of the targets.
         batch_size: samples per batch and device in training.
@@ -107,7 +112,7 @@ class TaskDataModule(_DataModule):
         self.val_batch_size = whole("val_batch_size", val_batch_size, 1, optional=True) or self.batch_size
         self.flip = self.default_flip if flip is None or flip is True else number("flip", flip or 0.0, 0, 1)
         self._stores: dict[str, StoreLike | None] = {"train": train, "val": val}
-        self._datasets: dict[str, TaskDataset] = {}
+        self._datasets: dict[str, Samples] = {}
         self.generated = generated_per_batch(generated_share, self.batch_size)
         self.generated_limit = whole("generated_limit", generated_limit, 1, optional=True)
         if self.generated and self.layout.task != "inversion":
@@ -127,7 +132,8 @@ class TaskDataModule(_DataModule):
     @property
     def source_is_target(self) -> bool:
         """Whether `source` and `target` of a batch are always equal."""
-        return self.layout == PairLayout("inversion") and self.spec.size == self.target_size
+        own = any(isinstance(given, Dataset) for given in self._stores.values())  # of which nothing is known
+        return not own and self.layout == PairLayout("inversion") and self.spec.size == self.target_size
 
     def setup(self, stage: str | None = None) -> None:
         """List the files, so that mistakes in them are reported before training starts."""
@@ -142,12 +148,20 @@ class TaskDataModule(_DataModule):
     def store(self, split: str) -> Store:
         """Return the store of `train` or `val`, which `dataset` prepares."""
         given = self._stores[split]
-        assert given is not None, f"{split} has no images"
+        assert given is not None and not isinstance(given, Dataset), f"{split} has no store"
         store = self._stores[split] = given if isinstance(given, Store) else given()
         return store
 
-    def dataset(self, split: str) -> TaskDataset:
+    def has_store(self, split: str) -> bool:
+        """Return whether the images of `train` or `val` are in a store, not in a dataset of the user."""
+        return self.has_images(split) and not isinstance(self._stores[split], Dataset)
+
+    def dataset(self, split: str) -> Samples:
         """Return the dataset of `train` or `val`."""
+        given = self._stores[split]
+        if split not in self._datasets and isinstance(given, Dataset):
+            kind = SampleStream if isinstance(given, IterableDataset) else OwnSamples
+            self._datasets[split] = kind(given, self.spec, self.target_size)
         if split not in self._datasets:
             store = self.store(split)
             store.prepare(self.layout)
@@ -172,14 +186,18 @@ class TaskDataModule(_DataModule):
         images, train = self.dataset(split) if self.has_images(split) else None, split == "train"
         if images is not None and not (train and self.generated):
             return images
+        if isinstance(images, SampleStream):
+            raise UserError("data.generated_share cannot be used with a stream of samples. Set it to 0 or 1.")
         limit = self.generated_limit
         n = (limit or EPOCH) if train else min(limit or VALIDATION, VALIDATION)
         sizes = (self.spec.size, self.target_size)
         return GeneratedSamples(images, n, *sizes, seed=self.seed, fixed=limit is not None, train=train)
 
-    def train_dataloader(self) -> ResumableDataLoader:
+    def train_dataloader(self) -> ReadableDataLoader:
         dataset = self._samples("train")
-        loading = self._loading(len(dataset), train=True)  # type: ignore[arg-type]
+        loading = self._loading(dataset, train=True)
+        if isinstance(dataset, IterableDataset):
+            return ReadableDataLoader(dataset, batch_size=self.batch_size, generator=torch.Generator(), **loading)
         if isinstance(dataset, GeneratedSamples):
             loading["collate_fn"] = dataset.collate
             if dataset.images is not None:
@@ -203,12 +221,13 @@ class TaskDataModule(_DataModule):
             UserError: if there are fewer samples than devices: Lightning validates on all devices or on none.
         """
         dataset: Any = self._samples("val")
-        if len(dataset) < (devices := self._ranks()[1]):
+        devices = self._ranks()[1]
+        if not isinstance(dataset, IterableDataset) and len(dataset) < devices:
             raise UserError(
                 f"{plural(len(dataset), 'validation image')}, fewer than {devices} devices. Add images, or set "
                 f"trainer.devices={len(dataset)} or trainer.limit_val_batches=0."
             )
-        loading = self._loading(len(dataset), train=False)
+        loading = self._loading(dataset, train=False)
         if isinstance(dataset, GeneratedSamples):
             loading["collate_fn"] = dataset.collate
         return ReadableDataLoader(dataset, batch_size=self.val_batch_size, generator=torch.Generator(), **loading)
@@ -370,19 +389,12 @@ class ImageDataModule(_DataModule):
                 f"{plural(n, 'image')}, fewer than one batch of {self.batch_size * world}. Add images, or set "
                 f"data.batch_size={max(1, n // world)} or less."
             )
-        loading = self._loading(n, train=True)
+        loading = self._loading(self.images, train=True)
         return ResumableDataLoader(dataset=self.images, batch_size=self.batch_size, drop_last=True, **loading)
 
 
-DATAMODULES: dict[str, type[TaskDataModule]] = {
-    cls.layout.task: cls
-    for cls in (
-        InversionDataModule,
-        Sketch2FaceDataModule,
-        Seg2FaceDataModule,
-        SuperResDataModule,
-        FrontalizationDataModule,
-        InpaintingDataModule,
-        ToonifyDataModule,
-    )
-}
+_TASKS = (
+    InversionDataModule, Sketch2FaceDataModule, Seg2FaceDataModule, SuperResDataModule, FrontalizationDataModule,
+    InpaintingDataModule, ToonifyDataModule,
+)  # fmt: skip
+DATAMODULES: dict[str, type[TaskDataModule]] = {cls.layout.task: cls for cls in _TASKS}

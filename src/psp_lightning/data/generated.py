@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from psp_lightning.data.datasets import TaskDataset
+from psp_lightning.data.own_samples import OwnSamples
 from psp_lightning.utils.arguments import ArgumentError, number
 
 EPOCH = 10_000  # generated samples in a training epoch without images
@@ -50,7 +51,7 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        images: TaskDataset | None,
+        images: TaskDataset | OwnSamples | None,
         n: int,
         input_size: int,
         target_size: int,
