@@ -29,6 +29,8 @@ TEXTS = {
     "debug": "Short runs that check whether everything works: `debug=fast`, `debug=overfit10`.",
     "domain": "The kind of images. A domain selects a generator, an encoder, a data source and loss terms that go "
     "together: `domain=ffhq`.",
+    "editability": "Training that keeps the codes of the encoder in the region where edits work: "
+    "`editability=e4e encoder=e4e`.",
     "embed": "Where `psp-predict` and `psp-evaluate` get codes from: `embed=optimize`.",
     "encoder": "The network that is trained: `encoder=gradual`.",
     "experiment": "Complete recipes. A recipe selects a domain, a task and loss terms and sets their numbers: "

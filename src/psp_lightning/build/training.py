@@ -18,6 +18,7 @@ from psp_lightning.checkpoints.strict import LoadReport, load_strict
 from psp_lightning.data.datamodules import TaskDataModule
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
+from psp_lightning.lit.e4e import LitE4E
 from psp_lightning.lit.generated import Drawing
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.loading import load_psp
@@ -54,7 +55,8 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     checkpoint = read_resumed(resume, "psp", "psp-train")
     # SyncBatchNorm keeps the encoder's buffers equal. Broadcasting them before each forward pass would hang a
     # validation in which ranks have different numbers of batches.
-    ddp = DDPStrategy(broadcast_buffers=False)
+    # e4e's first stages do not use all heads of the encoder.
+    ddp = DDPStrategy(broadcast_buffers=False, find_unused_parameters=isinstance(module, LitE4E))
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
     sync = on_gpu and cfg.model.batch_norm == "sync"
     trainer = build_trainer(cfg, [AverageBatchNorm(), Forecast(ADVICE)], ddp, checkpoint, sync_batchnorm=sync)
@@ -214,8 +216,13 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
         optimizer([torch.nn.Parameter(torch.zeros(1))])  # report invalid settings before the training starts
     with naming(cfg, "data"):
         drawing = Drawing(**{key: cfg.data[key] for key in ("truncation", "mixing", "noise") if key in cfg.data})
+    kind, options = LitPSP, {}
+    if cfg.get("editability") is not None:
+        if cfg.model.compile:
+            raise UserError("editability=e4e and model.compile=true exclude each other. Leave one out.")
+        kind, options = LitE4E, {"recipe": instantiate(cfg, "editability"), "seed": cfg.seed}
     with naming(cfg, "model"):
-        module = LitPSP(
+        module = kind(
             net,
             losses,
             optimizer,
@@ -229,6 +236,8 @@ def build_module(cfg: DictConfig, data: Any) -> LitPSP:
             source_is_target=getattr(data, "source_is_target", False),
             edit_share=0.0 if net.refiner is None else cfg.refiner.edit_share,
             drawing=drawing,
+            loss_per_pass=cfg.model.loss_per_pass,
+            **options,
         )
     if getattr(net.encoder, "widths", [WIDE])[0] < WIDE:
         return module

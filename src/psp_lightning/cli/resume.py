@@ -101,8 +101,9 @@ def _newest(options: list[str], settings: list[str], named: bool, config: str) -
 # --- the composed settings
 
 # A resume may not change these settings. It may change data, trainer and callbacks, and logs each change.
-FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "seed")
+FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "editability.", "seed")
 FREE = ("model.compile", "model.checkpointing")  # these change speed and memory, but no results
+ADDED = {"model.loss_per_pass": False}  # what runs did before this setting existed
 # not in version 0.1.0, or with other keys there
 NEW_KEYS = (
     "metric.", "callbacks.", "logger.", "data.generated_share", "data.truncation", "data.mixing", "data.noise"
@@ -118,8 +119,9 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     recorded = run / "config.yaml"
     if not recorded.is_file():
         return []
-    before = _settings(yaml.safe_load(recorded.read_text(encoding="utf-8")))
     now = _settings(OmegaConf.to_container(cfg, resolve=True))
+    before = {key: value for key, value in ADDED.items() if key in now}  # psp-train-generator does not have them
+    before |= _settings(yaml.safe_load(recorded.read_text(encoding="utf-8")))
     keys = sorted({*before, *now} - {"resume", "init_from", "run"})
     if "callbacks.last._target_" not in before:  # recorded by version 0.1.0
         keys = [key for key in keys if (key in before and key in now) or not key.startswith(NEW_KEYS)]

@@ -29,8 +29,8 @@ TEXT = {
     "logger.csv.folder", "logger.tensorboard.save_dir", "logger.tensorboard.name", "logger.tensorboard.version",
     "logger.wandb.project", "logger.wandb.name", "logger.wandb.group", "logger.wandb.save_dir",
     # groups with one option, which may be the user's file
-    "task", "domain", "data", "encoder", "refiner", "generator", "model", "network", "optimizer", "trainer",
-    "callbacks", "paths", "experiment", "debug",
+    "task", "domain", "data", "encoder", "refiner", "editability", "generator", "model", "network", "optimizer",
+    "trainer", "callbacks", "paths", "experiment", "debug",
 }  # fmt: skip
 
 

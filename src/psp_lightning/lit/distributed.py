@@ -44,6 +44,23 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows (n, ...) of all ranks, (n * ranks, ...), in the order of one rank with the whole batch."""
+    if (world := _world()) == 1:
+        return rows
+    shares = [torch.empty_like(rows) for _ in range(world)]
+    torch.distributed.all_gather(shares, rows.contiguous())
+    return torch.stack(shares, 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor with rank 0's."""
+    if _world() > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor.detach(), 0)
+
+
 class UnwrappedDDP(DDPStrategy):
     """A `DDPStrategy` for modules that average their own gradients.
 
@@ -52,5 +69,4 @@ class UnwrappedDDP(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.model is not None
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            torch.distributed.broadcast(tensor.detach(), 0)
+        broadcast([*self.model.parameters(), *self.model.buffers()])

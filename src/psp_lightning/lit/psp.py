@@ -19,13 +19,14 @@ from psp_lightning.lit import rng
 from psp_lightning.lit.distributed import gather
 from psp_lightning.lit.edits import Edit, draw_edits
 from psp_lightning.lit.generated import Drawing, with_drawn
+from psp_lightning.lit.passes import detached_passes
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import check_registered
 from psp_lightning.models.stylegan2 import Noise
-from psp_lightning.utils.arguments import choice, number, whole
+from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.errors import UserError
 
 Batch = dict[str, Any]
@@ -57,9 +58,13 @@ class LitPSP(pl.LightningModule):
         edit_share: share of each training batch, at least 0 and below 1, in which a generated image and an edit of its
             codes replace source and target, so that the refiner keeps edits. Only for inversion.
         drawing: how the generated samples of a data module with `generated_share` are drawn.
+        loss_per_pass: for an encoder of several passes: compute the losses and their gradients after each pass, as
+            ReStyle does. The gradients of a step are the sum over the passes, and the log shows the last pass. False:
+            one loss, of the image of the last pass.
 
     Raises:
-        UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, or a metric is no `Metric`.
+        UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, a metric is no `Metric`, or
+            `loss_per_pass` or `edit_share` does not fit the network.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class LitPSP(pl.LightningModule):
         source_is_target: bool = False,
         edit_share: float = 0.0,
         drawing: Drawing | None = None,
+        loss_per_pass: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
@@ -88,6 +94,12 @@ class LitPSP(pl.LightningModule):
                 f"edit_share={edit_share}: it must be below 1, and it needs a refiner and task=inversion. Set "
                 "edit_share=0 without them."
             )
+        self.loss_per_pass = loss_per_pass
+        if loss_per_pass and not net.passes:
+            rule = f"needs an encoder of several passes, such as encoder=restyle; {type(net.encoder).__name__} has one."
+            raise ArgumentError("loss_per_pass", loss_per_pass, rule)
+        if loss_per_pass and net.refiner is not None:
+            raise ArgumentError("loss_per_pass", loss_per_pass, "trains no refiner. Train it afterwards, in a new run.")
         self.losses = losses
         for name, metric in (metrics or {}).items():
             if not isinstance(metric, Metric):
@@ -161,25 +173,42 @@ class LitPSP(pl.LightningModule):
             y = torch.cat([y[:-edits], F.adaptive_avg_pool2d(edited, size)])
             if generated is not None:  # `codes` has other codes than these images
                 generated = torch.cat([generated[:-edits], generated.new_zeros(edits)])
-        delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
-        w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
-        features = self.net.refine(source, w_plus)
-        if edit is not None:
-            w_plus = torch.cat([w_plus[:-edits], edit(w_plus[-edits:])])
-        y_hat = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
-        y_hat = F.adaptive_avg_pool2d(y_hat, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
-        inputs = LossInputs(
-            y_hat=y_hat,
-            y=y,
-            x=source,
-            delta_w_plus=delta,
-            w_plus=w_plus,
-            latent_avg=self.net.latent_avg,
-            codes=batch.get("codes"),
-            generated=generated,
-        )
-        total, values = self.losses(inputs)
+
+        def compare(delta: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+            w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
+            features = self.net.refine(source, w_plus)
+            if edit is not None:
+                w_plus = torch.cat([w_plus[:-edits], edit(w_plus[-edits:])])
+            image = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
+            y_hat = F.adaptive_avg_pool2d(image, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
+            inputs = LossInputs(
+                y_hat=y_hat,
+                y=y,
+                x=source,
+                delta_w_plus=delta,
+                w_plus=w_plus,
+                latent_avg=self.net.latent_avg,
+                codes=batch.get("codes"),
+                generated=generated,
+            )
+            return *self.objective(inputs), y_hat, image
+
+        def learn(delta: Tensor) -> Tensor:
+            total, values, _, image = compare(delta)
+            self._refuse_non_finite(total, values, batch)
+            self.trainer.strategy.backward(total / self.trainer.accumulate_grad_batches, None)
+            return image
+
+        if self.loss_per_pass and self.training:
+            delta = detached_passes(self.net, source, learn)
+        else:
+            delta = self.net.encode_delta(source)  # (B, n_styles, style_dim)
+        total, values, y_hat, _ = compare(delta)
         return total, values, y_hat
+
+    def objective(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the objective and the detached values to log; derived classes may add terms of their own."""
+        return self.losses(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         edits = min(round(self.edit_share * len(batch["target"])), len(batch["target"]) - 1)
@@ -267,6 +296,11 @@ class LitPSP(pl.LightningModule):
         """Make a step and free the gradients, which would otherwise stay during the forward pass, when memory peaks."""
         super().optimizer_step(*args, **kwargs)
         self.net.zero_grad()
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing after a training step that has made backward passes of its own; `optimizer_step` frees them."""
+        if not self.loss_per_pass:
+            super().optimizer_zero_grad(*args, **kwargs)
 
     def train(self, mode: bool = True) -> LitPSP:
         """Set the mode of every module that is not frozen."""

@@ -24,13 +24,13 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
 
 
 def r1_penalty(real_scores: Tensor, images: Tensor) -> Tensor:
-    """Return the mean squared norm of the gradient of the scores with respect to the real images.
+    """Return the mean squared norm of the gradient of the scores with respect to the real images or codes.
 
     R1 is this value times gamma / 2. It is differentiable with respect to the weights of the discriminator. The scores
-    (B,) are computed from the images (B, C, H, W), which must require a gradient.
+    (B,) are computed from the images (B, C, H, W) or codes (B, style_dim), which must require a gradient.
     """
     (grad,) = torch.autograd.grad(real_scores.sum(), images, create_graph=True)
-    return grad.square().sum((1, 2, 3)).mean()
+    return grad.square().sum(tuple(range(1, grad.ndim))).mean()
 
 
 def path_lengths(images: Tensor, w_plus: Tensor, noise: Tensor) -> Tensor:

@@ -144,3 +144,21 @@ class Discriminator(HalfPrecision):
         x = minibatch_std(x.to(torch.promote_types(x.dtype, torch.float32)), self.group)  # (B, C + 1, 4, 4)
         x = self.conv(x).flatten(1)  # (B, C * 16)
         return self.score(self.hidden(x)).squeeze(1)
+
+
+class LatentDiscriminator(nn.Module):
+    """A discriminator of single styles: linear layers with leaky ReLUs between them.
+
+    Source: Tov et al., e4e (arXiv:2102.02766), the latent discriminator; the sizes of its code, commit 99ea505.
+    """
+
+    def __init__(self, style_dim: int = 512, n_layers: int = 4) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(n_layers - 1):
+            layers += [nn.Linear(style_dim, style_dim), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Linear(style_dim, 1))
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Map styles (B, style_dim) to scores (B,)."""
+        return self.layers(w).squeeze(1)

@@ -144,36 +144,92 @@ class GradualStyleEncoder(IRSEEncoder):
         Returns:
             (B, n_styles, style_dim), relative to the average latent.
         """
+        return self.first_styles(x, self.n_styles)
+
+    def first_styles(self, x: Tensor, n: int) -> Tensor:
+        """Return the results of the first `n` heads, (B, n, style_dim), without computing the others."""
         self.check_source(x)
         _, c1, c2, c3 = self.features(x)  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
-        p2 = _upsample_and_add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
-        p1 = _upsample_and_add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
-        maps = [c3 if i < COARSE else p2 if i < MIDDLE else p1 for i in range(self.n_styles)]
-        return torch.stack([head(features) for head, features in zip(self.styles, maps, strict=True)], 1)
+        maps = [c3] * COARSE
+        if n > COARSE:
+            p2 = _upsample_and_add(c3, self.latlayer1(c2))  # (B, 512, 32, 32)
+            maps += [p2] * (MIDDLE - COARSE)
+        if n > MIDDLE:
+            p1 = _upsample_and_add(p2, self.latlayer2(c1))  # (B, 512, 64, 64)
+            maps += [p1] * (n - MIDDLE)
+        return torch.stack([self.styles[i](maps[i]) for i in range(n)], 1)
 
 
 def _upsample_and_add(coarse: Tensor, fine: Tensor) -> Tensor:
     return F.interpolate(coarse, size=fine.shape[2:], mode="bilinear", align_corners=True) + fine
 
 
+class StagedEncoder(IRSEEncoder):
+    """The base class of the encoders that predict one style and differences from it, which a training adds in stages.
+
+    Source: Tov et al., e4e (arXiv:2102.02766), section 4.
+    """
+
+    n_styles: int
+    config: dict[str, Any]
+
+    @property
+    def differences(self) -> int:
+        """The number of styles after the first that differ from it; the other styles are equal to the first.
+
+        It can be set. `config` contains it, so a checkpoint is used with the differences that it was trained with.
+
+        Raises:
+            UserError: it is set to less than 0 or to more than `n_styles - 1`.
+        """
+        return int(self.config.get("differences", self.n_styles - 1))
+
+    @differences.setter
+    def differences(self, value: int | None) -> None:
+        if value is not None and not (isinstance(value, int) and 0 <= value < self.n_styles):
+            raise UserError(
+                f"{type(self).__name__} differences={value}: it must be a whole number from 0 to {self.n_styles - 1}."
+            )
+        if value is None or value == self.n_styles - 1:
+            self.config.pop("differences", None)  # as in files of version 0.1.0
+        else:
+            self.config["differences"] = value
+
+    def add_to_first(self, styles: Tensor) -> Tensor:
+        """Return codes (B, n_styles, style_dim).
+
+        Args:
+            styles: (B, 1 + differences, style_dim), the first style and what the following ones add to it.
+        """
+        first, n = styles[:, :1], styles.shape[1]
+        parts = [first, first + styles[:, 1:]]
+        if n < self.n_styles:
+            parts.append(first.expand(-1, self.n_styles - n, -1))
+        return torch.cat(parts, dim=1)
+
+
 @register_encoder
-class Encoder4Editing(GradualStyleEncoder):
+class Encoder4Editing(StagedEncoder, GradualStyleEncoder):
     """The encoder of e4e: the first head gives a style for all layers, and the others add differences to it.
 
-    Arguments, layers and state dict are the same as in `GradualStyleEncoder`.
+    Other arguments, layers and state dict are the same as in `GradualStyleEncoder`.
 
-    Source: Tov et al., e4e (arXiv:2102.02766), section 4, as in the last stage of training, where every style has a
-    difference.
+    Args:
+        n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
+        differences: how many styles after the first have a difference; None: all.
+        *args, **kwargs: see `GradualStyleEncoder`.
+
+    Source: Tov et al., e4e (arXiv:2102.02766), section 4.
     """
+
+    @record_config
+    def __init__(self, n_styles: int, *args: Any, differences: int | None = None, **kwargs: Any) -> None:
+        super().__init__(n_styles, *args, **kwargs)
+        self.differences = differences
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a source to its codes, with the shapes of `GradualStyleEncoder`."""
-        return _add_to_first(super().forward(x))
-
-
-def _add_to_first(codes: Tensor) -> Tensor:
-    """Return codes (B, n_styles, style_dim) with the first style added to the others."""
-    return torch.cat([codes[:, :1], codes[:, :1] + codes[:, 1:]], dim=1)
+        return self.add_to_first(self.first_styles(x, 1 + self.differences))
 
 
 @register_encoder
@@ -260,21 +316,35 @@ class ReStyleEncoder(IRSEEncoder):
         Raises:
             UserError: the source has another shape, or the image does not have three channels.
         """
+        return self.first_updates(x, image, self.n_styles)
+
+    def first_updates(self, x: Tensor, image: Tensor, n: int) -> Tensor:
+        """Return the results of the first `n` heads, (B, n, style_dim), without computing the others."""
         self.check_source(x)
         if image.shape[1] != IMAGE_CHANNELS:
             raise UserError(f"ReStyle's encoder takes images of 3 channels, the generator makes {image.shape[1]}.")
         image = F.adaptive_avg_pool2d(image, self.input_size).expand(x.shape[0], -1, -1, -1)
         x = self.body(self.input_layer(torch.cat([x, image], dim=1)))  # (B, 512, 16, 16)
-        return torch.stack([head(x) for head in self.styles], 1)
+        return torch.stack([self.styles[i](x) for i in range(n)], 1)
 
 
 @register_encoder
-class ReStyleEncoder4Editing(ReStyleEncoder):
+class ReStyleEncoder4Editing(StagedEncoder, ReStyleEncoder):
     """ReStyle over e4e: in every pass, the first head gives a style for all layers, and the others add differences.
 
-    Source: `ProgressiveBackboneEncoder` of ReStyle's code, as in the last stage of training.
+    Args:
+        n_styles: number of styles, `2 * log2(output_size) - 2` of the generator.
+        differences: how many styles after the first have a difference; None: all.
+        *args, **kwargs: see `ReStyleEncoder`.
+
+    Source: `ProgressiveBackboneEncoder` of ReStyle's code, commit 5e80276.
     """
+
+    @record_config
+    def __init__(self, n_styles: int, *args: Any, differences: int | None = None, **kwargs: Any) -> None:
+        super().__init__(n_styles, *args, **kwargs)
+        self.differences = differences
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         """Make one pass, with the shapes of `ReStyleEncoder`."""
-        return _add_to_first(super().forward(x, image))
+        return self.add_to_first(self.first_updates(x, image, 1 + self.differences))
