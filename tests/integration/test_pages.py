@@ -54,6 +54,14 @@ def test_refiner_page(psp, tiny: list[str], place: Path) -> None:
     assert len(list((place / "out").glob("*.png"))) == 4
 
 
+def test_e4e_and_restyle_page(psp, tiny: list[str], place: Path) -> None:
+    names = run_page("e4e_and_restyle.md", psp, tiny, place)
+    assert names["encoder"].differences == 9 and names["module"].critic.steps == 12  # type: ignore[attr-defined]
+    columns = (place / "runs/inversion/e4e/csv/metrics.csv").read_text().splitlines()[0].split(",")
+    told = re.findall(r"`(train/[a-z_0-9]+)`", (DOCS / "e4e_and_restyle.md").read_text())
+    assert told and set(told) <= set(columns)
+
+
 def test_evaluation_page_names_every_metric() -> None:
     from psp_lightning.metrics import METRICS
 

@@ -123,8 +123,10 @@ class LatentCritic:
         recipe = self.recipe
         if recipe.r1_every and self.steps % recipe.r1_every == 0:
             real = real.detach().requires_grad_()
-            penalty = adversarial.r1_penalty(self.network(real), real)
-            self._descend(penalty * (recipe.r1_gamma / 2 * recipe.r1_every))
+            scores = self.network(real)
+            penalty = adversarial.r1_penalty(scores, real)
+            # the biases have a gradient of 0, not none, so that Adam moves them as in the published code
+            self._descend(penalty * (recipe.r1_gamma / 2 * recipe.r1_every) + 0 * scores.sum())
             self.r1 = penalty.detach()
         self.network.requires_grad_(False)
         self.steps += 1
@@ -208,7 +210,7 @@ class LitE4E(LitPSP):
         self.critic.start(self.device, self._saved)
         self._saved = None
         full = self.recipe.start + (self.net.n_styles - 2) * self.recipe.every
-        if 0 < self.trainer.max_steps <= full:
+        if 0 < (self.total_steps or self.trainer.max_steps) <= full:
             rank_zero_warn(
                 f"the run ends before all styles differ: the last difference is trained from step {full + 1} on. Lower "
                 "editability.start and editability.every, or make more steps."
