@@ -46,11 +46,12 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path, ki
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["editability=e4e"], "GradualStyleEncoder does not: choose encoder=e4e"),
+        (["editability=e4e"], "GradualStyleEncoder does not. Choose encoder=e4e"),
         ([*E4E, "editability.start=-1"], "editability.start=-1 must be a whole number, at least 0"),
         ([*E4E, "editability.delta_wieght=1"], "editability.delta_wieght"),
         ([*E4E, "model.compile=true"], "editability=e4e and model.compile=true exclude each other"),
         (["model.loss_per_pass=true"], "model.loss_per_pass=True needs an encoder of several passes"),
+        (["model.loss_per_pass=each"], "model.loss_per_pass=each is unknown"),
         (["editability=e4f"], "Did you mean 'e4e'"),
     ],
 )

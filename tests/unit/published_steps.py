@@ -84,7 +84,7 @@ def pooled(image: Tensor) -> Tensor:
 
 
 def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], step: int) -> None:
-    """Compare the whole gradient to 1e-5, and that of each parameter to 1e-4, relative to their norms."""
+    """Compare the whole gradient to 1e-5 and each parameter's gradient to 1e-4, relative to their norms."""
     assert found.keys() == expected.keys(), f"step {step}: other parameters have gradients"
     errors = {name: (found[name] - expected[name]).norm() for name in expected}
     for name, gradient in expected.items():
@@ -98,7 +98,7 @@ def gradients(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def nonzero(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out gradients of zero, which parts that are computed but not used have in one of two implementations."""
+    """Leave out gradients of zero: one implementation computes parts that it does not use, the other one does not."""
     return {name: gradient for name, gradient in grads.items() if gradient.any()}
 
 

@@ -103,7 +103,7 @@ def test_pool() -> None:
     assert kept[:50].all() and 0.45 < kept[50:].float().mean() < 0.55
 
 
-def test_validation_is_that_of_psp() -> None:
+def test_validation_has_only_the_losses_of_psp() -> None:
     lit = module(network(), FAST)
     lit.eval()
     batch = {"target": torch.rand(2, 3, SIZE, SIZE) * 2 - 1}
@@ -164,12 +164,12 @@ def test_wrong_numbers(options: dict[str, Any], words: str) -> None:
 
 
 def test_wrong_networks() -> None:
-    with pytest.raises(UserError, match="GradualStyleEncoder does not: choose encoder=e4e"):
+    with pytest.raises(UserError, match="GradualStyleEncoder does not. Choose encoder=e4e"):
         module(network(GradualStyleEncoder), FAST)
     with pytest.raises(UserError, match=r"loss_per_pass=True needs an encoder of several passes.*Encoder4Editing has"):
         module(network(), loss_per_pass=True)
     for cls, options in ((Encoder4Editing, {"recipe": FAST}), (ReStyleEncoder, {"loss_per_pass": True})):
         net = network(cls)
         net.refiner = FeatureRefiner(16, net.generator.feature_channels[16], SIZE, width=8, blocks=1)
-        with pytest.raises(UserError, match="trains no refiner"):
+        with pytest.raises(UserError, match="cannot train a refiner"):
             module(net, **options)

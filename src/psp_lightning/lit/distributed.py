@@ -45,7 +45,10 @@ def average_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows (n, ...) of all ranks, (n * ranks, ...), in the order of one rank with the whole batch."""
+    """Return the rows (n, ...) of all ranks, (n * ranks, ...), in the order that one rank with the whole batch has.
+
+    n must agree on all ranks.
+    """
     if (world := _world()) == 1:
         return rows
     shares = [torch.empty_like(rows) for _ in range(world)]
@@ -55,7 +58,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor with rank 0's."""
+    """Replace each tensor with its value on rank 0."""
     if _world() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor.detach(), 0)

@@ -33,12 +33,13 @@ class E4E:
     Attributes:
         start: optimizer steps before the second style may differ from the first.
         every: optimizer steps after which one more style may differ.
-        delta_weight: weight of the norms of the differences.
+        delta_weight: weight of the norms of the differences in the encoder's objective.
         adversarial_weight: weight of the discriminator's loss in the encoder's objective; 0: no discriminator.
         discriminator_lr: learning rate of the discriminator's Adam.
         r1_gamma: weight of R1.
         r1_every: batches between two steps of R1, each with `r1_every` times its weight; 0: never.
-        pool: earlier codes that are kept for the discriminator, real ones and as many of the encoder; 0: none.
+        pool: size of each of the two pools of earlier codes that the discriminator also sees, one of the mapping and one
+            of the encoder; 0: no pools.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -65,7 +66,7 @@ class E4E:
 
 
 class CodePool:
-    """Earlier codes, which the discriminator sees beside the newest, so that it does not forget them.
+    """Earlier codes that the discriminator sees in addition to the newest, so that it does not forget them.
 
     Args:
         size: number of codes; 0: `exchange` returns its argument.
@@ -78,14 +79,14 @@ class CodePool:
         self.codes: list[Tensor] = []
 
     def exchange(self, codes: Tensor, draws: Tensor) -> Tensor:
-        """Put codes into the pool, and return as many codes from both.
+        """Mix new codes with those in the pool, and return as many, (n, style_dim).
 
-        Until the pool is full, it keeps and returns each code. Then it either returns a code, or returns one of its own
-        and keeps the code in its place, with equal probability.
+        Until the pool is full, each code is stored and returned. After that, each code is returned unchanged or
+        replaces a random code of the pool, which is returned instead, with equal probability.
 
         Args:
             codes: (n, style_dim), without a graph.
-            draws: (n, 2) on the CPU, uniform in [0, 1): which of the two, and which place.
+            draws: (n, 2) on the CPU, uniform in [0, 1): whether a code goes into the pool, and which one it replaces.
         """
         if not self.size:
             return codes
@@ -103,7 +104,7 @@ class CodePool:
 class LatentCritic:
     """The discriminator of single styles with its optimizer and its pools.
 
-    It is no module, so that it is neither in the network's state dict nor in DistributedDataParallel; `step` averages
+    It is not a module, which keeps it out of the network's state dict and of DistributedDataParallel. `step` averages
     its gradients over the ranks.
     """
 
@@ -125,7 +126,7 @@ class LatentCritic:
             real = real.detach().requires_grad_()
             scores = self.network(real)
             penalty = adversarial.r1_penalty(scores, real)
-            # the biases have a gradient of 0, not none, so that Adam moves them as in the published code
+            # with a gradient of 0 instead of none, Adam moves the biases as in the published code
             self._descend(penalty * (recipe.r1_gamma / 2 * recipe.r1_every) + 0 * scores.sum())
             self.r1 = penalty.detach()
         self.network.requires_grad_(False)
@@ -139,7 +140,7 @@ class LatentCritic:
         self.optimizer.step()
 
     def start(self, device: torch.device, state: Mapping[str, Any] | None) -> None:
-        """Move to `device` with the weights of rank 0, or with what `state` returned in an earlier run."""
+        """Move to `device` and load what `state` returned in an earlier run, or else take the weights of rank 0."""
         self.network.to(device)
         if state is not None:
             self.network.load_state_dict(state["discriminator"])
@@ -162,15 +163,15 @@ class LatentCritic:
 
 
 class LitE4E(LitPSP):
-    """Trains as `LitPSP` does, and keeps the codes of the encoder near those that the generator's mapping makes.
+    """Trains as `LitPSP` does, and keeps the codes of the encoder close to the codes of the generator's mapping.
 
-    Only training batches differ; validation and its logged values do not. In each step:
+    Three things are added to a training step; validation and its logged values are those of `LitPSP`:
 
-    - The encoder gives a single style at first. Later, one style after the other may differ from it; the encoder in a
-      checkpoint has as many differences as have been trained.
-    - A discriminator of single styles learns to tell the codes of the mapping from those of the encoder, which learns
-      to deceive it. With `loss_per_pass`, the discriminator is updated once per step, with the codes of the first pass.
-    - The norms of the differences are a loss.
+    - Stages: at first, the encoder predicts one style for all layers. Later, one style after the other may differ from
+      it. A checkpoint's encoder predicts as many differences as have been trained.
+    - A discriminator of single styles learns to tell the mapping's codes from the encoder's, and the encoder learns to
+      deceive it. With `loss_per_pass`, the discriminator is updated once per step, with the codes of the first pass.
+    - The norms of the differences from the first style are a loss.
 
     It also logs `train/loss_adversarial`, `train/loss_delta`, `train/loss_discriminator`, `train/r1` (the last penalty,
     without its weight) and `train/differences`. The random numbers of these parts depend only on (seed, step).
@@ -178,7 +179,7 @@ class LitE4E(LitPSP):
     Args:
         *args, **options: see `LitPSP`.
         recipe: the hyperparameters.
-        seed: seed of the codes and of the pools.
+        seed: seed of the discriminator's random codes and of the pools.
 
     Raises:
         UserError: the encoder does not predict differences, or the network has a refiner.
@@ -190,10 +191,10 @@ class LitE4E(LitPSP):
         if not isinstance(encoder, StagedEncoder):
             raise UserError(
                 f"e4e's training needs an encoder that predicts differences from its first style, but "
-                f"{type(encoder).__name__} does not: choose encoder=e4e, e4e_small or restyle_e4e."
+                f"{type(encoder).__name__} does not. Choose encoder=e4e, e4e_small or restyle_e4e."
             )
         if self.net.refiner is not None:
-            raise UserError("e4e's training trains no refiner: train the refiner afterwards, in a new run (init_from).")
+            raise UserError("e4e's training cannot train a refiner. Train it afterwards, in a new run (init_from=RUN).")
         self.recipe, self.seed = recipe or E4E(), seed
         self.critic = LatentCritic(self.recipe, self.net.style_dim)
         self._first_pass = False
@@ -212,8 +213,8 @@ class LitE4E(LitPSP):
         full = self.recipe.start + (self.net.n_styles - 2) * self.recipe.every
         if 0 < (self.total_steps or self.trainer.max_steps) <= full:
             rank_zero_warn(
-                f"the run ends before all styles differ: the last difference is trained from step {full + 1} on. Lower "
-                "editability.start and editability.every, or make more steps."
+                f"the run ends before all styles may differ: the last difference is trained from step {full + 1} on. "
+                "Lower editability.start and editability.every, or increase trainer.max_steps."
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:

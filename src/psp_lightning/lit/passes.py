@@ -11,18 +11,18 @@ from psp_lightning.models.psp import PSP
 
 
 def detached_passes(net: PSP, source: Tensor, learn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the codes of the last pass, (B, n_styles, style_dim), after `learn` has been called for the passes before.
+    """Call `learn` for each pass except the last, and return the codes of the last pass, (B, n_styles, style_dim).
 
-    No gradient flows from one pass into another. The image that a pass receives is the one that the loss of the pass
-    before has compared.
+    No gradient flows from one pass into another. A pass receives the image that the loss of the previous pass compared;
+    the first pass receives the image of the average latent.
 
     Args:
         net: its encoder is a `RefiningEncoder`.
         source: (B, C, input_size, input_size).
-        learn: maps the codes of a pass, relative to the average latent, to their images (B, 3, output_size,
-            output_size). It makes the backward pass of their loss.
+        learn: makes the backward pass of the loss of a pass. It receives the codes relative to the average latent and
+            returns their images (B, 3, output_size, output_size).
 
-    Source: Alaluf et al., ReStyle (arXiv:2104.02699), and the training of its code, commit 5e80276.
+    Source: Alaluf et al., ReStyle (arXiv:2104.02699), as trained by its code, commit 5e80276.
     """
     delta = torch.zeros_like(net.latent_avg)[None]  # (1, n_styles, style_dim)
     with torch.no_grad():

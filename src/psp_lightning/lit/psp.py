@@ -59,8 +59,8 @@ class LitPSP(pl.LightningModule):
             codes replace source and target, so that the refiner keeps edits. Only for inversion.
         drawing: how the generated samples of a data module with `generated_share` are drawn.
         loss_per_pass: for an encoder of several passes: compute the losses and their gradients after each pass, as
-            ReStyle does. The gradients of a step are the sum over the passes, and the log shows the last pass. False:
-            one loss, of the image of the last pass.
+            ReStyle does. The gradients of a step are summed over the passes, and the log shows the last pass. If
+            False, one loss compares the image of the last pass.
 
     Raises:
         UserError: `batch_norm` or `noise` is unknown, a number of steps is invalid, a metric is no `Metric`, or
@@ -94,12 +94,13 @@ class LitPSP(pl.LightningModule):
                 f"edit_share={edit_share}: it must be below 1, and it needs a refiner and task=inversion. Set "
                 "edit_share=0 without them."
             )
-        self.loss_per_pass = loss_per_pass
+        self.loss_per_pass = choice("loss_per_pass", loss_per_pass, (True, False))
         if loss_per_pass and not net.passes:
             rule = f"needs an encoder of several passes, such as encoder=restyle; {type(net.encoder).__name__} has one."
             raise ArgumentError("loss_per_pass", loss_per_pass, rule)
         if loss_per_pass and net.refiner is not None:
-            raise ArgumentError("loss_per_pass", loss_per_pass, "trains no refiner. Train it afterwards, in a new run.")
+            rule = "cannot train a refiner. Train it afterwards, in a new run (init_from=RUN)."
+            raise ArgumentError("loss_per_pass", loss_per_pass, rule)
         self.losses = losses
         for name, metric in (metrics or {}).items():
             if not isinstance(metric, Metric):
@@ -207,7 +208,7 @@ class LitPSP(pl.LightningModule):
         return total, values, y_hat
 
     def objective(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the objective and the detached values to log; derived classes may add terms of their own."""
+        """Return the objective and the detached values to log; derived classes may add terms."""
         return self.losses(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -298,7 +299,7 @@ class LitPSP(pl.LightningModule):
         self.net.zero_grad()
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing after a training step that has made backward passes of its own; `optimizer_step` frees them."""
+        """Keep the gradients of the earlier passes, which the training step has computed; `optimizer_step` frees them."""
         if not self.loss_per_pass:
             super().optimizer_zero_grad(*args, **kwargs)
 

@@ -165,7 +165,7 @@ def _upsample_and_add(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 class StagedEncoder(IRSEEncoder):
-    """The base class of the encoders that predict one style and differences from it, which a training adds in stages.
+    """The base class of encoders that predict one style and differences from it, which can be trained in stages.
 
     Source: Tov et al., e4e (arXiv:2102.02766), section 4.
     """
@@ -177,10 +177,10 @@ class StagedEncoder(IRSEEncoder):
     def differences(self) -> int:
         """The number of styles after the first that differ from it; the other styles are equal to the first.
 
-        It can be set. `config` contains it, so a checkpoint is used with the differences that it was trained with.
+        It can be set. `config` contains it, so a loaded checkpoint predicts the differences that have been trained.
 
         Raises:
-            UserError: it is set to less than 0 or to more than `n_styles - 1`.
+            UserError: it is set to anything but a whole number from 0 to `n_styles - 1`, or None, which means all.
         """
         return int(self.config.get("differences", self.n_styles - 1))
 
