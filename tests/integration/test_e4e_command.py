@@ -51,7 +51,7 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path, ki
         ([*E4E, "editability.delta_wieght=1"], "editability.delta_wieght"),
         ([*E4E, "model.compile=true"], "editability=e4e and model.compile=true exclude each other"),
         (["model.loss_per_pass=true"], "model.loss_per_pass=True needs an encoder of several passes"),
-        (["model.loss_per_pass=each"], "model.loss_per_pass=each is unknown"),
+        (["model.loss_per_pass=each"], "model.loss_per_pass=each must be true or false"),
         (["editability=e4f"], "Did you mean 'e4e'"),
     ],
 )

@@ -38,8 +38,7 @@ class E4E:
         discriminator_lr: learning rate of the discriminator's Adam.
         r1_gamma: weight of R1.
         r1_every: batches between two steps of R1, each with `r1_every` times its weight; 0: never.
-        pool: size of each of the two pools of earlier codes that the discriminator also sees, one of the mapping and one
-            of the encoder; 0: no pools.
+        pool: number of earlier codes of the mapping, and of the encoder, that the discriminator also sees; 0: none.
 
     Raises:
         ArgumentError: a number is out of range.

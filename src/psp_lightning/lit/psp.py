@@ -94,7 +94,9 @@ class LitPSP(pl.LightningModule):
                 f"edit_share={edit_share}: it must be below 1, and it needs a refiner and task=inversion. Set "
                 "edit_share=0 without them."
             )
-        self.loss_per_pass = choice("loss_per_pass", loss_per_pass, (True, False))
+        self.loss_per_pass = loss_per_pass
+        if not isinstance(loss_per_pass, bool):
+            raise ArgumentError("loss_per_pass", loss_per_pass, "must be true or false.")
         if loss_per_pass and not net.passes:
             rule = f"needs an encoder of several passes, such as encoder=restyle; {type(net.encoder).__name__} has one."
             raise ArgumentError("loss_per_pass", loss_per_pass, rule)
@@ -299,7 +301,7 @@ class LitPSP(pl.LightningModule):
         self.net.zero_grad()
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the gradients of the earlier passes, which the training step has computed; `optimizer_step` frees them."""
+        """Keep the gradients of the earlier passes, which `training_step` computed; `optimizer_step` frees them."""
         if not self.loss_per_pass:
             super().optimizer_zero_grad(*args, **kwargs)
 
