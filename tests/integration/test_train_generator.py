@@ -424,7 +424,8 @@ def test_domains_of_psp_train(psp) -> None:
 
 
 def test_torchrun_with_other_devices(faces: Path, psp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     done = psp("train_generator", f"data.root={faces}", *CPU, "trainer.max_steps=1")
     assert done.code == 1 and "torchrun started 2 processes" in done.err and "trainer.devices asks for 1" in done.err
 

@@ -17,7 +17,6 @@ from psp_lightning.build.training import build_data, build_metrics, build_module
 from psp_lightning.losses import CompositeLoss, L2Loss
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
-from psp_lightning.utils.devices import check_launched
 from psp_lightning.utils.errors import UserError
 
 
@@ -39,13 +38,6 @@ def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({key: value for key, value in state.items() if not key.startswith("input_layer.")}, tmp_path / "id.pth")
     with pytest.raises(UserError, match="input_layer"):
         load_backbone(EncoderIntoW(512, 3, 32), str(tmp_path / "id.pth"))
-
-
-def test_torchrun_with_another_number_of_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    check_launched(2)
-    with pytest.raises(UserError, match="torchrun started 2 processes .* trainer.devices asks for 1"):
-        check_launched(1)
 
 
 def test_options_of_the_trainer_that_other_settings_determine() -> None:

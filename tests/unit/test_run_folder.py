@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from psp_lightning.lit.run_folder import claim_run, contains_run, last_checkpoint, new_folder
-from psp_lightning.utils.devices import is_first_rank
 from psp_lightning.utils.errors import UserError
 
 CLAIM = "import sys, pathlib; from psp_lightning.lit.run_folder import claim_run; "
@@ -61,21 +60,3 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path) -> Non
         folders = list(pool.map(lambda _: new_folder(tmp_path / "runs" / "12-00-00"), range(20)))
     assert len(set(folders)) == 20 and all(folder.is_dir() for folder in folders)
     assert {folder.name for folder in folders} == {"12-00-00", *(f"12-00-00_{n}" for n in range(2, 21))}
-
-
-@pytest.mark.parametrize(
-    ("variables", "first"),
-    [
-        ({}, True),
-        ({"LOCAL_RANK": "1"}, False),  # started by Lightning
-        ({"RANK": "2", "LOCAL_RANK": "0"}, False),  # torchrun on a second machine
-        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"SLURM_PROCID": "3"}, False),
-    ],
-)
-def test_the_first_rank_claims(variables: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert is_first_rank() is first

@@ -25,6 +25,7 @@ from psp_lightning.data.loader import ReadableDataLoader
 from psp_lightning.data.masks import SHAPES
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.inference.frozen import freeze_psp_generator
+from psp_lightning.lit.distributed import cluster
 from psp_lightning.lit.evaluation import (
     Given,
     Identity,
@@ -35,7 +36,7 @@ from psp_lightning.lit.evaluation import (
 )
 from psp_lightning.lit.prediction import PredictionBar, make_inject
 from psp_lightning.utils.arguments import choice, number, whole
-from psp_lightning.utils.devices import resolve_devices
+from psp_lightning.utils.devices import count_devices, count_nodes, resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 from psp_lightning.utils.names import portable
@@ -191,10 +192,12 @@ def build_evaluation(cfg: DictConfig, subject: Subject) -> tuple[pl.Trainer, Lit
     metrics, terms, errors = build_metrics(cfg)
     module = LitEvaluator(subject.predict, metrics, terms, cfg["as"] == "uint8").eval().requires_grad_(False)
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
-    world = devices if isinstance(devices, int) else len(devices)
+    world = count_devices(accelerator, devices) * count_nodes()
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=count_nodes(),
+        plugins=[cluster()],
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank gets its share below
         inference_mode=not steps(cfg),

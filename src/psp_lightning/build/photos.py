@@ -26,6 +26,7 @@ from psp_lightning.loading import load_embedding
 from psp_lightning.models.face_parser import KINDS, ToyFaceParser
 from psp_lightning.utils.arguments import number
 from psp_lightning.utils.atomic import DISK
+from psp_lightning.utils.devices import started_rank
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.images import FORMATS, save_atomic
 from psp_lightning.utils.progress import track
@@ -42,7 +43,7 @@ def check_photo_settings(cfg: DictConfig) -> None:
             raise UserError(f"{key}={cfg[key]} must be true or false.")
     if cfg.paste_back and not cfg.align:
         raise UserError("paste_back=true needs align=true: the place of a face is known only if it was cut out here.")
-    if cfg.align and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if cfg.align and started_rank() is not None:
         raise UserError("align=true does not run under torchrun or srun. Start psp-predict itself, with devices=N.")
     if not cfg.align and cfg.landmarks is not None:
         raise UserError("landmarks=FILE needs align=true.")

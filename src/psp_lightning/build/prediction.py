@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from psp_lightning.build.inversion import (
     steps,
 )
 from psp_lightning.build.photos import align_inputs, crops, paste_jobs, paste_outputs
-from psp_lightning.build.prediction_settings import check_settings
+from psp_lightning.build.prediction_settings import check_settings, check_width
 from psp_lightning.build.trainer import quiet
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.checkpoints.weight_files import generator_hash
@@ -47,11 +46,12 @@ from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
 from psp_lightning.latents.refinements import read_refinement
+from psp_lightning.lit.distributed import cluster
 from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
 from psp_lightning.lit.prediction import LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder
 from psp_lightning.models.psp import PSP
-from psp_lightning.utils.devices import count_devices, resolve_devices
+from psp_lightning.utils.devices import count_devices, count_nodes, resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 from psp_lightning.utils.names import native
@@ -59,7 +59,6 @@ from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
-FORMAT_LIMITS = {"jpg": 65500, "webp": 16383}  # pixels per side
 
 
 @dataclass
@@ -98,8 +97,13 @@ class PredictionPlan:
         return paste_outputs(cfg, paste_jobs(cfg, self.alignment, outputs, self.outputs.made))
 
 
-def plan_prediction(cfg: DictConfig) -> PredictionPlan:
+def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] = lambda make: make()) -> PredictionPlan:
     """Check the settings, list the inputs and find existing outputs.
+
+    Args:
+        cfg: settings.
+        share: returns the value of a function on the first rank. If each rank looked for existing outputs, a late one
+            would find those of the others. `skipped` contains records only on the first rank.
 
     Raises:
         UserError: a setting is invalid, there is no checkpoint or input, the output folder cannot be written, or it
@@ -133,10 +137,18 @@ def plan_prediction(cfg: DictConfig) -> PredictionPlan:
         made=made, masks=masks,
     )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
-    skipped = [] if cfg.overwrite else _existing(outputs)
-    todo = sorted({*range(len(files))} - {record["index"] for record in skipped})
-    if todo:  # an interrupted prediction can then tell its own outputs from others
-        save_manifest(folder, skipped + [outputs.record(index, "pending") for index in todo])
+    skipped: list[dict[str, Any]] = []
+
+    def divide() -> tuple[int, list[int]]:
+        skipped.extend([] if cfg.overwrite else _existing(outputs))
+        todo = sorted({*range(len(files))} - {record["index"] for record in skipped})
+        if todo:  # an interrupted prediction can then tell its own outputs from others
+            save_manifest(folder, skipped + [outputs.record(index, "pending") for index in todo])
+        return len(files), todo
+
+    n_inputs, todo = share(divide)
+    if n_inputs != len(files):
+        raise UserError(f"input={cfg.input} has {len(files)} files on this machine, but {n_inputs} on the first one.")
     return PredictionPlan(outputs, todo, skipped, latents, alignment=alignment)
 
 
@@ -241,7 +253,7 @@ def build_prediction(
         _warn_of_photographs(cfg, spec, plan)
         dataset = plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed, size)
         inverter = build_inverter(cfg, net)
-    _check_width(cfg, net)
+    check_width(cfg, net.generator.output_size)
     mask = None if cfg.mix.latent_mask is None else list(cfg.mix.latent_mask)
     with torch.inference_mode():
         frozen, reference = freeze_psp_generator(net), _reference(cfg, net)
@@ -256,10 +268,12 @@ def build_prediction(
     ).eval()  # fmt: skip
     writer = PredictionWriter(plan.outputs, spec, digest, str(cfg.ckpt))
     accelerator, devices = resolve_devices(cfg.accelerator, cfg.devices)
-    world = count_devices(accelerator, devices)
+    world = count_devices(accelerator, devices) * count_nodes()
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
+        num_nodes=count_nodes(),
+        plugins=[cluster()],
         precision="32-true" if cfg.precision == "bf16" else cfg.precision,
         strategy=DDPStrategy() if world > 1 else "auto",
         use_distributed_sampler=False,  # each rank gets its share below
@@ -331,17 +345,6 @@ def _refinements(cfg: DictConfig, latents: Latents, generator: nn.Module) -> Cal
         return {key: part for key, part in (("features", features), ("weights", weights)) if part is not None}
 
     return read
-
-
-def _check_width(cfg: DictConfig, net: PSP) -> None:
-    """Raise a UserError if the images of `side_by_side` are wider than their format allows."""
-    size: int = cfg.resize or net.generator.output_size  # type: ignore[assignment]
-    width, limit = size * (1 + cfg.mix.n_outputs), FORMAT_LIMITS.get(cfg.format, math.inf)
-    if cfg.side_by_side and width > limit:
-        raise UserError(
-            f"side_by_side=true needs images that are {width} pixels wide, but format={cfg.format} allows {limit}. Use "
-            "format=png, a smaller resize or fewer outputs."
-        )
 
 
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:

@@ -18,6 +18,7 @@ from psp_lightning.utils.images import FORMATS
 
 LARGEST = 8192  # pixels per side; programs that use Pillow would treat a larger picture as an attack
 PRECISIONS = ("32-true", "bf16", "bf16-mixed", "16-mixed")
+FORMAT_LIMITS = {"jpg": 65500, "webp": 16383}  # pixels per side
 SWITCHES = ("side_by_side", "sheet", "overwrite", "any_generator", "fuse", "compile", "cuda_graphs")
 
 
@@ -55,3 +56,14 @@ def check_settings(cfg: DictConfig) -> None:
     cfg.mix.n_outputs = whole("mix.n_outputs", cfg.mix.n_outputs, 1)
     cfg.mix.seed = whole("mix.seed", cfg.mix.seed, 0)
     number("mix.alpha", cfg.mix.alpha)
+
+
+def check_width(cfg: DictConfig, output_size: int) -> None:
+    """Raise a UserError if the images of `side_by_side` are wider than their format allows."""
+    size = cfg.resize or output_size
+    width, limit = size * (1 + cfg.mix.n_outputs), FORMAT_LIMITS.get(cfg.format, math.inf)
+    if cfg.side_by_side and width > limit:
+        raise UserError(
+            f"side_by_side=true needs images that are {width} pixels wide, but format={cfg.format} allows {limit}. Use "
+            "format=png, a smaller resize or fewer outputs."
+        )

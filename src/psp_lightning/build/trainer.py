@@ -18,9 +18,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from psp_lightning.build.instantiate import import_plugins, instantiate
 from psp_lightning.checkpoints.read import is_plain, read
 from psp_lightning.lit.callbacks import EpochStart, LastCheckpoint, ProgressBar, ValidateEvery
+from psp_lightning.lit.distributed import cluster
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.utils.arguments import number, whole
-from psp_lightning.utils.devices import check_launched, count_devices, resolve_devices
+from psp_lightning.utils.devices import count_devices, resolve_devices
 from psp_lightning.utils.errors import UserError
 from psp_lightning.utils.memory import computes_on_cpu, keep_freed_memory
 
@@ -128,7 +129,6 @@ def build_trainer(
     options |= OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[arg-type]
     options["accelerator"], options["devices"] = resolve_devices(options["accelerator"], options["devices"])
     local = count_devices(options["accelerator"], options["devices"])
-    check_launched(local)
     if computes_on_cpu(options["accelerator"]):
         keep_freed_memory()
     if options["strategy"] in ("auto", "ddp"):
@@ -145,7 +145,7 @@ def build_trainer(
             default_root_dir=cfg.paths.output_dir,
             callbacks=build_callbacks(cfg, own),
             logger=build_loggers(cfg, resume),
-            plugins=[AtomicCheckpointIO(cfg.resume, resume if is_plain(resume) else None)],
+            plugins=[AtomicCheckpointIO(cfg.resume, resume if is_plain(resume) else None), cluster()],
             enable_model_summary=False,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:

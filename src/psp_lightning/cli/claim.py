@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from psp_lightning.cli.mistakes import fail
+from psp_lightning.cli.ranks import share
 from psp_lightning.cli.settings import quote
 from psp_lightning.lit.run_folder import claim_run, new_folder
-from psp_lightning.utils.devices import is_first_rank
+from psp_lightning.utils.devices import check_launched, count_devices, is_first_rank, started_rank
 from psp_lightning.utils.errors import UserError
 
 
@@ -33,28 +35,27 @@ class ClaimFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         HydraConfig.instance().set_config(config)  # names may refer to it
         with _reporting():
-            folder = Path(config.hydra.run.dir)
-            if not _is_given(config, "hydra.run.dir"):
-                home = Path(config.paths.runs, str(config.task.name))
-                name = os.path.relpath(folder, home)
-                if name.split(os.sep)[0] in (os.curdir, os.pardir):
-                    raise UserError(f"run={config.run} is not the name of a folder inside {home}.")
-                if OmegaConf.is_interpolation(config, "run") and "LOCAL_RANK" not in os.environ:
-                    folder = new_folder(folder)
-                    config.run = os.path.relpath(folder, home)
-            resume = config.resume not in (None, "auto") and folder.resolve() in Path(config.resume).resolve().parents
-            self._claim(folder, resume, f"Continue it with resume={folder}, or choose another run=NAME.")
+            if started_rank() is not None:  # before waiting for ranks that do not exist
+                devices = count_devices(config.trainer.accelerator, config.trainer.devices)
+                check_launched(devices, config.trainer.num_nodes)
+            run, folder = share(partial(self._claim_run, config))  # names contain the time, which differs between ranks
+            if not is_first_rank():
+                with read_write(config), open_dict(config):
+                    config.run = run
+                    config.hydra.run.dir = folder
+                    config.hydra.output_subdir = None  # the first rank writes the log and the settings
+                    config.hydra.job_logging = {"version": 1, "root": None, "disable_existing_loggers": False}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _reporting():
-            folder = Path(config.hydra.sweep.dir)
-            if not _is_given(config, "hydra.sweep.dir") and "LOCAL_RANK" not in os.environ:
-                folder = new_folder(folder)
-                with read_write(config), open_dict(config):  # jobs are composed again, from the overrides
-                    config.hydra.sweep.dir = os.fspath(folder)
-                    config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quote(os.fspath(folder))}")
-            # each job rejects a folder that contains a run
-            self._claim(folder, True, "Choose another hydra.sweep.dir=DIR.")
+            _check_sweep(config)
+            folder = share(partial(self._claim_sweep, config))
+            overrides = [f"hydra.sweep.dir={quote(folder)}"]
+            if not is_first_rank():
+                overrides += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+            with read_write(config), open_dict(config):  # jobs are composed again, from the overrides
+                config.hydra.sweep.dir = folder
+                config.hydra.overrides.hydra.extend(overrides)
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         self._release()
@@ -62,9 +63,33 @@ class ClaimFolder(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         self._release()
 
+    def _claim_run(self, config: DictConfig) -> list[str]:
+        """Claim the folder of a run and return the run's name and the folder."""
+        folder = Path(config.hydra.run.dir)
+        if not _is_given(config, "hydra.run.dir"):
+            home = Path(config.paths.runs, str(config.task.name))
+            name = os.path.relpath(folder, home)
+            if name.split(os.sep)[0] in (os.curdir, os.pardir):
+                raise UserError(f"run={config.run} is not the name of a folder inside {home}.")
+            if OmegaConf.is_interpolation(config, "run"):
+                folder = new_folder(folder)
+                config.run = os.path.relpath(folder, home)
+        resume = config.resume not in (None, "auto") and folder.resolve() in Path(config.resume).resolve().parents
+        self._claim(folder, resume, f"Continue it with resume={folder}, or choose another run=NAME.")
+        return [str(config.run), os.fspath(folder)]
+
+    def _claim_sweep(self, config: DictConfig) -> str:
+        """Claim the folder of a sweep and return it."""
+        folder = Path(config.hydra.sweep.dir)
+        if not _is_given(config, "hydra.sweep.dir"):
+            folder = new_folder(folder)
+        # each job rejects a folder that contains a run
+        self._claim(folder, True, "Choose another hydra.sweep.dir=DIR.")
+        return os.fspath(folder)
+
     def _claim(self, folder: Path, resume: bool, hint: str) -> None:
         self._release()
-        if is_first_rank():
+        with contextlib.suppress(OSError):  # a file system without locks allows no claims
             ClaimFolder.held = claim_run(folder, resume, hint)
 
     def _release(self) -> None:
@@ -81,7 +106,18 @@ def _reporting() -> Iterator[None]:
     except UserError as error:
         fail(str(error))
     except (OSError, OmegaConfBaseException):
-        pass  # Hydra meets the same error and reports it; a file system without locks allows no claims
+        pass  # Hydra meets the same error and reports it
+
+
+def _check_sweep(config: DictConfig) -> None:
+    """Raise a UserError for a sweep that each rank of torchrun or srun would run by itself."""
+    for name in ("sweeper", "launcher"):
+        kind = str(config.hydra[name].get("_target_")).rpartition(".")[2]
+        if started_rank() is not None and kind not in ("BasicSweeper", "BasicLauncher"):
+            raise UserError(
+                f"{kind} does not work under torchrun or srun, where each process would use its own. Start the command "
+                "itself, with trainer.devices=N: it starts the processes of each job."
+            )
 
 
 def _is_given(config: DictConfig, key: str) -> bool:

@@ -21,7 +21,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, message, user_errors
 from psp_lightning.cli.settings import quote_text, separate
-from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.devices import check_launched, count_devices, is_first_rank, started_rank
 from psp_lightning.utils.errors import UserError, plural
 
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
@@ -29,17 +29,19 @@ records: dict[str, dict[str, Any]] = {}  # by folder: metrics.json of the jobs o
 folders: list[str] = []  # folders of the jobs of a sweep
 
 
-def evaluate_job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Measure this rank's share of the images; rank 0 writes the files and returns the content of metrics.json."""
+def evaluate_job(cfg: DictConfig) -> dict[str, Any]:
+    """Measure this rank's share of the images; rank 0 writes the files. Return the content of metrics.json."""
     from psp_lightning.build.evaluation import build_evaluation, build_subject
     from psp_lightning.build.evaluation_record import check_output, finish
     from psp_lightning.build.trainer import run_prediction
+    from psp_lightning.lit.distributed import gather
 
     subject = build_subject(cfg)
     check_output(cfg)
     trainer, module, loader, errors = build_evaluation(cfg, subject)
     run_prediction(trainer, module, loader)
-    return finish(cfg, subject, module, errors)
+    record: dict[str, Any] = gather(finish(cfg, subject, module, errors))[0]
+    return record
 
 
 @hydra.main(version_base="1.3", config_path=os.path.join(config_root(), "evaluation"), config_name="evaluate")
@@ -58,6 +60,8 @@ def _run(cfg: DictConfig) -> None:
     except Exception as error:
         records[cfg.output] = failure(str(cfg.name), message(error) or type(error).__name__)
         raise
+    if not is_first_rank():
+        return
     if not sweep:
         print(markdown(table([record])), end="")
     folder = Path(cfg.output)
@@ -73,10 +77,12 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     check_settings(cfg)
     import_plugins(cfg.plugins)
-    if (wanted := count_devices(cfg.accelerator, cfg.devices)) > 1 and (ranks := count_ranks(cfg, wanted)) < wanted:
+    wanted = count_devices(cfg.accelerator, cfg.devices)
+    check_launched(wanted, None, "devices")
+    if started_rank() is None and (ranks := count_ranks(cfg, wanted)) < wanted:
         wanted = cfg.devices = ranks
     record: dict[str, Any] = launch(evaluate_job, cfg, wanted)
-    for name, row in record["metrics"].items():
+    for name, row in record["metrics"].items() if is_first_rank() else ():
         if row["error"]:
             print(f"error: {name}: {row['error']}", file=sys.stderr)
         elif row["missing"]:
@@ -136,7 +142,7 @@ def _run_all() -> None:
     try:
         _run()
     finally:
-        if folders and records:  # a sweep
+        if folders and records and is_first_rank():  # a sweep
             _save_sweep()
     if any("error" in record or any(row["error"] for row in record["metrics"].values()) for record in records.values()):
         sys.exit(1)

@@ -12,6 +12,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from psp_lightning.cli.mistakes import end_on_sigterm, message
+from psp_lightning.cli.ranks import as_rank, die_with
+from psp_lightning.utils.devices import started_rank
 from psp_lightning.utils.errors import UserError
 
 Job = Callable[[DictConfig], Any]
@@ -28,9 +31,9 @@ TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # for file names
 
 
 def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
-    """Run `job(cfg)` in this process, or in `n_processes` ranks; return the value of rank 0.
+    """Run `job(cfg)` in this process, or in `n_processes` ranks; return the value of rank 0, or this rank's value.
 
-    Under torchrun or srun (`LOCAL_RANK` is set), this process is a rank already and runs the job itself.
+    If torchrun or srun started this process as one of several ranks, it runs the job itself.
 
     Args:
         job: an importable function; every rank calls it.
@@ -38,10 +41,13 @@ def launch(job: Job, cfg: DictConfig, n_processes: int) -> Any:
         n_processes: number of ranks on this machine.
 
     Raises:
-        UserError: a rank raised it or an OSError; several ranks' errors are reported once.
+        UserError: a rank raised it or an OSError; several ranks' errors are reported once. Or another rank of torchrun
+            or srun is lost or has other versions.
         RuntimeError: a rank failed in any other way; the message contains its traceback.
     """
-    if n_processes == 1 or "LOCAL_RANK" in os.environ:
+    if started_rank() is not None:
+        return as_rank(partial(job, cfg), OmegaConf.select(cfg, "paths.output_dir"))
+    if n_processes == 1:
         return job(cfg)
     import multiprocessing
 
@@ -94,7 +100,7 @@ def _thaw(job_yaml: str, hydra_yaml: str) -> DictConfig:
 def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent: int) -> Any:
     import torch
 
-    _die_with(parent)
+    die_with(parent)  # the elastic launcher watches it, too
     end_on_sigterm()
     os.chdir(folder)
     cfg = _thaw(*frozen)
@@ -111,15 +117,3 @@ def _rank(job: Job, frozen: tuple[str, str], folder: str, messages: str, parent:
             raise
         (Path(messages) / f"rank_{rank}").write_text(message(error), **TEXT)
         raise SystemExit(1) from None
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this rank when its parent ends for any reason (only on Linux; elastic watches it, too)."""
-    import ctypes
-    import signal
-    import sys
-
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # the parent ended before the request
-            os._exit(1)

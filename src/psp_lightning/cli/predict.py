@@ -14,8 +14,9 @@ from psp_lightning.cli.align import report, report_unknown, summary
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
+from psp_lightning.cli.ranks import share
 from psp_lightning.cli.settings import is_sweep, quote_text
-from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.devices import check_launched, count_devices, is_first_rank, started_rank
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,13 +43,16 @@ def _run(cfg: DictConfig) -> None:
     from psp_lightning.lit.manifest import MANIFEST, save_manifest
     from psp_lightning.lit.prediction import save_sheet
 
-    plan = plan_prediction(cfg)
+    wanted = count_devices(cfg.accelerator, cfg.devices)
+    check_launched(wanted, None, "devices")
+    plan = plan_prediction(cfg, share)
     records = list(plan.skipped)
     if plan.todo:
-        wanted = count_devices(cfg.accelerator, cfg.devices)
-        if wanted > len(plan.todo):  # more ranks would have no input
+        if wanted > len(plan.todo) and started_rank() is None:  # more ranks would have no input
             wanted = cfg.devices = len(plan.todo)
         records += launch(partial(predict_job, plan), cfg, wanted)
+    if not is_first_rank():
+        sys.exit(int(any(record["status"] == "error" for record in records)))
     records.sort(key=lambda record: record["index"])  # ranks and threads return them in any order
     folder = plan.outputs.folder
     save_manifest(folder, records)

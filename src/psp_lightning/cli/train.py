@@ -17,7 +17,7 @@ from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import fail, guard, user_errors
 from psp_lightning.cli.resume import with_resume
 from psp_lightning.lit.run_folder import LAST
-from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.devices import check_launched, count_devices
 from psp_lightning.utils.errors import UserError, plural
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def train_job(cfg: DictConfig) -> float | None:
 @user_errors
 def _run(cfg: DictConfig) -> Any:
     _check_search(cfg)
-    return launch(train_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
+    n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)
+    check_launched(n_devices, cfg.trainer.num_nodes)
+    return launch(train_job, cfg, n_devices)
 
 
 def _check_search(cfg: DictConfig) -> None:

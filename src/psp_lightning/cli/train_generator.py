@@ -16,7 +16,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
-from psp_lightning.utils.devices import count_devices
+from psp_lightning.utils.devices import check_launched, count_devices
 from psp_lightning.utils.errors import plural
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def train_generator_job(cfg: DictConfig) -> None:
 )
 @user_errors
 def _run(cfg: DictConfig) -> Any:
-    return launch(train_generator_job, cfg, count_devices(cfg.trainer.accelerator, cfg.trainer.devices))
+    n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)
+    check_launched(n_devices, cfg.trainer.num_nodes)
+    return launch(train_generator_job, cfg, n_devices)
 
 
 def main() -> None:

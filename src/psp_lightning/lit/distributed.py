@@ -1,4 +1,4 @@
-"""Communication between ranks, and a strategy without DistributedDataParallel."""
+"""Communication between ranks, who numbers them, and a strategy without DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+
+from psp_lightning.utils.devices import started_rank
 
 
 def _world() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
+
+
+def cluster() -> ClusterEnvironment:
+    """Return the plugin that tells Lightning's Trainer what numbers the ranks, so that both agree with `started_rank`.
+
+    Lightning would not put a job of Slurm back into the queue: the run ends with a checkpoint instead, and
+    `resume=auto` continues it.
+    """
+    rank = started_rank()
+    if rank is None:
+        return LightningEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if rank.launcher == "srun" else TorchElasticEnvironment()
 
 
 def gather(value: Any) -> list[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
-from psp_lightning.utils.errors import UserError, suggest
+from psp_lightning.utils.errors import UserError, plural, suggest
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
@@ -55,20 +56,92 @@ def count_devices(accelerator: str, devices: Any) -> int:
     return chosen if isinstance(chosen, int) else len(chosen)
 
 
-def is_first_rank() -> bool:
-    """Return whether this process is the first rank, as torchrun, srun and Lightning number them."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank), "0") == "0"
+@dataclass(frozen=True)
+class Rank:
+    """This process as one of several that torchrun or srun started.
 
-
-def check_launched(local: int) -> None:
-    """Raise a UserError if torchrun started more or fewer processes than `local`, the devices in the settings.
-
-    Otherwise each process would act as the whole run.
+    Attributes:
+        launcher: what started it, `torchrun` or `srun`.
+        rank: number of this process, from 0.
+        world: number of processes on all machines.
+        per_node: number of processes on this machine; None if srun does not say so.
     """
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", local))
-    if started != local:
+
+    launcher: str
+    rank: int
+    world: int
+    per_node: int | None
+
+    @property
+    def nodes(self) -> int:
+        """Return the number of machines."""
+        return self.world // (self.per_node or self.world)
+
+
+def started_rank() -> Rank | None:
+    """Return what the environment says about this rank, or None if this process is the whole run.
+
+    If None, a command that needs several processes starts them itself. PyTorch's variables (torchrun and the ranks that
+    `cli.launch` starts) take precedence over Slurm's, as in Lightning. The script of sbatch, an interactive shell in a
+    job and a single task of srun have Slurm's variables, too, but are not ranks. As in Lightning, a job is an
+    interactive shell if it is named `bash` or `interactive`.
+    """
+    env = os.environ
+    if "RANK" in env and "LOCAL_RANK" in env:
+        per_node = env.get("LOCAL_WORLD_SIZE")
+        found = Rank("torchrun", int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(per_node) if per_node else None)
+    elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+        script = env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env  # srun adds the step
+        if script or env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+            return None
+        per_node = env.get("SLURM_NTASKS_PER_NODE")
+        found = Rank("srun", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(per_node) if per_node else None)
+    else:
+        return None
+    return found if found.world > 1 else None
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the first rank, as torchrun, srun and Lightning number them, or the only one."""
+    rank = started_rank()
+    return rank.rank == 0 if rank else os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def count_nodes() -> int:
+    """Return the number of machines on which ranks of this command run."""
+    rank = started_rank()
+    return rank.nodes if rank else 1
+
+
+def check_launched(local: int, nodes: int | None, key: str = "trainer.devices") -> None:
+    """Raise a UserError if torchrun or srun did not start the processes that the settings ask for.
+
+    Otherwise each process would act as the whole run, or wait for others that do not come.
+
+    Args:
+        local: number of devices on each machine in the settings.
+        nodes: number of machines in the settings (`trainer.num_nodes`); None: as many as there are.
+        key: the setting of `local`.
+    """
+    rank = started_rank()
+    if rank is None:
+        if nodes is not None and nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={nodes}: start the command on every machine, with torchrun or srun, or set "
+                "trainer.num_nodes=1. docs/scaling.md shows how."
+            )
+        return
+    if rank.per_node is None:
         raise UserError(
-            f"torchrun started {started} processes on this machine, but trainer.devices asks for {local}. "
+            f"{rank.launcher} does not say how many processes run on each machine: give srun --ntasks-per-node={local}."
+        )
+    if rank.per_node != local:
+        raise UserError(
+            f"{rank.launcher} started {rank.per_node} processes on this machine, but {key} asks for {local}. "
             "Use the same number for both."
+        )
+    if nodes is not None and rank.world != local * nodes:
+        raise UserError(
+            f"{rank.launcher} started {rank.world} processes in total, but {key}={local} and trainer.num_nodes={nodes} "
+            f"ask for {local * nodes}. Set trainer.num_nodes={rank.nodes}, or start them on {plural(nodes, 'machine')}."
         )

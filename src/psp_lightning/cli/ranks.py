@@ -1,0 +1,182 @@
+"""Ranks that torchrun or srun started: they agree on names and plans, and end if one of them is lost.
+
+The ranks that `cli.launch` starts need none of this, because the process that starts them composes the job and watches
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from psp_lightning import __version__
+from psp_lightning.utils.devices import Rank, check_launched, started_rank
+from psp_lightning.utils.errors import UserError, plural
+
+T = TypeVar("T")
+CONTACT = timedelta(minutes=5)  # the last rank may start this long after the first one
+PART = 4 * 2**20  # characters of JSON, which is ASCII; a store takes up to 8 MiB at once
+LOST = re.compile(r"[Cc]onnection (closed by peer|reset by peer|was likely closed)|Broken pipe|Socket closed")
+_turns = itertools.count()
+
+
+def share(make: Callable[[], T]) -> T:
+    """Return the value that `make` returns on the first rank; the other ranks wait for it and do not call `make`.
+
+    Without ranks of torchrun or srun, return `make()`. All ranks must call this equally often, in the same order. The
+    value must be what JSON can hold.
+
+    Raises:
+        UserError: see `_store`, or the first rank is lost.
+        SystemExit: `make` raised an exception on the first rank, which reports it.
+    """
+    if (rank := started_rank()) is None:
+        return make()
+    store, name = _store(), f"value/{next(_turns)}"
+    if rank.rank == 0:
+        try:
+            content = json.dumps(value := make())
+        except BaseException:
+            store.set(name, "0")
+            raise
+        parts = [content[start : start + PART] for start in range(0, len(content), PART)]
+        for number, part in enumerate(parts):
+            store.set(f"{name}/{number}", part)
+        store.set(name, str(len(parts)))  # last: the value is complete
+        return value
+    with reporting_lost_ranks():
+        _wait(store, name)
+        parts = [store.get(f"{name}/{number}").decode() for number in range(int(store.get(name)))]
+    if not parts:
+        raise SystemExit(1)
+    received: T = json.loads("".join(parts))
+    return received
+
+
+def as_rank(job: Callable[[], T], folder: str | None) -> T:
+    """Run the part of a job of this rank, one of those that torchrun or srun started.
+
+    Args:
+        job: the job.
+        folder: the run folder, from which the job can be continued; None if it is continued by repeating the command.
+
+    Raises:
+        UserError: see `_store`, or another rank is lost.
+    """
+    _store()
+    with reporting_lost_ranks(folder):
+        return job()
+
+
+@contextlib.contextmanager
+def reporting_lost_ranks(folder: str | None = None) -> Iterator[None]:
+    """Turn an error about a connection that another rank closed into a UserError."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        reason = LOST.search(str(error))
+        if not reason and not isinstance(error, torch.distributed.DistNetworkError):
+            raise
+        peer = re.search(r"\[[\w.:]+\]:\d+", str(error))  # as gloo writes addresses
+        raise UserError(
+            f"another process of this run has ended ({reason[0].lower() if reason else 'no connection'}"
+            f"{f', {peer[0]}' if peer else ''}); its output says why. "
+            f"{f'Continue with resume={folder}' if folder else 'To continue, repeat the command'} on all machines."
+        ) from None
+
+
+@functools.cache
+def _store() -> Any:
+    """Connect to the other ranks, once, and return their common key-value store.
+
+    The store is the one of torchrun's agents. Under srun, the first rank serves it where Lightning's process group
+    connects, too, so no further port is needed.
+
+    Raises:
+        UserError: the ranks do not find each other, the port is taken, or the machines have different versions.
+    """
+    import torch
+
+    from psp_lightning.lit.distributed import cluster
+
+    rank = started_rank()
+    assert rank is not None
+    check_launched(rank.per_node or 1, None)
+    if rank.launcher == "torchrun":
+        die_with(os.getppid())
+    place = cluster()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
+    address = f"{place.main_address}:{place.main_port}"
+    try:
+        base, *_ = next(torch.distributed.rendezvous("env://", rank.rank, rank.world, timeout=CONTACT))
+    except torch.distributed.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {place.main_port} of {socket.gethostname()} is taken, perhaps by another run. Set MASTER_PORT "
+                "to a free port, the same on all machines."
+            ) from None
+        missing = f"not all {plural(rank.world, 'process')} have started"
+        other = f"the first of {plural(rank.world, 'process')} does not answer at {address}"
+        raise UserError(
+            f"{missing if rank.rank == 0 else other} after {CONTACT.total_seconds():.0f} seconds. Check that the "
+            "command runs on all machines, and that they reach this address and port."
+        ) from None
+    store = torch.distributed.PrefixStore(f"psp_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", base)
+    with reporting_lost_ranks():
+        _compare_versions(store, rank)
+    return store
+
+
+def _compare_versions(store: Any, rank: Rank) -> None:
+    """Raise a UserError on all ranks if one of them has other versions, with which results or messages would differ."""
+    import torch
+
+    python = ".".join(platform.python_version_tuple()[:2])
+    mine = {"psp_lightning": __version__, "torch": torch.__version__, "Python": python}
+    store.set(f"versions/{rank.rank}", json.dumps([socket.gethostname(), mine]))
+    entries = []
+    for number in range(rank.world):
+        _wait(store, f"versions/{number}")
+        entries.append(json.loads(store.get(f"versions/{number}")))
+    if store.add("read", 1) == rank.world:
+        store.set("all_read", "1")
+    if rank.rank == 0:  # the others lose the store when this process ends
+        _wait(store, "all_read")
+    host, first = entries[0]
+    for number, (other, versions) in enumerate(entries):
+        if versions != first:
+            name = next(name for name in first if versions[name] != first[name])
+            raise UserError(
+                f"process {number} on {other} has {name} {versions[name]}, but process 0 on {host} has {first[name]}. "
+                "Install the same versions on all machines."
+            )
+
+
+def _wait(store: Any, name: str) -> None:
+    """Wait until the store has a value; signals are handled meanwhile."""
+    while not store.check([name]):
+        time.sleep(0.05)
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this rank when its parent ends for any reason (only on Linux)."""
+    import ctypes
+    import signal
+    import sys
+
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # the parent ended before the request
+            os._exit(1)
