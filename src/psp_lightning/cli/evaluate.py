@@ -21,7 +21,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, message, user_errors
 from psp_lightning.cli.settings import quote_text, separate
-from psp_lightning.utils.devices import check_launched, count_devices, is_first_rank, started_rank
+from psp_lightning.utils.devices import check_launched, count_devices, count_nodes, is_first_rank, started_rank
 from psp_lightning.utils.errors import UserError, plural
 
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
@@ -79,7 +79,12 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
     import_plugins(cfg.plugins)
     wanted = count_devices(cfg.accelerator, cfg.devices)
     check_launched(wanted, None, "devices")
-    if started_rank() is None and (ranks := count_ranks(cfg, wanted)) < wanted:
+    if (ranks := count_ranks(cfg, world := wanted * count_nodes())) < world:
+        if (given := started_rank()) is not None:
+            raise UserError(
+                f"{given.launcher} started {world} processes, but the images fill only {plural(ranks, 'batch')} of "
+                f"{cfg.batch_size}. Start at most {ranks}, or set a smaller batch_size."
+            )
         wanted = cfg.devices = ranks
     record: dict[str, Any] = launch(evaluate_job, cfg, wanted)
     for name, row in record["metrics"].items() if is_first_rank() else ():

@@ -24,10 +24,9 @@ from psp_lightning.utils.devices import Rank, check_launched, started_rank
 from psp_lightning.utils.errors import UserError, plural
 
 T = TypeVar("T")
-CONTACT = timedelta(minutes=5)  # the last rank may start this long after the first one
+CONTACT = 300  # seconds; the last rank may start this long after the first one
 PART = 4 * 2**20  # characters of JSON, which is ASCII; a store takes up to 8 MiB at once
 LOST = re.compile(r"[Cc]onnection (closed by peer|reset by peer|was likely closed)|Broken pipe|Socket closed")
-_turns = itertools.count()
 
 
 def share(make: Callable[[], T]) -> T:
@@ -42,7 +41,7 @@ def share(make: Callable[[], T]) -> T:
     """
     if (rank := started_rank()) is None:
         return make()
-    store, name = _store(), f"value/{next(_turns)}"
+    store, name = _store(), f"value/{next(_turns())}"
     if rank.rank == 0:
         try:
             content = json.dumps(value := make())
@@ -98,6 +97,12 @@ def reporting_lost_ranks(folder: str | None = None) -> Iterator[None]:
 
 
 @functools.cache
+def _turns() -> Iterator[int]:
+    """Return the iterator that numbers the shared values."""
+    return itertools.count()
+
+
+@functools.cache
 def _store() -> Any:
     """Connect to the other ranks, once, and return their common key-value store.
 
@@ -120,7 +125,9 @@ def _store() -> Any:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
     address = f"{place.main_address}:{place.main_port}"
     try:
-        base, *_ = next(torch.distributed.rendezvous("env://", rank.rank, rank.world, timeout=CONTACT))
+        base, *_ = next(
+            torch.distributed.rendezvous("env://", rank.rank, rank.world, timeout=timedelta(seconds=CONTACT))
+        )
     except torch.distributed.DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -130,7 +137,7 @@ def _store() -> Any:
         missing = f"not all {plural(rank.world, 'process')} have started"
         other = f"the first of {plural(rank.world, 'process')} does not answer at {address}"
         raise UserError(
-            f"{missing if rank.rank == 0 else other} after {CONTACT.total_seconds():.0f} seconds. Check that the "
+            f"{missing if rank.rank == 0 else other} after {CONTACT} seconds. Check that the "
             "command runs on all machines, and that they reach this address and port."
         ) from None
     store = torch.distributed.PrefixStore(f"psp_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", base)

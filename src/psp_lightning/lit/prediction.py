@@ -76,6 +76,7 @@ class LitPredictor(pl.LightningModule):
         keep: bool = False,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # torchrun may start more ranks than inputs
         self.net, self.inverter, self.keep = net, inverter, keep
         invert: Callable[..., Any] = _Invert(net, inverter)
         decode: Callable[..., Tensor] = _Decode(net)
