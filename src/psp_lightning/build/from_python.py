@@ -36,6 +36,7 @@ from psp_lightning.lit.callbacks import (
     ProgressBar,
     ValidateEvery,
 )  # fmt: skip
+from psp_lightning.lit.distributed import cluster
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.lit.run_folder import claim_run, contains_run
@@ -291,6 +292,6 @@ def _trainer(run: Path, resume: bool, val_every: int, **options: Any) -> pl.Trai
         "enable_model_summary": False,
         "default_root_dir": run,
         "logger": log,
-        "plugins": AtomicCheckpointIO(),
+        "plugins": [AtomicCheckpointIO(), cluster()],
     }
     return pl.Trainer(**{**own, **options}, callbacks=callbacks)

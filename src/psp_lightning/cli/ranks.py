@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,8 @@ from psp_lightning.utils.errors import UserError, plural
 T = TypeVar("T")
 CONTACT = 300  # seconds; the last rank may start this long after the first one
 PART = 4 * 2**20  # characters of JSON, which is ASCII; a store takes up to 8 MiB at once
-LOST = re.compile(r"[Cc]onnection (closed by peer|reset by peer|was likely closed)|Broken pipe|Socket closed")
+# how gloo, the store and NCCL say so
+LOST = re.compile(r"[Cc]onnection (closed by peer|reset by peer|was likely closed)|Broken pipe|ncclRemoteError")
 
 
 def share(make: Callable[[], T]) -> T:
@@ -155,12 +157,12 @@ def _compare_versions(store: Any, rank: Rank) -> None:
     store.set(f"versions/{rank.rank}", json.dumps([socket.gethostname(), mine]))
     entries = []
     for number in range(rank.world):
-        _wait(store, f"versions/{number}")
+        _wait(store, f"versions/{number}", CONTACT)
         entries.append(json.loads(store.get(f"versions/{number}")))
     if store.add("read", 1) == rank.world:
         store.set("all_read", "1")
     if rank.rank == 0:  # the others lose the store when this process ends
-        _wait(store, "all_read")
+        _wait(store, "all_read", CONTACT)
     host, first = entries[0]
     for number, (other, versions) in enumerate(entries):
         if versions != first:
@@ -171,9 +173,16 @@ def _compare_versions(store: Any, rank: Rank) -> None:
             )
 
 
-def _wait(store: Any, name: str) -> None:
-    """Wait until the store has a value; signals are handled meanwhile."""
+def _wait(store: Any, name: str, limit: float = math.inf) -> None:
+    """Wait until the store has a value; signals are handled meanwhile.
+
+    Raises:
+        UserError: there is none after `limit` seconds, because the process that should set it has ended.
+    """
+    start = time.monotonic()
     while not store.check([name]):
+        if time.monotonic() - start > limit:
+            raise UserError("another process ended before the run started; its output says why.")
         time.sleep(0.05)
 
 
