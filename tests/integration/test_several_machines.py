@@ -21,7 +21,7 @@ from tests.integration.pages import DOCS, blocks, commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
-FOUR = ["trainer.max_steps=4", "data.train.n=24", "callbacks.last.every_n_steps=1"]
+FOUR = ["trainer.max_steps=4", "trainer.log_every_n_steps=1", "data.train.n=24", "callbacks.last.every_n_steps=1"]
 OTHER_VERSION = "import psp_lightning\npsp_lightning.__version__ = '9.9'\n"
 
 

@@ -54,9 +54,11 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     check_monitored(cfg, module, data)
     checkpoint = read_resumed(resume, "psp", "psp-train")
     # SyncBatchNorm keeps the encoder's buffers equal. Broadcasting them before each forward pass would hang a
-    # validation in which ranks have different numbers of batches.
+    # validation in which ranks have different numbers of batches. The gradients are views of the buffers that the ranks
+    # exchange, which saves a second copy of them. No static_graph: PyTorch 2.15 fails in it when gradients accumulate.
     # e4e's first stages do not use all heads of the encoder.
-    ddp = DDPStrategy(broadcast_buffers=False, find_unused_parameters=isinstance(module, LitE4E))
+    unused = isinstance(module, LitE4E)
+    ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused)
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
     sync = on_gpu and cfg.model.batch_norm == "sync"
     trainer = build_trainer(cfg, [AverageBatchNorm(), Forecast(ADVICE)], ddp, checkpoint, sync_batchnorm=sync)
