@@ -38,6 +38,11 @@ TEXTS = {
     "generator": "The frozen StyleGAN2 that draws the output: `generator=file generator.path=FILE`.",
     "hparams_search": "Searches for good settings: `psp-train -m hparams_search=optuna`.",
     "hydra": "Where runs are written, and the text of `psp-train --help` and `psp-doctor data --help`.",
+    "hydra/launcher": "Where the jobs of a sweep run: `psp-train -m hydra/launcher=submitit_slurm`. Without it, they "
+    "run one after the other.",
+    "hydra/sweeper": "A search, which `hparams_search=NAME` selects: `hydra.sweeper.n_trials=20`.",
+    "hydra/sweeper/pruner": "What ends bad trials of a search early: `hydra/sweeper/pruner=median`.",
+    "hydra/sweeper/sampler": "How a search chooses values: `hydra/sweeper/sampler=random`.",
     "logger": "Where the logged numbers go: `logger=tensorboard`. All but `none` also write the CSV file.",
     "loss": "Terms of the training objective. Select several as a list, `loss=[l2,lpips,id]`; each key of a selected "
     "term can be set, for example `loss.lpips.weight=0.4`.",
@@ -231,7 +236,8 @@ def uri(page: str) -> str:
 
 def title(page: str) -> str:
     """Return the name of a page."""
-    return TITLES.get(page, page.rpartition("/")[2])
+    head, _, rest = page.partition("/")
+    return TITLES.get(page, rest if head in (TRAINING, EVALUATION) else page)
 
 
 def render(page: str) -> str:
@@ -307,7 +313,7 @@ def render_index() -> str:
 
 def _heading(page: str) -> str:
     """Return what a page belongs to."""
-    return "Commands" if page in COMMANDS else f"Groups of {TITLES[page.partition('/')[0] if '/' in page else 'train']}"
+    return "Commands" if page in COMMANDS else f"Groups of {TITLES.get(page.partition('/')[0], TITLES['train'])}"
 
 
 def pages() -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: P
 
 
 def test_objective_reaches_the_sweeper(shell, tiny: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna")
     settings = [item for item in tiny if item != "trainer=cpu"]
     done = shell(
         "train", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=1",

@@ -315,7 +315,7 @@ def test_every_extra_is_among_the_optional_parts() -> None:
 
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     named = {name for name, _, _ in OPTIONAL}
-    for extra in ("tensorboard", "download", "export", "demo", "sweep"):
+    for extra in ("tensorboard", "download", "export", "demo", "sweep", "slurm", "joblib"):
         packages = re.findall(r'"([\w-]+)>=', re.search(rf"^{extra} = (.*)$", project, re.MULTILINE)[1])  # type: ignore[index]
         assert packages and set(packages) <= named, extra
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()

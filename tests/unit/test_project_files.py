@@ -87,7 +87,9 @@ def test_hooks_use_the_projects_own_tools() -> None:
 
 def test_extras() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"all", "dev", "docs", "export", "demo", "download", "tensorboard", "sweep"} == set(extras)
+    assert {"all", "dev", "docs", "export", "demo", "download", "tensorboard", "sweep", "slurm", "joblib"} == set(
+        extras
+    )
     for name in ("all", "dev"):
         named = {part for item in extras[name] for part in re.findall(r"\[([\w,]+)\]", item) if "psp-lightning" in item}
         assert {part for group in named for part in group.split(",")} <= set(extras)

@@ -84,7 +84,8 @@ def test_every_key_has_a_line(page: str) -> None:
     for file in settings.files(page):
         content = yaml.safe_load(file.path.read_text()) or {}
         package = re.search(r"^# @package (\S+)$", file.path.read_text(), re.MULTILINE)
-        group = "" if page in settings.COMMANDS else page.rpartition("/")[2]
+        own = page.removeprefix(f"{settings.TRAINING}/").removeprefix(f"{settings.EVALUATION}/")
+        group = "" if page in settings.COMMANDS else own.replace("/", ".")
         prefix = group if package is None else package[1].replace("_global_", "")
         keys = set(leaves(content, prefix))
         shown = set(re.findall(rf'<code id="{file.path.stem}-([^"]+)">', text))

@@ -153,12 +153,19 @@ def _run_all() -> None:
         sys.exit(1)
 
 
+def _prepare(arguments: list[str]) -> list[str]:
+    """Return the command line with quoted names; refuse launchers, whose processes would not add to the table."""
+    if any(argument.startswith("hydra/launcher=") for argument in arguments):
+        raise UserError("psp-evaluate runs the jobs of a sweep one after the other; leave out hydra/launcher=.")
+    return quote_text(arguments)
+
+
 def main() -> None:
     """Entry point of `psp-evaluate`."""
     answer("psp-evaluate")
     records.clear()
     folders.clear()
-    guard(_run_all, quote_text)
+    guard(_run_all, _prepare)
 
 
 if __name__ == "__main__":

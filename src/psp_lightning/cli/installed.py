@@ -28,7 +28,9 @@ OPTIONAL = (  # package, what it is for, command
     ("jinja2", "psp-demo, and the report of psp-evaluate", "pip install 'psp-lightning[demo]'"),
     ("tensorboard", "logger=tensorboard", "pip install 'psp-lightning[tensorboard]'"),
     ("torch-fidelity", "metric=[fid,kid]", "pip install torch-fidelity"),
-    ("hydra-optuna-sweeper", "hparams_search=optuna", "pip install 'psp-lightning[sweep]'"),
+    ("optuna", "hparams_search=optuna", "pip install 'psp-lightning[sweep]'"),
+    ("hydra-submitit-launcher", "hydra/launcher=submitit_slurm", "pip install 'psp-lightning[slurm]'"),
+    ("hydra-joblib-launcher", "hydra/launcher=joblib", "pip install 'psp-lightning[joblib]'"),
     ("gdown", "psp-weights get from Google Drive", "pip install 'psp-lightning[download]'"),
 )
 WEIGHTS = ("ir_se50", "alexnet", "moco_v2", "inception_resnet_v1", "stylegan2_ffhq")  # of losses and recipes

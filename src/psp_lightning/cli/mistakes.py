@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ def user_errors(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
         from hydra.types import RunMode
         from omegaconf import OmegaConf
 
+        make_reproducible()  # for jobs of a sweep in other processes, which `guard` has not prepared
         try:
             if missing := sorted(OmegaConf.missing_keys(cfg)):
                 raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
@@ -60,6 +62,9 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr, for names that the locale cannot print
     end_on_sigterm()
+    # conf/ has commented files for launchers that also have a schema in Hydra's store
+    warnings.filterwarnings("ignore", r"\s*'hydra/(launcher|sweeper)/.*' is validated against ConfigStore schema")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.process")  # the same, in joblib
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its exceptions, and `explain` rewords them
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -85,6 +90,11 @@ def guard(run: Callable[[], object], prepare: Callable[[list[str]], list[str]] |
             raise
         fail(_wrong_option(sys.argv[1:]) or str(error))
     except RuntimeError as error:
+        if missing := re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+?)_launcher\.", str(error)):
+            extra = {"submitit": "slurm"}.get(missing[1], missing[1])
+            fail(f"the package hydra-{missing[1]}-launcher is not installed: pip install 'psp-lightning[{extra}]'")
+        if type(error).__module__.startswith(("submitit.", "joblib.")) or "srun" in str(error):
+            fail(f"a job of the sweep did not run: {error}")
         if "home directory" not in str(error):  # pathlib's error for a path with ~
             raise
         fail("~ in a path cannot be replaced, because this user has no home folder: set HOME or write the whole path.")

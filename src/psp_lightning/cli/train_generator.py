@@ -16,7 +16,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
-from psp_lightning.utils.devices import check_launched, count_devices
+from psp_lightning.utils.devices import check_launched, count_devices, gpus_of_a_job
 from psp_lightning.utils.errors import plural
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("psp_train_generator")
 OmegaConf.register_new_resolver("psp_conf", config_root, replace=True)
+OmegaConf.register_new_resolver("psp_gpus", gpus_of_a_job, replace=True)  # in conf/hydra/launcher
 
 
 def train_generator_job(cfg: DictConfig) -> None:
@@ -64,4 +65,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from psp_lightning.cli import train_generator  # other processes import what this module is called, not __main__
+
+    train_generator.main()

@@ -154,6 +154,24 @@ def save_table(folder: Path, records: Sequence[dict[str, Any]]) -> str:
     return text
 
 
+def save_rows(folder: Path, stem: str, rows: Sequence[Sequence[Any]]) -> str:
+    """Write rows to `stem`.md and `stem`.csv in a folder; return the markdown.
+
+    The csv file has all digits of each number, the markdown four. None becomes an empty cell, and a column without
+    values is left out.
+    """
+    head, *body = rows
+    used = [k for k in range(len(head)) if not body or any(row[k] is not None for row in body)]
+    plain = [["" if row[k] is None else repr(row[k]) if isinstance(row[k], float) else row[k] for k in used]
+             for row in rows]  # fmt: skip
+    shown = [["" if row[k] is None else f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in used]
+             for row in rows]  # fmt: skip
+    text = markdown(shown)
+    _write(folder / f"{stem}.csv", _csv(plain))
+    _write(folder / f"{stem}.md", text)
+    return text
+
+
 def _csv(rows: list[list[Any]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(rows)

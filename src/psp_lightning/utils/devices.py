@@ -56,6 +56,29 @@ def count_devices(accelerator: str, devices: Any) -> int:
     return chosen if isinstance(chosen, int) else len(chosen)
 
 
+def gpus_of_a_job(accelerator: str, devices: Any) -> int | None:
+    """Return how many GPUs a job of a sweep asks for; None for a training on the CPU.
+
+    Args:
+        accelerator: as in `resolve_devices`.
+        devices: as in `resolve_devices`. All GPUs (`auto`, -1) are counted on this machine. With a list of ids, the
+            job needs every GPU up to the highest id.
+
+    Raises:
+        UserError: all GPUs are asked for, but this machine has none, such as a cluster's login node.
+    """
+    import torch
+
+    if accelerator in ("cpu", "mps"):
+        return None
+    if devices in ("auto", -1, "-1"):
+        if not torch.cuda.device_count() and accelerator != "auto":
+            raise UserError("the jobs' GPUs cannot be counted on this machine: set trainer.devices=NUMBER.")
+        return torch.cuda.device_count()
+    ids = devices.split(",") if isinstance(devices, str) and "," in devices else devices
+    return int(devices) if isinstance(ids, int | str) else max(int(device) for device in ids) + 1
+
+
 @dataclass(frozen=True)
 class Rank:
     """This process as one of several that torchrun or srun started.
