@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -87,6 +88,31 @@ def test_objective_reaches_the_sweeper(shell, tiny: list[str], tmp_path: Path) -
     best = min(losses, key=lambda lr: float(losses[lr]))
     assert result["best_params"]["optimizer.lr"] == pytest.approx(best)
     assert result["best_value"] == pytest.approx(float(losses[best]), rel=1e-5)
+
+
+def test_a_search_with_two_ranks_ends_in_one_table(shell, tiny: list[str], tmp_path: Path) -> None:
+    """Seed 37 chooses the rates 0.001, 1e30, 0.1 and 0.1: one trial ends, one fails, two are worse and pruned."""
+    pytest.importorskip("optuna")
+    settings = [item for item in tiny if item != "trainer=cpu"]
+    done = shell(
+        "train", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=4", "hydra.sweep.dir=sweep", "trainer=ddp_cpu",
+        "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=37", "optimizer.lr=choice(0.001,0.1,1e30)",
+        "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1", *settings, "loss=[l2]",
+        "trainer.max_steps=4", "trainer.val_every=1", timeout=900,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [(row["trial"], row["state"], row["run"]) for row in rows] == [
+        ("0", "complete", "sweep/0"), ("1", "failed", "sweep/1"), ("2", "pruned", "sweep/2"), ("3", "pruned", "sweep/3")
+    ]  # fmt: skip
+    assert "loss term 'l2'" in rows[1]["error"] and rows[0]["error"] == ""
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert table.count("\n") == 6 and table in done.out
+    done_steps = {
+        trial: torch.load(tmp_path / "sweep" / trial / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        for trial in ("0", "2", "3")
+    }
+    assert done_steps["0"] == 4 and max(done_steps["2"], done_steps["3"]) < 4, done_steps
 
 
 def descendants(pid: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.integration.pages import DOCS, blocks, commands, run_block, run_page, write_file
+from tests.integration.pages import DOCS, ROOT, blocks, commands, run_block, run_page, write_file
 from tests.integration.test_docs import checkpoint
 
 
@@ -46,6 +46,30 @@ def test_runs_page(psp, tiny: list[str], place: Path) -> None:
         assert (run / name).is_file(), f"the page names {name}"
     header = psp("runs").out.splitlines()[0]
     assert header.split() == text.split("```text\n")[1].splitlines()[0].split()
+
+
+@pytest.mark.slow
+def test_sweeps_page(psp, tiny: list[str], place: Path) -> None:
+    for module in ("optuna", "hydra_plugins.hydra_joblib_launcher", "hydra_plugins.hydra_submitit_launcher"):
+        pytest.importorskip(module)
+    run_page("sweeps.md", psp, tiny, place)
+    runs = {path.parents[1].relative_to(place / "runs").as_posix() for path in (place / "runs").rglob("last.ckpt")}
+    assert {"seeds/0", "seeds/1", "seeds_local/0", "seeds_local/1", "search/0", "search/1", "search/2"} <= runs
+    rows = (place / "runs/search/sweep.csv").read_text().splitlines()
+    assert len(rows) == 4 and all(",complete," in row for row in rows[1:])
+
+
+def test_sweeps_page_names_every_state_and_launcher() -> None:
+    from psp_lightning.cli.search import STATES
+
+    text = (DOCS / "sweeps.md").read_text()
+    named = re.findall(r"^\| `(\w+)` \|", text.split("## Searches")[1], re.MULTILINE)
+    assert set(named) == {*STATES.values()} - {"waiting"}
+    for file in (ROOT / "conf" / "hydra").glob("*/*.yaml"):
+        if file.parent.name == "launcher":
+            assert f"| `hydra/launcher={file.stem}` |" in text
+    for file in (ROOT / "conf" / "hydra" / "sweeper").glob("*/*.yaml"):
+        assert file.stem == "tpe" or f"hydra/sweeper/{file.parent.name}={file.stem}" in text
 
 
 def test_refiner_page(psp, tiny: list[str], place: Path) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("psp_train")
 INTERRUPTED, FOLDER = "interrupted", "folder"  # attributes of a study: numbers of trials; the folder of its search
 ERROR, RUN = "error", "run"  # attributes of a trial: why it failed; its run folder, relative to that of the search
-STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": INTERRUPTED, "WAITING": "waiting"}
 
 
 class SearchError(UserError):
@@ -55,12 +55,8 @@ class Search(Sweeper):
         self, storage: str, study_name: str, direction: str, n_trials: int, n_jobs: int, max_failure_rate: float,
         sampler: DictConfig, pruner: DictConfig | None, params: DictConfig | None,
     ) -> None:  # fmt: skip
-        if direction not in ("minimize", "maximize"):
-            raise UserError(f"hydra.sweeper.direction={direction} must be minimize or maximize.")
         self.storage, self.study_name, self.direction = str(storage), str(study_name), direction
-        self.n_trials = whole("hydra.sweeper.n_trials", n_trials, 1)
-        self.n_jobs = whole("hydra.sweeper.n_jobs", n_jobs, 1)
-        self.max_failure_rate = number("hydra.sweeper.max_failure_rate", max_failure_rate, 0, 1)
+        self.n_trials, self.n_jobs, self.max_failure_rate = n_trials, n_jobs, max_failure_rate
         self.params: dict[str, Any] = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -71,6 +67,11 @@ class Search(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        if self.direction not in ("minimize", "maximize"):  # checked here: Hydra rewords the errors of a constructor
+            raise UserError(f"hydra.sweeper.direction={self.direction} must be minimize or maximize.")
+        whole("hydra.sweeper.n_trials", self.n_trials, 1)
+        whole("hydra.sweeper.n_jobs", self.n_jobs, 1)
+        number("hydra.sweeper.max_failure_rate", self.max_failure_rate, 0, 1)
         space, fixed = search_space([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
         if not space:
             raise UserError("the search has no settings to choose: add one such as 'optimizer.lr=interval(1e-4,1e-3)'.")
@@ -81,6 +82,7 @@ class Search(Sweeper):
             while (left := self.n_trials - len(self._finished(study))) > 0:
                 trials = [self._ask(study, space, repeat) for _ in range(min(left, self.n_jobs))]
                 self._run(study, trials, fixed)
+                self._save(study, list(space))
                 failed = sum(trial.state.name == "FAIL" for trial in self._finished(study))
                 if failed > self.max_failure_rate * self.n_trials:
                     raise UserError(
@@ -88,7 +90,7 @@ class Search(Sweeper):
                         f"max_failure_rate={self.max_failure_rate:g} allows."
                     )
         finally:
-            self._save(study, list(space))
+            print(self._save(study, list(space)))
         if not any(trial.state.name == "COMPLETE" for trial in study.trials):
             raise UserError("no trial of the search was completed; the table above gives the reason for each.")
 
@@ -152,10 +154,7 @@ class Search(Sweeper):
         numbers = [trial.number for trial in trials]
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             raise UserError(f"another search is writing to the study {self.study_name} in {self.storage}.")
-        jobs = [
-            [*fixed, *(f"{name}={'null' if value is None else value}" for name, value in trial.params.items())]
-            for trial in trials
-        ]
+        jobs = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
         self.validate_batch_is_legal(jobs)
         assert self.launcher is not None
         try:
@@ -186,8 +185,8 @@ class Search(Sweeper):
             trial.set_user_attr(ERROR, lines[0] if expected else f"{type(error).__name__}: {lines[-1]}")
             study.tell(trial, state=state.FAIL)
 
-    def _save(self, study: optuna.Study, names: list[str]) -> None:
-        """Write and print the table of all trials, and write the best values for programs to read."""
+    def _save(self, study: optuna.Study, names: list[str]) -> str:
+        """Write the table of all trials, and the best values for programs to read; return what to print."""
         from psp_lightning.lit.results import save_rows
 
         trials, interrupted = study.trials, study.user_attrs[INTERRUPTED]
@@ -200,14 +199,13 @@ class Search(Sweeper):
                 trial.number, state, trial.value, *(trial.params.get(name) for name in names),
                 str(run) if run.is_dir() else None, trial.user_attrs.get(ERROR),
             ])  # fmt: skip
-        print(save_rows(self.folder, "sweep", rows), end="")
-        best = None
+        text, best = save_rows(self.folder, "sweep", rows), None
         if any(trial.state.name == "COMPLETE" for trial in trials):
             best = study.best_trial
             result = {"name": "optuna", "best_params": best.params, "best_value": best.value}
             OmegaConf.save(OmegaConf.create(result), self.folder / "optimization_results.yaml")
         first = "" if best is None else f"best: trial {best.number}, {self.cfg.objective} {best.value:.4g}; "
-        print(f"{first}{self.folder / 'sweep.md'}, {self.folder / 'sweep.csv'}")
+        return f"{text}{first}{self.folder / 'sweep.md'}, {self.folder / 'sweep.csv'}"
 
 
 def search_space(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

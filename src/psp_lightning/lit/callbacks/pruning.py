@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ class Pruning(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.objective)
         prune = False
-        if trainer.is_global_zero and value is not None:
+        if trainer.is_global_zero and value is not None and math.isfinite(value):  # otherwise the loss ends the run
             self.trial = self.trial or self.open_trial()
             self.trial.report(float(value), trainer.global_step)
             prune = trainer.global_step < trainer.max_steps and self.trial.should_prune()

@@ -1,0 +1,178 @@
+"""Searches: the study survives what happens to the search, and every trial has a row that says how it ended."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+SEARCH = ["-m", "hparams_search=optuna", "hydra.sweep.dir=sweep", "hydra/sweeper/sampler=random",
+          "hydra.sweeper.sampler.seed=0", "trainer=cpu"]  # fmt: skip
+# a training that takes no time: its value is the learning rate
+KILLED = """
+import os, signal
+from psp_lightning.cli import train
+
+def job(cfg, trial=None):
+    if cfg.paths.output_dir.endswith("/2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(cfg.optimizer.lr)
+
+train.train_job = job
+train.main()
+"""
+
+
+def instant(cfg: Any, trial: Any = None) -> float:
+    return float(cfg.optimizer.lr)
+
+
+@pytest.fixture
+def search(psp, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that runs a search whose trials are calls of `job`."""
+
+    def call(*settings: str, job: Any = instant):
+        monkeypatch.setattr("psp_lightning.cli.train.train_job", job)
+        return psp("train", *SEARCH, *settings)
+
+    return call
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "sweep.csv").open()))
+
+
+def states(folder: Path) -> list[str]:
+    return [row["state"] for row in table(folder)]
+
+
+def test_a_killed_search_continues(search, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, *SEARCH, "hydra.sweeper.n_trials=4"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert states(tmp_path / "sweep") == ["complete", "complete"], "the table has what was finished"
+    done = search("hydra.sweeper.n_trials=4")
+    assert done.code == 0, done.err
+    rows = table(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete", "complete", "interrupted", "complete", "complete"]
+    rates = [row["optimizer.lr"] for row in rows]
+    assert rates[3] == rates[2], "the values of the interrupted trial are not tried again"
+    assert len(set(rates)) == 4, "the seed repeats the first trials"
+    assert "2 trials finished" in done.out
+    again = search("hydra.sweeper.n_trials=4")
+    assert again.code == 0 and table(tmp_path / "sweep") == rows, "a search that has all its trials runs none"
+    assert search("hydra.sweeper.n_trials=6").code == 0
+    assert states(tmp_path / "sweep")[5:] == ["complete", "complete"]
+    folders = {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert folders == set("0123456") and table(tmp_path / "sweep")[6]["run"] == "sweep/6"
+
+
+def test_ctrl_c_interrupts_a_search(search, tmp_path: Path) -> None:
+    def job(cfg: Any, trial: Any = None) -> float:
+        if cfg.paths.output_dir.endswith("/1"):
+            raise KeyboardInterrupt
+        return 1.0
+
+    assert search("hydra.sweeper.n_trials=2", job=job).code == 130
+    assert states(tmp_path / "sweep") == ["complete", "interrupted"]
+    assert search("hydra.sweeper.n_trials=2", job=job).code == 0
+    assert states(tmp_path / "sweep") == ["complete", "interrupted", "complete"]
+
+
+def fails_once(cfg: Any, trial: Any = None) -> float | None:
+    from psp_lightning.utils.errors import UserError
+
+    if cfg.paths.output_dir.endswith("/0"):
+        raise UserError("the loss is nan.\nDetails.")
+    return float("nan") if cfg.paths.output_dir.endswith("/1") else 1.0
+
+
+def test_a_failed_trial_has_a_row_with_its_reason(search, tmp_path: Path) -> None:
+    done = search("hydra.sweeper.n_trials=3", job=fails_once)
+    assert done.code == 0, done.err
+    assert [(row["state"], row["error"]) for row in table(tmp_path / "sweep")] == [
+        ("failed", "the loss is nan."), ("failed", "val/loss has no value."), ("complete", ""),
+    ]  # fmt: skip
+    assert "| 0 | failed |" in done.out and "best: trial 2, val/loss 1; sweep/sweep.md" in done.out.splitlines()[-1]
+
+
+def test_too_many_failed_trials_end_the_search(search, tmp_path: Path) -> None:
+    done = search("hydra.sweeper.n_trials=3", "hydra.sweeper.max_failure_rate=0", job=fails_once)
+    assert done.code == 1 and "1 of 3 trials failed" in done.err.splitlines()[-1], done.err
+    assert states(tmp_path / "sweep") == ["failed"]
+
+
+def test_a_trial_can_be_pruned(search, tmp_path: Path) -> None:
+    def job(cfg: Any, trial: Any = None) -> float:
+        from psp_lightning.cli.search import Pruned
+
+        number = int(Path(cfg.paths.output_dir).name)
+        opened = trial.open()
+        opened.report(float(number), 10)
+        return Pruned(number) if opened.should_prune() else float(number)
+
+    median = ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"]
+    done = search("hydra.sweeper.n_trials=3", *median, job=job)
+    assert done.code == 0, done.err
+    assert [(row["state"], row["val/loss"]) for row in table(tmp_path / "sweep")] == [
+        ("complete", "0.0"), ("pruned", "1.0"), ("pruned", "2.0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["studies/a b.db", "studies/journal.log", "sqlite:///url.db"])
+def test_a_storage_of_ones_own(storage: str, search, tmp_path: Path) -> None:
+    own = f"hydra.sweeper.storage='{storage}'"
+    for n in (1, 2):
+        done = search(f"hydra.sweeper.n_trials={n}", own)
+        assert done.code == 0, done.err
+    assert states(tmp_path / "sweep") == ["complete", "complete"]
+    assert (tmp_path / storage.removeprefix("sqlite:///")).is_file() and not (tmp_path / "sweep" / "study.db").exists()
+    done = search("hydra.sweep.dir=other", own)
+    assert done.code == 1 and "belongs to the search in" in done.err and "study_name=NAME" in done.err, done.err
+    assert search("hydra.sweep.dir=other", own, "hydra.sweeper.study_name=b", "hydra.sweeper.n_trials=1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 must be"),
+        ("hydra.sweeper.direction=up", "minimize or maximize"),
+        ("hydra.sweeper.direction=maximize", "another hydra.sweeper.direction"),
+        ("optimizer.lr=choice(1,2)", "A changed range needs a new hydra.sweep.dir=DIR"),
+        ("optimizer.lr=1e-3", "no settings to choose"),
+        ("optimizer.lr=interval(2,1)", "optimizer.lr=interval(2,1)"),
+        ("optimizer.rate=interval(1,2)", "there is no configuration key 'optimizer.rate'"),
+        ("hydra.sweeper.storage=sweep", "hydra.sweeper.storage=sweep: "),
+        ("hydra.sweeper.sampler.sed=1", "hydra.sweeper.sampler.sed"),
+    ],
+)
+def test_mistakes_are_messages(setting: str, told: str, search, tmp_path: Path) -> None:
+    assert search("hydra.sweeper.n_trials=1").code == 0
+    done = search("hydra.sweeper.n_trials=2", setting)
+    assert done.code == 1 and told in done.err.split("error: ")[-1], done.err
+    assert "Traceback" not in done.err
+
+
+def test_ranges_of_hydra_become_distributions() -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    from psp_lightning.cli.search import search_space
+
+    space, fixed = search_space([
+        "a=int(interval(1,5))", "b=interval(0.5,2)", "c=tag(log,interval(1e-4,1.0))", "d=choice(true,x,[l2,id])",
+        "e=range(1,6,2)", "f=range(0.0,1.0,0.25)", "g=1,2", "h=3", "i=interval(0,1)", "i=7", "task=superres",
+    ])  # fmt: skip
+    assert space == {
+        "a": IntDistribution(1, 5), "b": FloatDistribution(0.5, 2), "c": FloatDistribution(1e-4, 1, log=True),
+        "d": CategoricalDistribution([True, "x", "[l2,id]"]), "e": IntDistribution(1, 5, step=2),
+        "f": FloatDistribution(0, 0.75, step=0.25), "g": CategoricalDistribution([1, 2]),
+    }  # fmt: skip
+    assert fixed == ["h=3", "i=7", "task=superres"]
