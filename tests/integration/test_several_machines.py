@@ -255,7 +255,7 @@ def test_more_ranks_than_inputs(start: Start, photos: Path, tmp_path: Path) -> N
 def test_a_killed_agent_ends_the_run_and_a_resume_continues_it(
     victim: int, start: Start, shell, one_machine, tiny: list[str], tmp_path: Path
 ) -> None:
-    settings = [*tiny, *FOUR, "trainer.max_steps=60"]
+    settings = [*tiny, *FOUR, "trainer.max_steps=30"]
     machines = start("torchrun", "train", *settings, "trainer.num_nodes=2", "run=r")
     run = tmp_path / "runs" / "inversion" / "r"
     deadline = time.time() + 120
@@ -274,7 +274,7 @@ def test_a_killed_agent_ends_the_run_and_a_resume_continues_it(
         assert time.time() < killed + 60, f"ranks {left} outlived the run"
         time.sleep(0.2)
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert step < 60, "the run ended before its agent was killed"
+    assert step < 30, "the run ended before its agent was killed"
     if victim:
         succeed(start("torchrun", "train", "resume=runs/inversion/r"))
     else:  # on the machine that is left
