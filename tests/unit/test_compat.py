@@ -128,8 +128,8 @@ def test_callbacks_keep_the_keys_of_their_states() -> None:
     """A checkpoint stores callback states by name, so a renamed callback would lose its state on a resume."""
     found = {cls.__qualname__ for cls in map(vars(callbacks).get, callbacks.__all__)} - {"step_checkpoints"}
     assert found == {
-        "AverageBatchNorm", "EpochStart", "ExportGenerator", "Forecast", "ImageGrids", "LastCheckpoint", "LossFalls",
-        "ProgressBar", "SampleGrids", "ValidateEvery",
+        "AverageBatchNorm", "Curves", "EpochStart", "ExportGenerator", "Forecast", "ImageGrids", "LastCheckpoint",
+        "LossFalls", "ProgressBar", "Pruning", "SampleGrids", "ValidateEvery",
     }  # fmt: skip
     assert callbacks.EpochStart().state_key == "EpochStart"
 

@@ -148,6 +148,7 @@ def test_files_left_out_are_counted(tmp_path, caplog, monkeypatch):
     assert "(3 .heic, 1 without a suffix, 1 .txt)" in caplog.messages[0]
     make(tmp_path, "other/a.png")
     (tmp_path / "other" / "note.md").write_text("x")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
     list_images(tmp_path / "other")
     assert len(caplog.messages) == 1, "the first rank says it for all"
