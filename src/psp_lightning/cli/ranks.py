@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -143,9 +144,18 @@ def _store() -> Any:
             "command runs on all machines, and that they reach this address and port."
         ) from None
     store = torch.distributed.PrefixStore(f"psp_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", base)
+    atexit.register(_leave)
     with reporting_lost_ranks():
         _compare_versions(store, rank)
     return store
+
+
+def _leave() -> None:
+    """Close the process group before the process ends, which a running thread of gloo would otherwise abort."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _compare_versions(store: Any, rank: Rank) -> None:
