@@ -166,6 +166,22 @@ def test_two_agents_train_and_resume_as_one_machine(start: Start, one_machine, t
     assert log.count("done: step") == 2, f"not only the first rank writes the log: {log}"
 
 
+@pytest.mark.parametrize("told", [(0, 1), (0,), (1,)], ids=str)
+def test_sigterm_ends_the_run(told: tuple[int, ...], start: Start, tiny: list[str], tmp_path: Path) -> None:
+    """Slurm (--signal) may tell all tasks, at different places in a step, or one: both end after the same step."""
+    long = ["trainer.max_steps=5000", "trainer.val_every=5000", "callbacks.images=null", "trainer.log_every_n_steps=1"]
+    machines = start("srun", "train", *tiny, *long, "trainer.num_nodes=2", "run=r")
+    rows = tmp_path / "runs" / "inversion" / "r" / "csv" / "metrics.csv"
+    while not rows.exists() or rows.read_text().count("\n") < 5:
+        assert all(machine.process.poll() is None for machine in machines), machines[0].output
+        time.sleep(0.1)
+    for number in told:
+        machines[number].process.send_signal(signal.SIGTERM)
+    assert [machine.wait(60) for machine in machines] == [130, 130], machines[0].output
+    step = result(rows.parents[1])[0]["global_step"]
+    assert step >= 3 and f"stopped at step {step}" in (rows.parents[1] / "train.log").read_text()
+
+
 def on_the_page(launcher: str, command: str) -> list[str]:
     """Return the arguments of a command in docs/scaling.md, with one process on the CPU for the four on GPUs."""
     lines = [line for block in blocks(DOCS / "scaling.md") for line in commands(block)]
@@ -354,7 +370,7 @@ def test_a_machine_that_does_not_start_is_reported(
 
 
 def test_a_search_is_refused(psp, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     done = psp("train", "-m", "hparams_search=optuna", "trainer.devices=2")

@@ -1,4 +1,4 @@
-"""Datasets of the user: their samples, their order, and what does not fit."""
+"""The user's datasets: their samples, their order, and what does not fit."""
 
 from __future__ import annotations
 
@@ -120,3 +120,24 @@ def test_the_task_decides_the_channels() -> None:
     data = Sketch2FaceDataModule(Map(1), Map(1), input_size=SIZE, target_size=SIZE)
     with pytest.raises(UserError, match=r"must be a float32 tensor of shape \(1, 32, 32\)"):
         next(iter(data.val_dataloader()))
+
+
+@pytest.mark.parametrize("empty", [Map(0), Stream(0)])
+def test_an_empty_training_set_is_an_error(empty: Any) -> None:
+    """Without it, a stream would be read for ever, and a map-style dataset would end a training at step 0."""
+    with pytest.raises(UserError, match="data: the (dataset|stream of samples) is empty"):
+        next(iter(module(empty, Map(2)).train_dataloader()), None)
+
+
+def test_a_stream_whose_source_is_used_up_is_an_error() -> None:
+    class Once(Stream):
+        def __init__(self) -> None:
+            self.items = iter([item(0), item(1)])
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.items
+
+    loader = module(Once(), Map(2)).train_dataloader()
+    assert len(list(loader)) == 1
+    with pytest.raises(UserError, match="that it can be read more than once"):
+        list(loader)

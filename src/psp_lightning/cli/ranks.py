@@ -22,13 +22,15 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from psp_lightning import __version__
-from psp_lightning.utils.devices import Rank, check_launched, started_rank
+from psp_lightning.utils.devices import Rank, started_rank
 from psp_lightning.utils.errors import UserError, plural
 
 T = TypeVar("T")
 CONTACT = 300  # seconds; the last rank may start this long after the first one
 PART = 4 * 2**20  # characters of JSON, which is ASCII; a store takes up to 8 MiB at once
-# how gloo, the store and NCCL say so
+# the variables that tell one start of ranks from another
+JOB = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+# messages of gloo, the store and NCCL about a lost rank
 LOST = re.compile(r"[Cc]onnection (closed by peer|reset by peer|was likely closed)|Broken pipe|ncclRemoteError")
 
 
@@ -121,7 +123,8 @@ def _store() -> Any:
 
     rank = started_rank()
     assert rank is not None
-    check_launched(rank.per_node or 1, None)
+    if rank.per_node is None:
+        raise UserError("srun does not say how many processes run on each machine: give it --ntasks-per-node=DEVICES.")
     if rank.launcher == "torchrun":
         die_with(os.getppid())
     place = cluster()
@@ -143,7 +146,8 @@ def _store() -> Any:
             f"{missing if rank.rank == 0 else other} after {CONTACT} seconds. Check that the "
             "command runs on all machines, and that they reach this address and port."
         ) from None
-    store = torch.distributed.PrefixStore(f"psp_lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", base)
+    job = [os.environ.get(name, "0") for name in JOB]  # a rank of another job that meets here by mistake waits in vain
+    store = torch.distributed.PrefixStore(f"psp_lightning/{'/'.join(job)}", base)
     atexit.register(_leave)
     with reporting_lost_ranks():
         _compare_versions(store, rank)

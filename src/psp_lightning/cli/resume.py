@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
 from psp_lightning.cli.mistakes import config_dir, flat
+from psp_lightning.cli.ranks import share
 from psp_lightning.cli.settings import is_sweep, plain, quote, quote_text, separate, split
 from psp_lightning.lit.run_folder import LAST, last_checkpoint
 from psp_lightning.utils.atomic import replacing
@@ -49,17 +50,20 @@ def with_resume(arguments: list[str], config: str = "train") -> list[str]:
         raise UserError("resume= continues one run; leave out -m.")
     if wanted == "auto":
         given = [argument for argument in given if not argument.startswith("resume=")]
-        checkpoint = _newest(options, given, "run" in settings, config)
-        if checkpoint is None:
+        # chosen once: a rank that looks later could find another run
+        found = share(lambda: _text(_newest(options, given, "run" in settings, config)))
+        if found is None:
             return options + given
+        checkpoint = Path(found)
     else:
         path = Path(plain(wanted))
-        checkpoint = path if path.is_file() else last_checkpoint(path)
-        if checkpoint is None:
+        last = path if path.is_file() else last_checkpoint(path)
+        if last is None:
             raise UserError(
                 f"resume={path}: there is no {path / LAST if path.is_dir() else path}. Give a run directory, one of "
                 "its checkpoints, or auto."
             )
+        checkpoint = last
     if "hydra.run.dir" in settings:
         raise UserError("resume= continues in the run's own directory; leave out hydra.run.dir.")
     run = checkpoint.parent.parent
@@ -81,6 +85,10 @@ def _recorded_settings(run: Path) -> dict[str, str | None]:
 def _literal(path: Path) -> str:
     """Return a path for a command line of Hydra, without interpolation."""
     return quote(os.fspath(path.resolve()).replace("${", "\\${"))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _newest(options: list[str], settings: list[str], named: bool, config: str) -> Path | None:

@@ -153,7 +153,7 @@ class TaskDataModule(_DataModule):
         return store
 
     def has_store(self, split: str) -> bool:
-        """Return whether the images of `train` or `val` are in a store, not in a dataset of the user."""
+        """Return whether the images of `train` or `val` are in a store, not in the user's dataset."""
         return self.has_images(split) and not isinstance(self._stores[split], Dataset)
 
     def dataset(self, split: str) -> Samples:

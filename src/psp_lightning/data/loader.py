@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed as dist
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from psp_lightning.utils.errors import UserError
@@ -27,11 +27,16 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         rank, world_size: rank of this process, and number of processes.
         pad: repeat samples until all ranks have equally many, and drop none (training). False: use every sample exactly
             once, so that the numbers on two ranks may differ by one (validation).
+
+    Raises:
+        UserError: there are no samples.
     """
 
     def __init__(
         self, n: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1, pad: bool = True
     ) -> None:
+        if n < 1:
+            raise UserError("data: the dataset is empty, so there is nothing to train on.")
         super().__init__(range(n), world_size, rank, shuffle, seed)  # type: ignore[arg-type]
         self.n, self.pad = n, pad
         self.generated = 0  # samples of a batch that `MixedSampler` adds to the images
@@ -93,13 +98,21 @@ class MixedSampler(EpochSampler):
 
 
 class ReadableDataLoader(DataLoader[Any]):
-    """A DataLoader that re-raises a worker's `UserError` without the worker's traceback."""
+    """A DataLoader that rejects an empty stream and re-raises a worker's `UserError` without the worker's traceback."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        empty = isinstance(self.dataset, IterableDataset)
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                empty = False
+                yield batch
         except UserError as error:
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        if empty:  # a training would start one epoch after the other without a step
+            raise UserError(
+                "data: the stream of samples is empty. Check the names of its files, that it can be read more than "
+                "once, and that every process gets a part of it."
+            )
 
 
 class ResumableDataLoader(ReadableDataLoader):

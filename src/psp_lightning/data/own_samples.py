@@ -1,4 +1,4 @@
-"""Datasets of the user, whose items are samples already: map-style, or a stream that can only be read in order."""
+"""The user's datasets, whose items are samples already: map-style, or a stream that can only be read in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psp_lightning.utils.errors import UserError
 
 
 class OwnSamples(Dataset[dict[str, Any]]):
-    """A map-style dataset of the user with the keys of a `TaskDataset`.
+    """The user's map-style dataset, with the keys of a `TaskDataset`.
 
     Args:
         items: has `len` and is indexed by 0, 1, ...; each item is a dict with `source` and `target`, float32 tensors as
@@ -36,7 +36,7 @@ class OwnSamples(Dataset[dict[str, Any]]):
 
 
 class SampleStream(IterableDataset[dict[str, Any]]):
-    """An iterable dataset of the user with the keys of a `TaskDataset`; `index` counts the samples of a process.
+    """The user's iterable dataset, with the keys of a `TaskDataset`; `index` counts the samples of a process.
 
     The stream must divide its samples among ranks and worker processes itself.
 

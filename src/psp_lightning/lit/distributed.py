@@ -24,7 +24,7 @@ def _world() -> int:
 
 
 def cluster() -> ClusterEnvironment:
-    """Return the plugin that tells Lightning's Trainer what numbers the ranks, so that both agree with `started_rank`.
+    """Return the plugin that tells Lightning's Trainer how the ranks are numbered, in agreement with `started_rank`.
 
     Lightning would not put a job of Slurm back into the queue: the run ends with a checkpoint instead, and
     `resume=auto` continues it.

@@ -36,13 +36,13 @@ class LastCheckpoint(Checkpoint):
         self._rank, self._ranks = 0, 1
         self._handlers: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
+        # Not in on_fit_start: Lightning would combine the handler of SIGTERM with its own, which tells the other ranks
+        # in the middle of a step and waits for them, while they wait for its gradients.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask_to_stop)
-        self._rank, self._ranks = trainer.global_rank, trainer.world_size
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
         self._stop = False
 
