@@ -1,4 +1,4 @@
-"""The jobs of a sweep in other processes: joblib, submitit, and SLURM as far as it can be imitated."""
+"""The jobs of a sweep in other processes: joblib, submitit, and Slurm as far as it can be imitated."""
 
 from __future__ import annotations
 
@@ -76,6 +76,24 @@ def test_jobs_of_slurm_start_their_own_ranks(shell, tiny: list[str], tmp_path: P
     assert "--gpus" not in script, "a training on the CPU asks for no GPU"
 
 
+def test_a_job_that_slurm_restarts_continues(
+    psp, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ["-m", "seed=1,2", "hydra.sweep.dir=sweep", *tiny]
+    assert psp("train", *sweep).code == 0
+    done = psp("train", *sweep, "trainer.max_steps=3")
+    assert done.code == 1 and "contains a run already" in done.err.splitlines()[-1], done.err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    done = psp("train", *sweep, "trainer.max_steps=3")
+    assert done.code == 0, done.err
+    for job in ("0", "1"):
+        assert steps(tmp_path / "sweep" / job) == 3
+        log = (tmp_path / "sweep" / job / "train.log").read_text()
+        assert log.count("done: step 2") == 1 and log.count("done: step 3") == 1, log
+    assert psp("train", "run=other", *tiny).code == 0, "another run starts as before"
+    assert psp("train", "run=other", *tiny).code == 1, "outside a sweep, the folder of a run stays protected"
+
+
 def test_slurm_is_missing(psp, tiny: list[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = psp("train", "-m", "seed=1,2", "hydra/launcher=submitit_slurm", *tiny)
@@ -121,8 +139,9 @@ def test_the_gpus_of_another_machine_are_not_counted(monkeypatch: pytest.MonkeyP
     from psp_lightning.utils.errors import UserError
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="trainer.devices=NUMBER"):
-        gpus_of_a_job("gpu", "auto")
+    for accelerator in ("gpu", "auto"):
+        with pytest.raises(UserError, match="trainer.devices=auto: .*trainer.devices=NUMBER"):
+            gpus_of_a_job(accelerator, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert gpus_of_a_job("gpu", "auto") == 2
 

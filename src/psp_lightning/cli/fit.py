@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from psp_lightning.cli.resume import changed_arithmetic, record, refuse_changes
-from psp_lightning.lit.run_folder import LAST, contains_run
+from psp_lightning.lit.run_folder import LAST, contains_run, last_checkpoint
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ def fit(
     log = logging.getLogger(command.replace("-", "_"))
     run = Path(cfg.paths.output_dir)
     resume = None if cfg.resume in (None, "auto") else Path(cfg.resume)
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and HydraConfig.get().mode == RunMode.MULTIRUN
+    if resume is None and restarted and (resume := last_checkpoint(run)):  # Slurm repeats a job with the same settings
+        cfg.resume = str(resume)
     if resume is None and contains_run(run):
         raise UserError(f"{run} contains a run already. Continue it with resume={run}, or choose another run=NAME.")
     differences = refuse_changes(run, cfg) if resume else []

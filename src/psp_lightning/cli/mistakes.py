@@ -129,7 +129,7 @@ def fail(message: str) -> None:
 
 def explain(error: Exception) -> str:
     """Return a message for an error of Hydra or OmegaConf that names the culprit and the closest match."""
-    text = str(error)
+    text = str(error).removeprefix("UserError raised while resolving interpolation: ")
     if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text):
         return _unknown_option(match[1], match[2], match[3].split())
     if match := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):

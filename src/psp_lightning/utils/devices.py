@@ -72,9 +72,12 @@ def gpus_of_a_job(accelerator: str, devices: Any) -> int | None:
     if accelerator in ("cpu", "mps"):
         return None
     if devices in ("auto", -1, "-1"):
-        if not torch.cuda.device_count() and accelerator != "auto":
-            raise UserError("the jobs' GPUs cannot be counted on this machine: set trainer.devices=NUMBER.")
-        return torch.cuda.device_count()
+        if not (count := torch.cuda.device_count()):
+            raise UserError(
+                f"trainer.devices={devices}: the jobs' GPUs cannot be counted on this machine, which has none. Set "
+                "trainer.devices=NUMBER, or trainer=cpu."
+            )
+        return count
     ids = devices.split(",") if isinstance(devices, str) and "," in devices else devices
     return int(devices) if isinstance(ids, int | str) else max(int(device) for device in ids) + 1
 
