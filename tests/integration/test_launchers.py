@@ -76,6 +76,29 @@ def test_jobs_of_slurm_start_their_own_ranks(shell, tiny: list[str], tmp_path: P
     assert "--gpus" not in script, "a training on the CPU asks for no GPU"
 
 
+def test_a_job_that_slurm_rejects_is_no_trial(
+    psp, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip("optuna")
+    rejecting = 'cp "$1" submitted.sh\necho "sbatch: error: invalid partition specified: tpyo" >&2\nexit 1\n'
+    for name, text in {**SLURM, "sbatch": rejecting}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    settings = [item for item in tiny if item != "trainer=cpu"]
+    done = psp(
+        "train", "-m", "hparams_search=optuna", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=tpyo",
+        "hydra.sweep.dir=sweep", "trainer=gpu", "trainer.devices=4", *settings, "trainer.val_every=2",
+        "trainer.limit_val_batches=1",
+    )  # fmt: skip
+    assert done.code == 1 and "invalid partition specified: tpyo" in done.err.split("error: a job")[-1], done.err
+    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 2 and ",interrupted," in rows[1], rows
+    script = (tmp_path / "submitted.sh").read_text()
+    assert "#SBATCH --gpus-per-node=4\n" in script and "#SBATCH --partition=tpyo\n" in script, script
+
+
 def test_a_job_that_slurm_restarts_continues(
     psp, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

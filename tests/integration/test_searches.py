@@ -75,6 +75,105 @@ def test_a_killed_search_continues(search, tmp_path: Path) -> None:
     assert folders == set("0123456") and table(tmp_path / "sweep")[6]["run"] == "sweep/6"
 
 
+def test_a_batch_that_is_killed_keeps_its_results(search, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, *SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = search("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3")
+    assert done.code == 0, done.err
+    rows = table(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete", "complete", "interrupted", "complete"]
+    assert [row["val/loss"] for row in rows[:2]] == [row["optimizer.lr"] for row in rows[:2]]
+    assert rows[3]["optimizer.lr"] == rows[2]["optimizer.lr"]
+
+
+def test_ctrl_c_keeps_the_results_of_a_batch(search, tmp_path: Path) -> None:
+    def job(cfg: Any, trial: Any = None) -> float:
+        from psp_lightning.cli.search import Pruned
+
+        number = int(Path(cfg.paths.output_dir).name)
+        if number == 2:
+            raise KeyboardInterrupt
+        trial.open().report(float(number), 10)
+        return Pruned(number) if number == 1 else float(number)
+
+    done = search("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3", "hydra/sweeper/pruner=median", job=job)
+    assert done.code == 130, done.err
+    assert [(row["state"], row["val/loss"]) for row in table(tmp_path / "sweep")] == [
+        ("complete", "0.0"), ("pruned", "1.0"), ("interrupted", ""),
+    ]  # fmt: skip
+
+
+def test_interrupted_values_are_tried_once(search, tmp_path: Path) -> None:
+    """The killed search had another setting and not yet chosen the batch size."""
+    import optuna
+    from optuna.distributions import FloatDistribution
+
+    (tmp_path / "sweep").mkdir()
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="psp-train")
+    rates = FloatDistribution(0.0001, 0.003, log=True)
+    lr = study.ask({"optimizer.lr": rates, "optimizer.rate": FloatDistribution(1, 2)}).params["optimizer.lr"]
+    for n in (1, 2):
+        assert search(f"hydra.sweeper.n_trials={n}", "data.batch_size=int(interval(2,8))").code == 0
+    rows = table(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["interrupted", "complete", "complete"]
+    assert [float(row["optimizer.lr"]) == pytest.approx(lr) for row in rows] == [True, True, False]
+
+
+def test_waiting_values_are_tried_once(search, tmp_path: Path) -> None:
+    """The search was killed after it had noted the values that are to be tried again, and before it tried them."""
+    import optuna
+
+    (tmp_path / "sweep").mkdir()
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="psp-train")
+    lr = study.ask({"optimizer.lr": optuna.distributions.FloatDistribution(0.0001, 0.003, log=True)}).params
+    study.enqueue_trial(lr)
+    assert search("hydra.sweeper.n_trials=2").code == 0
+    rows = table(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["interrupted", "complete", "complete"]
+    assert rows[1]["optimizer.lr"] == rows[0]["optimizer.lr"] != rows[2]["optimizer.lr"]
+
+
+def test_a_table_that_cannot_be_written_hides_no_error(search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from omegaconf import OmegaConf
+
+    def broken(result: Any, path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    def job(cfg: Any, trial: Any = None) -> float:
+        if cfg.paths.output_dir.endswith("/1"):
+            monkeypatch.setattr(OmegaConf, "save", broken)
+            raise KeyboardInterrupt
+        return 1.0
+
+    assert search("hydra.sweeper.n_trials=2", job=job).code == 130
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert best.best_value == 1.0, "a file that was written partly replaced the earlier one"
+
+
+def test_a_setting_may_be_null_and_a_number_may_be_written_as_1e1(search, tmp_path: Path) -> None:
+    def job(cfg: Any, trial: Any = None) -> float:
+        assert cfg.init_from is None
+        return 1.0
+
+    done = search(
+        "hydra.sweeper.n_trials=2e0", "hydra.sweeper.n_jobs=1.0", "+hydra.sweeper.params.init_from=null", job=job
+    )
+    assert done.code == 0, done.err
+    assert states(tmp_path / "sweep") == ["complete", "complete"]
+
+
+def test_a_search_needs_the_option_m_and_a_trial_can_be_resumed(psp, tiny: list[str], tmp_path: Path) -> None:
+    done = psp("train", "hparams_search=optuna", "run=single", *tiny)
+    assert done.code == 1 and "needs -m" in done.err.splitlines()[-1], done.err
+    settings = [*tiny, "trainer.val_every=2", "trainer.limit_val_batches=1", "hydra.sweeper.n_trials=1"]
+    done = psp("train", *SEARCH, *settings)
+    assert done.code == 0, done.err
+    done = psp("train", "resume=sweep/0", "trainer.max_steps=3")
+    assert done.code == 0 and "done: step 3" in done.out + done.err, done.err
+
+
 def test_ctrl_c_interrupts_a_search(search, tmp_path: Path) -> None:
     def job(cfg: Any, trial: Any = None) -> float:
         if cfg.paths.output_dir.endswith("/1"):
@@ -128,7 +227,7 @@ def test_a_trial_can_be_pruned(search, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["studies/a b.db", "studies/journal.log", "sqlite:///url.db"])
-def test_a_storage_of_ones_own(storage: str, search, tmp_path: Path) -> None:
+def test_another_storage(storage: str, search, tmp_path: Path) -> None:
     own = f"hydra.sweeper.storage='{storage}'"
     for n in (1, 2):
         done = search(f"hydra.sweeper.n_trials={n}", own)
@@ -144,6 +243,11 @@ def test_a_storage_of_ones_own(storage: str, search, tmp_path: Path) -> None:
     ("setting", "told"),
     [
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 must be"),
+        ("objective=null", "a search needs an objective=NAME"),
+        ("trainer.val_every=1e9", "would not be measured"),
+        ("optimizer=choice(adam,rangr)", "optimizer=rangr does not exist"),
+        ("data.batch_size=range(1,5,0)", "the step must not be 0"),
+        ("hydra.sweeper.storage='nosuch://me:secret@host/db'", "nosuch://me:***@host/db: "),
         ("hydra.sweeper.direction=up", "minimize or maximize"),
         ("hydra.sweeper.direction=maximize", "another hydra.sweeper.direction"),
         ("optimizer.lr=choice(1,2)", "A changed range needs a new hydra.sweep.dir=DIR"),
@@ -155,10 +259,14 @@ def test_a_storage_of_ones_own(storage: str, search, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_messages(setting: str, told: str, search, tmp_path: Path) -> None:
+    import optuna
+
     assert search("hydra.sweeper.n_trials=1").code == 0
     done = search("hydra.sweeper.n_trials=2", setting)
     assert done.code == 1 and told in done.err.split("error: ")[-1], done.err
-    assert "Traceback" not in done.err
+    assert "Traceback" not in done.err and "secret" not in done.err.split("error: ")[-1]
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="psp-train")
+    assert len(study.trials) == 1, "the mistake has added a trial"
 
 
 def test_ranges_of_hydra_become_distributions() -> None:

@@ -16,7 +16,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
-from psp_lightning.cli.search import Pruned, TrialPlace, check_search
+from psp_lightning.cli.search import Pruned, TrialPlace, check_search, keep_result
 from psp_lightning.lit.run_folder import LAST
 from psp_lightning.utils.devices import check_launched, count_devices, gpus_of_a_job
 from psp_lightning.utils.errors import plural
@@ -77,7 +77,7 @@ def _run(cfg: DictConfig) -> Any:
     trial = check_search(cfg)
     n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)
     check_launched(n_devices, cfg.trainer.num_nodes)
-    return launch(functools.partial(train_job, trial=trial), cfg, n_devices)
+    return keep_result(cfg, launch(functools.partial(train_job, trial=trial), cfg, n_devices))
 
 
 def main() -> None:
