@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from pathlib import Path
 
@@ -99,6 +101,25 @@ def test_a_job_that_slurm_rejects_is_no_trial(
     assert "#SBATCH --gpus-per-node=4\n" in script and "#SBATCH --partition=tpyo\n" in script, script
 
 
+@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.parametrize("launcher", PACKAGES)
+def test_trials_run_at_the_same_time(launcher: str, shell, tiny: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.{PACKAGES[launcher]}")
+    pytest.importorskip("optuna")
+    done = shell(
+        "train", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2",
+        f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep", *tiny, "trainer.val_every=2",
+        "trainer.limit_val_batches=1", timeout=600,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [row["state"] for row in rows] == ["complete", "complete"]
+    for row in rows:
+        result = json.loads((tmp_path / row["run"] / "objective.json").read_text())
+        assert result == {"state": "COMPLETE", "value": pytest.approx(float(row["val/loss"]))}
+
+
 def test_a_job_that_slurm_restarts_continues(
     psp, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +188,15 @@ def test_the_gpus_of_another_machine_are_not_counted(monkeypatch: pytest.MonkeyP
             gpus_of_a_job(accelerator, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert gpus_of_a_job("gpu", "auto") == 2
+
+
+def test_gpus_that_cannot_be_counted_are_one_message(psp, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = psp("train", "-m", "seed=1,2", "hydra/launcher=submitit_local", "trainer.devices=auto")
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("error: trainer.devices=auto: the jobs' GPUs"), (
+        done.err
+    )
 
 
 def test_an_evaluation_takes_no_launcher(psp) -> None:
