@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib
 from pathlib import Path
 
 import hydra.core.utils
@@ -12,7 +13,7 @@ import yaml
 from PIL import Image
 
 import psp_lightning
-from psp_lightning.lit.run_folder import claim_run
+from psp_lightning.lit.run_folder import claim_run, claimed, is_claimed
 from psp_lightning.utils.errors import UserError
 
 TINY = ["trainer=cpu", "loss=[l2]", "data.train.n=4", "data.val.n=2", "data.batch_size=2", "trainer.max_steps=1",
@@ -100,6 +101,32 @@ def test_a_given_sweep_folder_that_is_taken_is_an_error(psp, tmp_path: Path) -> 
     finally:
         claim.release()
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == [".claim"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"), [("train", TINY), ("train_generator", GENERATOR)], ids=["encoder", "generator"]
+)
+def test_each_job_of_a_sweep_claims_its_folder(
+    command: str, settings: list[str], psp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, bool]] = []
+
+    def job(*args: object, **kwargs: object) -> None:
+        seen.append({name: is_claimed(tmp_path / "sweep" / name) for name in ("0", "1")})
+        if len(seen) == 1:
+            raise UserError("this job fails")
+
+    monkeypatch.setattr(importlib.import_module(f"psp_lightning.cli.{command}"), f"{command}_job", job)
+    assert psp(command, "-m", *settings, "seed=1,2", "hydra.sweep.dir=sweep").err.count("this job fails") == 1
+    assert seen == [{"0": True, "1": False}, {"0": False, "1": True}]
+    assert not is_claimed(tmp_path / "sweep" / "1")
+
+
+def test_a_job_whose_folder_is_taken_fails_and_the_others_run(psp, tmp_path: Path) -> None:
+    with claimed(tmp_path / "sweep" / "0", False, ""):
+        done = psp("train", "-m", *TINY, "seed=1,2", "hydra.sweep.dir=sweep")
+    assert done.code == 1 and "Another process is writing to" in done.err.splitlines()[-1], done.err
+    assert seeds(tmp_path / "sweep") == {"1": 2}
 
 
 def test_a_training_from_python_claims_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

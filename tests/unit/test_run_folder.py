@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from psp_lightning.lit.run_folder import claim_run, contains_run, last_checkpoint, new_folder
+from psp_lightning.lit.run_folder import claim_run, claimed, contains_run, is_claimed, last_checkpoint, new_folder
 from psp_lightning.utils.errors import UserError
 
 CLAIM = "import sys, pathlib; from psp_lightning.lit.run_folder import claim_run; "
@@ -29,6 +31,29 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     other.kill()
     other.communicate()
     claim_run(run, False, "").release()
+
+
+def test_a_claim_of_a_block_ends_with_it(tmp_path: Path) -> None:
+    with claimed(tmp_path, False, ""):
+        assert is_claimed(tmp_path)
+    assert not is_claimed(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_allows_no_claims(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(tmp_path, False, ""):
+        assert not is_claimed(tmp_path)
+        claim_run(tmp_path, False, "").release()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match="contains a run already"):
+        claim_run(tmp_path, False, "")
 
 
 def test_a_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:

@@ -36,8 +36,11 @@ def test_the_best_value_follows_what_the_run_monitors(tmp_path: Path) -> None:
 
 
 def test_states(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "inversion" / "a", done=20)
+    folder = write_run(tmp_path / "multirun" / "s" / "0", done=20)
     assert read_run(folder, tmp_path).state == "interrupted"
+    sweep = claim_run(folder.parent, True, "")
+    assert read_run(folder, tmp_path).state == "interrupted", "the sweep is running, but not this job"
+    sweep.release()
     claim = claim_run(folder, True, "")
     assert is_claimed(folder) and read_run(folder, tmp_path).state == "running"
     claim.release()
@@ -55,18 +58,6 @@ def test_a_look_at_a_run_does_not_stop_a_training_from_starting(tmp_path: Path) 
     look.acquire()
     Timer(0.1, look.release).start()
     claim_run(tmp_path, False, "").release()
-
-
-def test_only_the_newest_run_of_a_running_sweep_is_running(tmp_path: Path) -> None:
-    sweep = tmp_path / "multirun" / "s"
-    for k in range(2):
-        folder = write_run(sweep / str(k), done=20)
-        os.utime(folder / "train.log", (k, k))
-    claim = claim_run(sweep, True, "")
-    assert [read_run(sweep / str(k), tmp_path).state for k in range(2)] == ["interrupted", "running"]
-    assert read_run(sweep / "1", tmp_path).name == "s/1"
-    claim.release()
-    assert read_run(sweep / "1", tmp_path).state == "interrupted"
 
 
 def test_seconds_of_all_parts(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from psp_lightning.lit.callbacks import (
 from psp_lightning.lit.distributed import cluster
 from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
-from psp_lightning.lit.run_folder import claim_run, contains_run
+from psp_lightning.lit.run_folder import claimed, contains_run
 from psp_lightning.lit.runs import FIT
 from psp_lightning.loading import load_generator, load_psp
 from psp_lightning.losses import LOSSES, CompositeLoss, LossTerm
@@ -157,7 +157,7 @@ def fit(
         source_is_target=data.source_is_target,
     )
     validate = min(whole("val_every", val_every, 1), steps)
-    claim = claim_run(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
+    claim = claimed(run, resume, AGAIN) if is_first_rank() else contextlib.nullcontext()
     settings = {
         "task": {"name": task},
         "seed": seed,

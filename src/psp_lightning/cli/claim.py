@@ -1,26 +1,29 @@
-"""Claim the folder of a run or a sweep before Hydra writes to it."""
+"""Claim the folder of a run or a sweep before Hydra writes to it, and the folder of each job of a sweep."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from psp_lightning.cli.mistakes import fail
 from psp_lightning.cli.ranks import share
 from psp_lightning.cli.settings import quote
-from psp_lightning.lit.run_folder import claim_run, new_folder
+from psp_lightning.lit.run_folder import claim_run, claimed, new_folder
 from psp_lightning.utils.devices import check_launched, count_devices, is_first_rank, started_rank
 from psp_lightning.utils.errors import UserError
+
+ANOTHER = "Choose another hydra.sweep.dir=DIR."
 
 
 class ClaimFolder(Callback):
@@ -38,7 +41,8 @@ class ClaimFolder(Callback):
             if started_rank() is not None:  # before waiting for ranks that do not exist
                 devices = count_devices(config.trainer.accelerator, config.trainer.devices)
                 check_launched(devices, config.trainer.num_nodes)
-            run, folder = share(partial(self._claim_run, config))  # names contain the time, which differs between ranks
+            # names contain the time, which differs between ranks
+            run, folder = share(functools.partial(self._claim_run, config))
             if not is_first_rank():
                 with read_write(config), open_dict(config):
                     config.run = run
@@ -49,7 +53,7 @@ class ClaimFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _reporting():
             _check_sweep(config)
-            folder = share(partial(self._claim_sweep, config))
+            folder = share(functools.partial(self._claim_sweep, config))
             overrides = [f"hydra.sweep.dir={quote(folder)}"]
             if not is_first_rank():
                 overrides += ["hydra.output_subdir=null", "hydra/job_logging=none"]
@@ -84,18 +88,34 @@ class ClaimFolder(Callback):
         if not _is_given(config, "hydra.sweep.dir"):
             folder = new_folder(folder)
         # each job rejects a folder that contains a run
-        self._claim(folder, True, "Choose another hydra.sweep.dir=DIR.")
+        self._claim(folder, True, ANOTHER)
         return os.fspath(folder)
 
     def _claim(self, folder: Path, resume: bool, hint: str) -> None:
         self._release()
-        with contextlib.suppress(OSError):  # a file system without locks allows no claims
-            ClaimFolder.held = claim_run(folder, resume, hint)
+        ClaimFolder.held = claim_run(folder, resume, hint)
 
     def _release(self) -> None:
         if self.held is not None:
             self.held.release()
             ClaimFolder.held = None
+
+
+def claiming_jobs(task: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Decorate the function below `hydra.main`: each job of a sweep claims its run folder until it ends.
+
+    `ClaimFolder` has claimed the folder of a run that is not part of a sweep. The process that starts the ranks of a
+    job claims for them; of the ranks of torchrun or srun, the first one claims.
+    """
+
+    @functools.wraps(task)
+    def run(cfg: Any) -> Any:
+        if HydraConfig.get().mode != RunMode.MULTIRUN or not is_first_rank():
+            return task(cfg)
+        with claimed(Path(cfg.paths.output_dir), True, ANOTHER):  # `fit` rejects a folder that contains a run
+            return task(cfg)
+
+    return run
 
 
 @contextlib.contextmanager

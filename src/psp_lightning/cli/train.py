@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.claim import claiming_jobs
 from psp_lightning.cli.fit import fit
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
@@ -73,6 +74,7 @@ def train_job(cfg: DictConfig, trial: TrialPlace | None = None) -> float | None:
 
 @hydra.main(version_base="1.3", config_path=config_root(), config_name="train")
 @user_errors
+@claiming_jobs
 def _run(cfg: DictConfig) -> Any:
     trial = check_search(cfg)
     n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)

@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning._conf import config_root
+from psp_lightning.cli.claim import claiming_jobs
 from psp_lightning.cli.fit import fit
 from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
@@ -52,6 +53,7 @@ def train_generator_job(cfg: DictConfig) -> None:
     version_base="1.3", config_path=os.path.join(config_root(), "generator_training"), config_name="train_generator"
 )
 @user_errors
+@claiming_jobs
 def _run(cfg: DictConfig) -> Any:
     n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)
     check_launched(n_devices, cfg.trainer.num_nodes)

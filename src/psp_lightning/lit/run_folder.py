@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     """Create a run folder if necessary, claim it for this process, and return the claim.
 
     A claim is a lock of the operating system on a file in the folder. It ends when the process ends for any reason, so
-    the claim of a dead process blocks nothing.
+    the claim of a dead process blocks nothing. On a file system without locks, nothing is claimed.
 
     Args:
         folder: the run folder.
@@ -30,22 +32,34 @@ def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
         UserError: another process has claimed the folder, or it contains a run although `resume` is False.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    claim = FileLock(folder / CLAIM)
+    claim = _lock(folder)
     try:
         claim.acquire(timeout=PATIENCE)
     except Timeout:
         raise UserError(f"Another process is writing to {folder}; wait until it ends. {hint}") from None
+    except (OSError, NotImplementedError):  # no locks; if the folder is read-only, the first write says so
+        pass
     if not resume and contains_run(folder):
         claim.release()
         raise UserError(f"{folder} contains a run already. {hint}")
     return claim
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool, hint: str) -> Iterator[None]:
+    """Hold a claim of `claim_run` during a `with` block."""
+    claim = claim_run(folder, resume, hint)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
 def is_claimed(folder: Path) -> bool:
     """Return whether a process has claimed a folder; False if nobody can tell, as on a file system without locks."""
     if not (folder / CLAIM).is_file():
         return False
-    claim = FileLock(folder / CLAIM)
+    claim = _lock(folder)
     try:
         claim.acquire(timeout=0)
     except Timeout:
@@ -81,6 +95,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     if (folder / LAST).is_file():
         return folder / LAST
     return max(_complete(folder, "checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _lock(folder: Path) -> FileLock:
+    # newer versions would replace a lock that the file system lacks with a file, which a killed process leaves behind
+    if "fallback_to_soft" in inspect.signature(FileLock).parameters:
+        return FileLock(folder / CLAIM, fallback_to_soft=False)
+    return FileLock(folder / CLAIM)
 
 
 def _complete(folder: Path, pattern: str) -> Iterator[Path]:

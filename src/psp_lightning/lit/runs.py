@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from psp_lightning.lit.curves import LOG, Log, last_step, read_log
-from psp_lightning.lit.run_folder import CLAIM, is_claimed
+from psp_lightning.lit.run_folder import is_claimed
 from psp_lightning.utils.errors import UserError, clean
 
 STATES = ("running", "finished", "interrupted", "damaged")
@@ -117,7 +117,7 @@ def read_run(folder: Path, home: Path) -> Run:
     steps = _number(_get(settings, "trainer", "max_steps"))
     if faults:
         state = "damaged"
-    elif is_claimed(folder) or _runs_in_sweep(folder, ended):
+    elif is_claimed(folder):
         state = "running"
     else:
         state = "finished" if ended == "done: step" or (steps is not None and step >= steps) else "interrupted"
@@ -215,15 +215,3 @@ def _messages(file: Path) -> Iterator[tuple[float, str, str]]:
         for line in lines:
             if found := LINE.match(line):
                 yield datetime.fromisoformat(found[1]).timestamp() + int(found[2]) / 1000, found[3], found[4]
-
-
-def _runs_in_sweep(folder: Path, ended: str) -> bool:
-    """Return whether a run belongs to a sweep that is running, and is its newest run.
-
-    A sweep claims its own folder, which is not the folder of a run, for all its runs.
-    """
-    sweep = folder.parent
-    if ended or is_run(sweep) or not (sweep / CLAIM).exists() or not is_claimed(sweep):
-        return False
-    logs = [file for file in sweep.glob("*/train.log") if file.is_file()]
-    return bool(logs) and max(logs, key=lambda file: file.stat().st_mtime).parent == folder
