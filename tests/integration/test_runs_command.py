@@ -94,6 +94,9 @@ def test_mistakes(arguments: list[str], message: str, psp, runs: Path) -> None:
 def test_no_runs_are_no_mistake(psp, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     assert [psp("runs", f"format={kind}").out for kind in ("table", "json")] == ["no runs in runs\n", "[]\n"]
+    header = psp("runs", "format=csv").out
+    write_run(tmp_path / "runs" / "inversion" / "a")
+    assert header.count("\n") == 1 and psp("runs", "format=csv").out.startswith(header)
 
 
 def test_missing_packages_are_one_message(psp, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

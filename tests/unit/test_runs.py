@@ -49,6 +49,29 @@ def test_states(tmp_path: Path) -> None:
     assert read_run(folder, tmp_path).state == "finished"
 
 
+def test_a_pruned_run_has_ended(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "search" / "0", done=20)
+    write_messages(folder, [(12, "pruned: step 20, val/loss 0.0500; last.ckpt")])
+    run = read_run(folder, tmp_path)
+    assert (run.state, run.step, run.seconds) == ("pruned", 20, 12)
+    write_messages(folder, [(101, f"inversion; run directory {folder}")])  # resume=, and killed
+    assert read_run(folder, tmp_path).state == "interrupted"
+
+
+def test_runs_of_sweeps_are_named_after_their_sweep(tmp_path: Path) -> None:
+    for sweep in ("seeds", "search", "multirun/2024", "inversion/exp"):
+        claim_run(tmp_path / sweep, True, "").release()
+        write_run(tmp_path / sweep / "0")
+    claim_run(write_run(tmp_path / "inversion" / "a"), True, "").release()
+    write_run(tmp_path / "inversion" / "a" / "nested")  # in a run, not in a sweep
+    names = [read_run(folder, tmp_path).name for folder in find_runs(tmp_path)]
+    assert names == ["a", "a/nested", "exp/0", "2024/0", "search/0", "seeds/0"]
+    for home in ("seeds", "seeds/0", "search"):  # psp-runs runs=DIR
+        assert read_run(tmp_path / "seeds" / "0", tmp_path / home).name == "seeds/0"
+    assert read_run(tmp_path / "inversion" / "a", tmp_path / "seeds").name == "a"
+    assert choose_runs(["seeds/0", "search/0"], tmp_path) == [tmp_path / "seeds" / "0", tmp_path / "search" / "0"]
+
+
 def test_a_look_at_a_run_does_not_stop_a_training_from_starting(tmp_path: Path) -> None:
     from threading import Timer
 

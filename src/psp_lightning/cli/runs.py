@@ -22,12 +22,15 @@ LIST = "psp-runs [list] [runs=DIR] [task=NAME] [sort=newest] [format=table]"
 COMPARE = "psp-runs compare RUN RUN ... [out=comparison.html] [runs=DIR]"
 SORTS = ("newest", "name", "task", "state", "steps", "best", "seconds")
 FORMATS = ("table", "csv", "json")
+COLUMNS = (
+    "name", "task", "state", "step", "steps", "best_name", "best", "best_step", "seconds", "path", "reason"
+)  # fmt: skip
 HELP = f"""{LIST}
 {COMPARE}
 
-list     prints one line for each training below the folder of the runs, also for those of sweeps: name, task, state,
-         finished steps of all, best value so far, seconds, and path. The state is finished, interrupted, running, or
-         damaged, with the reason and exit status 1
+list     prints one line for each training below the folder of the runs, runs of sweeps included: name, task, state,
+         finished steps of all, best value so far, seconds, and path. The state is running, finished, pruned,
+         interrupted, or damaged, with the reason and exit status 1
 compare  writes one page that opens offline: learning curves, best values, settings that differ, newest image grids.
          RUN is a name or a path. Runs of different tasks are compared in what they share
 
@@ -37,7 +40,7 @@ compare  writes one page that opens offline: learning curves, best values, setti
   psp-runs compare first second out=two.html
 
 runs     folder of the runs; default: the variable PSP_RUNS, or runs
-task     list only the runs of this task; generator for those of psp-train-generator
+task     list only the runs of this task; generator: runs of psp-train-generator
 sort     {", ".join(SORTS)}; best puts the runs with the same kind of value together
 format   {", ".join(FORMATS)}; csv and json have every digit
 out      page to write; an existing page is replaced
@@ -98,20 +101,10 @@ def ordered(runs: Sequence[Run], sort: str) -> list[Run]:
 
 def record(one: Run) -> dict[str, Any]:
     """Return what is known about a run by the names of the columns."""
-    best = one.best
-    return {
-        "name": one.name,
-        "task": one.task,
-        "state": one.state,
-        "step": one.step,
-        "steps": one.steps,
-        "best_name": None if best is None else best.name,
-        "best": None if best is None else best.value,
-        "best_step": None if best is None else best.step,
-        "seconds": None if one.seconds is None else round(one.seconds, 3),
-        "path": os.fspath(one.folder),
-        "reason": one.reason,
-    }
+    best = (None, None, None) if one.best is None else (one.best.name, one.best.value, one.best.step)
+    seconds = None if one.seconds is None else round(one.seconds, 3)
+    values = (one.name, one.task, one.state, one.step, one.steps, *best, seconds, os.fspath(one.folder), one.reason)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _print_table(runs: Sequence[Run], home: Path) -> None:
@@ -130,7 +123,7 @@ def _print_table(runs: Sequence[Run], home: Path) -> None:
 
 def _print_csv(runs: Sequence[Run], home: Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(record(runs[0])) if runs else [], lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(record(one) for one in runs)
     print(text.getvalue(), end="")

@@ -15,16 +15,16 @@ import numpy as np
 import yaml
 
 from psp_lightning.lit.curves import LOG, Log, last_step, read_log
-from psp_lightning.lit.run_folder import is_claimed
+from psp_lightning.lit.run_folder import CLAIM, is_claimed
 from psp_lightning.utils.errors import UserError, clean
 
-STATES = ("running", "finished", "interrupted", "damaged")
+STATES = ("running", "finished", "pruned", "interrupted", "damaged")
 CONFIG, STARTED = "config.yaml", Path(".hydra", "config.yaml")  # the second one exists before the training starts
 FIT = "fit.yaml"  # what `psp_lightning.fit` records, with the same keys as config.yaml
 MARKS = (CONFIG, FIT, "train.log", LOG, "checkpoints")  # a folder that contains one of them is a run
 OWN = {"checkpoints", "csv", "images", "tensorboard", "wandb"}  # folders of a run that contain no other run
 LINE = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})\]\[([\w.]+)\]\[\w+\] - (.*)")
-END = re.compile(r"(done: step|stopped at step) (\d+)")
+END = re.compile(r"(done: step|pruned: step|stopped at step) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
 
     Attributes:
         folder: the run directory.
-        name: the name that `run=` gave; for a run of a sweep, the sweep's folder and its own.
+        name: the name that `run=` gave; for a run of a sweep, the names of the sweep's folder and of the run's folder.
         task: the task, `generator`, or an empty string if nothing says so.
         state: one of `STATES`.
         step: finished optimizer steps.
@@ -119,6 +119,8 @@ def read_run(folder: Path, home: Path) -> Run:
         state = "damaged"
     elif is_claimed(folder):
         state = "running"
+    elif ended == "pruned: step":
+        state = "pruned"
     else:
         state = "finished" if ended == "done: step" or (steps is not None and step >= steps) else "interrupted"
     if seconds is None and isinstance(settings.get("seconds"), int | float):
@@ -140,9 +142,16 @@ def read_run(folder: Path, home: Path) -> Run:
 
 
 def run_name(folder: Path, home: Path) -> str:
-    """Return the name of a run below `home`/TASK or `home`/multirun; for another run, the name of its folder."""
+    """Return the name of a run: its path below `home`/TASK or `home`/multirun, or the name of its folder.
+
+    The name of a sweep's run also contains the name of the sweep's folder, wherever it is.
+    """
     parts = Path(os.path.relpath(folder, home)).parts
-    return folder.resolve().name if len(parts) < 2 or parts[0] == os.pardir else "/".join(parts[1:])
+    inside = () if os.pardir in parts else parts[1:]
+    sweep = folder.resolve().parent
+    if len(inside) < 2 and (sweep / CLAIM).exists() and not is_run(sweep):
+        inside = (sweep.name, folder.resolve().name)
+    return "/".join(inside) or folder.resolve().name
 
 
 def _read_settings(folder: Path, faults: list[str]) -> dict[str, Any]:
