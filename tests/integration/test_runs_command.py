@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,19 @@ def test_trainings_are_listed(psp, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "first", "python", "s/0", "s/1",
     }  # fmt: skip
     assert rows["s/1"]["path"] == "runs/multirun/s/1"
+
+
+@pytest.mark.parametrize(("command", "settings"), [("train", TINY), ("train_generator", GENERATOR)])
+def test_a_killed_part_counts(command: str, settings: list[str], psp, tmp_path: Path) -> None:
+    assert psp(command, *settings, "hydra.run.dir=run").code == 0
+    log = tmp_path / "run" / "train.log"
+    logger = {"train": "psp_train", "train_generator": "psp_train_generator"}[command]
+    log.write_text(f"[2024-01-05 12:00:00,250][{logger}][INFO] - 1 step; run directory run\n")  # and killed
+    written = datetime(2024, 1, 5, 13).timestamp()
+    os.utime(tmp_path / "run" / "checkpoints" / "last.ckpt", (written, written))
+    assert psp(command, "resume=run", "trainer.max_steps=2").code == 0
+    row = json.loads(psp("runs", "runs=run", "format=json").out)[0]
+    assert row["state"] == "finished" and 3600 < row["seconds"] < 3900, log.read_text()
 
 
 def test_formats(psp, runs: Path) -> None:

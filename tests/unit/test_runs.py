@@ -96,6 +96,15 @@ def test_seconds_of_all_parts(tmp_path: Path) -> None:
     assert run.seconds == pytest.approx(7 + 3 + 5) and run.state == "interrupted" and run.step == 30
 
 
+@pytest.mark.parametrize(("written", "seconds"), [("12:00:50.250", 50), ("12:00:03.250", 7)])
+def test_a_killed_part_lasts_until_the_checkpoint_that_is_resumed(written: str, seconds: int, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "inversion" / "a", done=20)
+    write_messages(folder, [(7, "step 17 of 40: about 9 min to go")], "psp_lightning.lit.callbacks.forecast")
+    resumed = f"resuming at step 20 from {folder}/checkpoints/last.ckpt, written 2024-01-05 {written}"
+    write_messages(folder, [(100, resumed), (101, f"inversion; run directory {folder}"), (104, "done: step 40; x")])
+    assert read_run(folder, tmp_path).seconds == pytest.approx(seconds + 3)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [

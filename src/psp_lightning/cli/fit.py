@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,9 @@ def fit(
     if trainer.is_global_zero:
         for line in [*differences, *(changed_arithmetic(run) if resume else [])]:
             log.info("changed on resume: %s", line)
+        if resume is not None:  # psp-runs reads the time: a run that was killed says no other end
+            written = datetime.fromtimestamp(resume.stat().st_mtime).isoformat(" ", "milliseconds")
+            log.info("resuming at step %d from %s, written %s", training.resume_step, resume, written)
         announce(training)
         # recorded after everything is loaded, so a failed resume leaves the record unchanged
         trainer.callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: record(run, cfg)))  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ MARKS = (CONFIG, FIT, "train.log", LOG, "checkpoints")  # a folder that contains
 OWN = {"checkpoints", "csv", "images", "tensorboard", "wandb"}  # folders of a run that contain no other run
 LINE = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})\]\[([\w.]+)\]\[\w+\] - (.*)")
 END = re.compile(r"(done: step|pruned: step|stopped at step) (\d+)")
+RESUMED = re.compile(r"resuming at step \d+ from .*, written (\S+ \S+)")  # logged before the new part starts
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,9 @@ def _best(settings: dict[str, Any], log: Log) -> Best | None:
 def _read_messages(folder: Path, changed: float) -> tuple[str, int, float | None]:
     """Return how the last part of a training ended, at which step, and the duration of all parts from train.log.
 
-    Each resume adds a part. A part that was killed has no message at its end: its duration is the time to its last
-    message or, if it is the last part, to `changed`, the last change of the run's files.
+    Each resume adds a part. A part that was killed has no message at its end: it lasts until the checkpoint from which
+    the next part resumes, or until its last message if that is later. The last part lasts until `changed`, the last
+    change of the run's files.
     """
     if not (folder / "train.log").is_file():
         return "", 0, None
@@ -211,6 +213,8 @@ def _read_messages(folder: Path, changed: float) -> tuple[str, int, float | None
             start, last, ended = now, now, ""
         elif command and start is not None and (end := END.match(text)):
             ended, step, seconds, start = end[1], int(end[2]), seconds + now - start, None
+        elif command and start is not None and (resumed := RESUMED.fullmatch(text)):
+            last = max(last, datetime.fromisoformat(resumed[1]).timestamp())
         elif logger.startswith("psp_lightning.lit."):  # logged during a training, not before it
             last = now
     if start is not None:
