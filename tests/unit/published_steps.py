@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from psp_lightning.data.datamodules import InversionDataModule
 from psp_lightning.data.stores import ToyFacesStore
+from psp_lightning.lit.callbacks import LastCheckpoint
 from psp_lightning.lit.e4e import CODES, E4E, FAKE_POOL, REAL_POOL, STYLES, LatentCritic, LitE4E
 from psp_lightning.lit.files import AtomicCheckpointIO
 from psp_lightning.lit.psp import LitPSP
@@ -83,8 +85,15 @@ def pooled(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(image, SIZE)
 
 
-def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], step: int) -> None:
-    """Compare the whole gradient to 1e-5 and each parameter's gradient to 1e-4, relative to their norms."""
+def check_gradients(found: dict[str, Tensor], encoder: nn.Module, step: int, zeros: bool = True) -> None:
+    """Compare the whole gradient to 1e-5 and each parameter's gradient to 1e-4, relative to those of `encoder`.
+
+    Without `zeros`, gradients of zero are left out: one implementation computes parts that it does not use, the other
+    one does not.
+    """
+    expected = gradients(encoder)
+    if not zeros:
+        found, expected = ({name: g for name, g in grads.items() if g.any()} for grads in (found, expected))
     assert found.keys() == expected.keys(), f"step {step}: other parameters have gradients"
     errors = {name: (found[name] - expected[name]).norm() for name in expected}
     for name, gradient in expected.items():
@@ -97,11 +106,6 @@ def gradients(encoder: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
-def nonzero(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out gradients of zero: one implementation computes parts that it does not use, the other one does not."""
-    return {name: gradient for name, gradient in grads.items() if gradient.any()}
-
-
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
@@ -110,6 +114,23 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def check_resume(
+    make: Callable[..., LitPSP], folder: Path, stop: int, steps: int, keys: tuple[str, ...], **options: Any
+) -> dict[str, Any]:
+    """Compare a run of `steps` steps in `folder`/whole with one that is resumed after `stop`; return its checkpoint."""
+    contents = []
+    for name, parts in (("whole", [steps]), ("parts", [stop, steps])):
+        run = folder / name
+        for k, end in enumerate(parts):
+            resume = run / "last.ckpt" if k else None
+            fit(make(optimizer=adam, **OPEN), run, end, LastCheckpoint(run, None), resume=resume, **options)
+        contents.append(torch.load(run / "last.ckpt", weights_only=True))
+    whole, resumed = contents
+    for key in keys:
+        assert same(whole[key], resumed[key]), f"{key} differs after the resume"
+    return whole
 
 
 def adam(params: Any) -> torch.optim.Optimizer:

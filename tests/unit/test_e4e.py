@@ -17,21 +17,7 @@ from psp_lightning.lit.rng import StepRNG
 from psp_lightning.models.encoders import Encoder4Editing, GradualStyleEncoder, ReStyleEncoder, ReStyleEncoder4Editing
 from psp_lightning.models.refiner import FeatureRefiner
 from psp_lightning.utils.errors import UserError
-from tests.unit.published_steps import (
-    FAST,
-    OPEN,
-    SIZE,
-    Published,
-    Watch,
-    adam,
-    assert_equal_gradients,
-    fit,
-    gradients,
-    module,
-    network,
-    nonzero,
-    same,
-)  # fmt: skip
+from tests.unit.published_steps import FAST, SIZE, Published, Watch, check_gradients, check_resume, fit, module, network
 
 
 def test_e4e_has_the_published_gradients(tmp_path: Path) -> None:
@@ -43,7 +29,7 @@ def test_e4e_has_the_published_gradients(tmp_path: Path) -> None:
     for step, (y, state, found) in enumerate(zip(watch.batches, watch.states, watch.gradients, strict=True)):
         reference.net.encoder.load_state_dict(state)
         reference.step(y, step)
-        assert_equal_gradients(nonzero(found), nonzero(gradients(reference.net.encoder)), step)
+        check_gradients(found, reference.net.encoder, step, zeros=False)
         heads = {int(name.split(".")[1]) for name in found if name.startswith("styles.")}
         assert heads == set(range(1 + reference.stage(step))), f"step {step}: heads without gradients must have none"
     linear = [layer for layer in lit.critic.network.modules() if isinstance(layer, nn.Linear)]
@@ -114,17 +100,10 @@ def test_validation_has_only_the_losses_of_psp() -> None:
 @pytest.mark.parametrize("stop", [3, 4])
 def test_resume_is_bit_exact(tmp_path: Path, stop: int) -> None:
     """The run is cut in the middle of a stage and at its end; the pools are full by then."""
-    contents = []
-    for name, parts in (("whole", [7]), ("parts", [stop, 7])):
-        folder = tmp_path / name
-        for k, steps in enumerate(parts):
-            lit = module(network(), {**FAST, "r1_every": 5}, adam, **OPEN)
-            fit(lit, folder, steps, LastCheckpoint(folder, None), resume=folder / "last.ckpt" if k else None)
-        contents.append(torch.load(folder / "last.ckpt", weights_only=True))
-    whole, parts = contents
+    recipe = {**FAST, "r1_every": 5}
+    keys = ("e4e", "state_dict", "optimizer_states", "random_state", "psp")
+    whole = check_resume(lambda **options: module(network(), recipe, **options), tmp_path, stop, 7, keys)
     assert len(whole["e4e"]["fake_pool"]) == len(whole["e4e"]["real_pool"]) == 3 and whole["e4e"]["steps"] == 7
-    for key in ("e4e", "state_dict", "optimizer_states", "random_state", "psp"):
-        assert same(whole[key], parts[key]), f"{key} differs after the resume"
     net = PSP.from_checkpoint(tmp_path / "whole" / "last.ckpt")
     assert net.encoder.differences == 3, "the step that starts with 6 finished ones trains three differences"
     codes = net.encode(torch.rand(1, 3, SIZE, SIZE))

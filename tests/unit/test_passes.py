@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-from psp_lightning.lit.callbacks import LastCheckpoint
 from psp_lightning.models.encoders import ReStyleEncoder, ReStyleEncoder4Editing
 from tests.unit.published_steps import (
     FAST,
-    OPEN,
     Published,
     Watch,
-    adam,
-    assert_equal_gradients,
+    check_gradients,
+    check_resume,
     fit,
-    gradients,
     module,
     network,
-    nonzero,
     pooled,
     restyle_pass,
-    same,
-)  # fmt: skip
+)
 
 
 def test_restyle_has_the_published_gradients(tmp_path: Path) -> None:
@@ -42,7 +37,7 @@ def test_restyle_has_the_published_gradients(tmp_path: Path) -> None:
             codes = restyle_pass(net, y, image.clone().detach(), codes.clone().detach())
             image = net.generator.synthesis(codes)
             F.mse_loss(pooled(image), y).backward()
-        assert_equal_gradients(found, gradients(net.encoder), step)
+        check_gradients(found, net.encoder, step)
 
 
 def test_losses_of_passes_accumulate_over_batches_and_are_freed(tmp_path: Path) -> None:
@@ -57,7 +52,7 @@ def test_losses_of_passes_accumulate_over_batches_and_are_freed(tmp_path: Path) 
             codes = restyle_pass(net, y, image.detach(), codes.detach())
             image = net.decode(codes)
             (F.mse_loss(pooled(image), y) / 2).backward()
-    assert_equal_gradients(watch.gradients[0], gradients(net.encoder), 0)
+    check_gradients(watch.gradients[0], net.encoder, 0)
     assert len(watch.gradients) == 2 and all(p.grad is None for p in lit.net.encoder.parameters())
 
 
@@ -68,7 +63,7 @@ def test_a_single_loss_remains_the_default(tmp_path: Path) -> None:
     net.encoder.load_state_dict(watch.states[0])
     y = watch.batches[0]
     F.mse_loss(pooled(net.decode(net.encode(y))), y).backward()
-    assert_equal_gradients(watch.gradients[0], gradients(net.encoder), 0)
+    check_gradients(watch.gradients[0], net.encoder, 0)
 
 
 def test_restyle_over_e4e_has_the_published_gradients(tmp_path: Path) -> None:
@@ -91,17 +86,12 @@ def test_restyle_over_e4e_has_the_published_gradients(tmp_path: Path) -> None:
             image = net.generator.synthesis(codes)
             loss = F.mse_loss(pooled(image), y) + reference.added_losses(codes, stage)
             loss.backward()
-        assert_equal_gradients(nonzero(found), nonzero(gradients(net.encoder)), step)
+        check_gradients(found, net.encoder, step, zeros=False)
 
 
 def test_restyle_resume_is_bit_exact_in_bfloat16(tmp_path: Path) -> None:
-    contents = []
-    for name, parts in (("whole", [3]), ("parts", [2, 3])):
-        folder = tmp_path / name
-        for k, steps in enumerate(parts):
-            lit = module(network(ReStyleEncoder, iterations=2), None, adam, **OPEN, loss_per_pass=True)
-            resume = folder / "last.ckpt" if k else None
-            fit(lit, folder, steps, LastCheckpoint(folder, None), resume=resume, precision="bf16-mixed")
-        contents.append(torch.load(folder / "last.ckpt", weights_only=True))
-    for key in ("state_dict", "optimizer_states", "random_state"):
-        assert same(contents[0][key], contents[1][key]), f"{key} differs after the resume"
+    def make(**options: Any) -> Any:
+        return module(network(ReStyleEncoder, iterations=2), **options, loss_per_pass=True)
+
+    keys = ("state_dict", "optimizer_states", "random_state")
+    check_resume(make, tmp_path, 2, 3, keys, precision="bf16-mixed")
