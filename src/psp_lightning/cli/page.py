@@ -31,12 +31,12 @@ def write_page(path: Path, template: str, filters: dict[str, Callable[..., Any]]
     """
     import jinja2
 
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )  # fmt: skip
     environment.filters |= filters
-    page = environment.from_string(text).render(**values)
+    page = environment.get_template(template).render(**values)
     with replacing(path) as part:
         part.write_bytes(page.encode("utf-8", "backslashreplace"))
 
