@@ -89,7 +89,7 @@ def test_a_batch_that_is_killed_keeps_its_results(search, tmp_path: Path) -> Non
 
 def test_ctrl_c_keeps_the_results_of_a_batch(search, tmp_path: Path) -> None:
     def job(cfg: Any, trial: Any = None) -> float:
-        from psp_lightning.cli.search import Pruned
+        from psp_lightning.cli.trial import Pruned
 
         number = int(Path(cfg.paths.output_dir).name)
         if number == 2:
@@ -211,7 +211,7 @@ def test_too_many_failed_trials_end_the_search(search, tmp_path: Path) -> None:
 
 def test_a_trial_can_be_pruned(search, tmp_path: Path) -> None:
     def job(cfg: Any, trial: Any = None) -> float:
-        from psp_lightning.cli.search import Pruned
+        from psp_lightning.cli.trial import Pruned
 
         number = int(Path(cfg.paths.output_dir).name)
         opened = trial.open()
@@ -250,7 +250,9 @@ def test_another_storage(storage: str, search, tmp_path: Path) -> None:
         ("hydra.sweeper.storage='nosuch://me:secret@host/db'", "nosuch://me:***@host/db: "),
         ("hydra.sweeper.direction=up", "minimize or maximize"),
         ("hydra.sweeper.direction=maximize", "another hydra.sweeper.direction"),
-        ("optimizer.lr=choice(1,2)", "A changed range needs a new hydra.sweep.dir=DIR"),
+        ("optimizer.lr=choice(1,2)", "Such a range needs a new hydra.sweep.dir=DIR"),
+        ("trainer.max_steps=7000", "comparable: trainer.max_steps: not given -> 7000. Repeat those settings"),
+        ("trainer=ddp", "trainer: cpu -> ddp"),
         ("optimizer.lr=1e-3", "no settings to choose"),
         ("optimizer.lr=interval(2,1)", "optimizer.lr=interval(2,1)"),
         ("optimizer.rate=interval(1,2)", "there is no configuration key 'optimizer.rate'"),
@@ -269,10 +271,19 @@ def test_mistakes_are_messages(setting: str, told: str, search, tmp_path: Path) 
     assert len(study.trials) == 1, "the mistake has added a trial"
 
 
+def test_a_continued_search_may_change_what_changes_no_result(search, tmp_path: Path) -> None:
+    assert search("hydra.sweeper.n_trials=1").code == 0
+    done = search(
+        "hydra.sweeper.n_trials=2", "logger=none", "data.num_workers=1", "optimizer.lr=tag(log,interval(1e-5,1e-2))"
+    )
+    assert done.code == 0, done.err
+    assert states(tmp_path / "sweep") == ["complete", "complete"]
+
+
 def test_ranges_of_hydra_become_distributions() -> None:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    from psp_lightning.cli.search import search_space
+    from psp_lightning.cli.search_space import search_space
 
     space, fixed = search_space([
         "a=int(interval(1,5))", "b=interval(0.5,2)", "c=tag(log,interval(1e-4,1.0))", "d=choice(true,x,[l2,id])",

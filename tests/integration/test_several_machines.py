@@ -107,9 +107,13 @@ def succeed(machines: list[Machine]) -> None:
 def result(run: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
     """Return what a run computed: its checkpoint without paths, and the rows of its log."""
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    keys = ("state_dict", "optimizer_states", "loops", "global_step", "random_state")
+    keys = {"state_dict", "optimizer_states", "loops", "global_step", "random_state"} & state.keys()
     with (run / "csv" / "metrics.csv").open() as file:
         return {key: state[key] for key in keys}, list(csv.DictReader(file))
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "train/images_per_second"} for row in rows]
 
 
 def same(a: object, b: object) -> bool:
@@ -123,29 +127,29 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.fixture(scope="module")
-def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that trains with two ranks on one machine and returns the run folder; it trains once."""
     folder = tmp_path_factory.mktemp("one")
     runs: dict[tuple[str, ...], Path] = {}
 
-    def train(settings: list[str]) -> Path:
-        key = tuple(settings)
+    def train(settings: list[str], command: str = "train") -> Path:
+        key = (command, *settings)
         if key not in runs:
             name = f"run_{len(runs)}"
-            command = [sys.executable, "-m", "psp_lightning.cli.train", *settings, "trainer.devices=2", f"run={name}"]
+            line = [sys.executable, "-m", f"psp_lightning.cli.{command}", *settings, "trainer.devices=2", f"run={name}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+                line, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
             )
             assert done.returncode == 0, done.stderr
-            runs[key] = folder / "runs" / "inversion" / name
+            (runs[key],) = (folder / "runs").glob(f"*/{name}")
         return runs[key]
 
     return train
 
 
 def only_run(folder: Path) -> Path:
-    runs = list((folder / "runs" / "inversion").iterdir())
+    runs = list((folder / "runs").glob("*/*"))
     assert len(runs) == 1, f"several folders for one run: {runs}"
     return runs[0]
 
@@ -164,6 +168,60 @@ def test_two_agents_train_and_resume_as_one_machine(start: Start, one_machine, t
     assert expected[1] == found[1], "the log differs from that of one machine"
     log = (run / "train.log").read_text()
     assert log.count("done: step") == 2, f"not only the first rank writes the log: {log}"
+
+
+def test_a_generator_trains_on_two_machines_as_on_one(start: Start, one_machine, photos: Path, tmp_path: Path) -> None:
+    settings = [
+        f"data.root={photos}", "domain.size=32", "data.fit=squash", "data.batch_size=2", "data.num_workers=0",
+        "trainer=cpu", "trainer.max_steps=4", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+        "network.style_dim=32", "network.z_dim=32", "network.n_mapping=2", "network.channel_base=256",
+        "network.max_channels=32", "callbacks.images=null", "callbacks.last.every_n_steps=1",
+    ]  # fmt: skip
+    for more in (["trainer.max_steps=2"], ["resume=auto"]):
+        succeed(start("torchrun", "train_generator", *settings, "trainer.num_nodes=2", *more, delay=1.2))
+    expected, found = result(one_machine(settings, "train_generator")), result(only_run(tmp_path))
+    del expected[0]["loops"], found[0]["loops"]  # Lightning counts the steps since the resume there, too
+    assert same(expected[0], found[0]), "the checkpoint differs from that of one machine"
+    assert without_times(expected[1]) == without_times(found[1]), "the log differs from that of one machine"
+
+
+STREAM = """
+import os
+from torch import full
+from torch.utils.data import IterableDataset, get_worker_info
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        worker = get_worker_info()
+        parts = 2 * worker.num_workers
+        first = int(os.environ["SLURM_PROCID"]) * worker.num_workers + worker.id
+        for index in range(first, 24, parts):
+            with open(f"seen_{first}", "a") as file:
+                file.write(f"{index}\\n")
+            image = full((3, 64, 64), index / 24)
+            yield {"source": image, "target": image}
+"""
+
+
+def test_a_stream_on_two_machines(
+    start: Start, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_stream.py").write_text(STREAM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "stream.yaml").write_text(
+        "defaults: [dataset]\nname: stream\ntrain:\n  _target_: my_stream.Stream\n"
+        "val:\n  _target_: psp_lightning.data.stores.ToyFacesStore\n  size: 64\n  n: 3\n"
+    )
+    settings = [item for item in tiny if not item.startswith(("data.train", "data.val."))]
+    settings += ["--config-dir=conf", "data=stream", "data.num_workers=2", "trainer.max_steps=8", "run=r"]
+    succeed(start("srun", "train", *settings, "trainer.num_nodes=2"))
+    state, rows = result(tmp_path / "runs" / "inversion" / "r")
+    assert state["global_step"] == 8 and len(state["random_state"]) == 2  # type: ignore[arg-type]
+    seen = [[int(line) for line in (tmp_path / f"seen_{part}").read_text().split()] for part in range(4)]
+    for part, indices in enumerate(seen):  # 6 samples in each of the 4 processes: 6 batches of 2 on a rank per epoch
+        assert set(indices) == set(range(part, 24, 4)), "a sample was left out, or another process read it too"
+        assert indices[:6] == list(range(part, 24, 4)) and len(indices) > 6, "the second epoch does not start anew"
 
 
 @pytest.mark.parametrize("told", [(0, 1), (0,), (1,)], ids=str)

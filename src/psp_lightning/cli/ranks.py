@@ -90,7 +90,8 @@ def reporting_lost_ranks(folder: str | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = LOST.search(str(error))
+        of_ranks = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)  # else of a database, say
+        reason = LOST.search(str(error)) if of_ranks else None
         if not reason and not isinstance(error, torch.distributed.DistNetworkError):
             raise
         peer = re.search(r"\[[\w.:]+\]:\d+", str(error))  # as gloo writes addresses

@@ -10,21 +10,20 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Transformer
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, RunMode, TaskFunction
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning.build.instantiate import instantiate
 from psp_lightning.cli.mistakes import message
+from psp_lightning.cli.search_space import search_space
+from psp_lightning.cli.settings import split
+from psp_lightning.cli.trial import RESULT, Pruned, check_objective, open_storage, optuna_package
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError, plural
@@ -33,14 +32,11 @@ if TYPE_CHECKING:
     import optuna
 
 log = logging.getLogger("psp_train")
-INTERRUPTED, FOLDER = "interrupted", "folder"  # attributes of a study: numbers of trials; the folder of its search
+# attributes of a study: numbers of trials; the folder of its search; the settings that have one value
+INTERRUPTED, FOLDER, FIXED = "interrupted", "folder", "fixed"
 ERROR, RUN = "error", "run"  # attributes of a trial: why it failed; its run folder, relative to the search's folder
+FREE = ("callbacks", "logger", "data.num_workers", "model.checkpointing", "model.compile")  # these change no results
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": INTERRUPTED, "WAITING": "waiting"}
-RESULT = "objective.json"  # in the run folder of a trial that has ended: its state and value
-
-
-class Pruned(float):
-    """The last value of a trial that ended early because other trials are better."""
 
 
 class Search(Sweeper):
@@ -88,6 +84,7 @@ class Search(Sweeper):
         self._check(space, fixed)
         self.folder = Path(self.cfg.hydra.sweep.dir)
         study = self._open(space)
+        self._compare(study, fixed)
         repeat = self._interrupted(study, space)
         try:
             while (left := self.n_trials - len(self._finished(study))) > 0:
@@ -119,7 +116,7 @@ class Search(Sweeper):
 
     def _open(self, space: dict[str, Any]) -> optuna.Study:
         """Create the study, or open it if it exists and has the same kinds of ranges."""
-        optuna = _optuna()
+        optuna = optuna_package()
         inside = "://" not in self.storage and self.folder.resolve() in Path(self.storage).resolve().parents
         try:
             study = optuna.create_study(
@@ -142,13 +139,28 @@ class Search(Sweeper):
         for name, old in [pair for trial in study.trials for pair in trial.distributions.items() if pair[0] in space]:
             try:
                 optuna.distributions.check_distribution_compatibility(old, space[name])
-            except ValueError as error:  # for example, a choice with other options
-                raise UserError(f"{name}: {error} A changed range needs a new hydra.sweep.dir=DIR.") from error
+            except ValueError as error:  # for example, a choice with other options; an interval may change
+                raise UserError(f"{name}: {error} Such a range needs a new hydra.sweep.dir=DIR.") from error
         seed = self.cfg.hydra.sweeper.sampler.get("seed")
         # a sampler starts again with its seed: a continued search must not repeat the first trials
         own = {} if seed is None else {"seed": whole("hydra.sweeper.sampler.seed", seed, 0) + len(study.trials)}
         study.sampler = instantiate(self.cfg, "hydra.sweeper.sampler", **own)
         return study
+
+    def _compare(self, study: optuna.Study, fixed: list[str]) -> None:
+        """Raise a UserError if earlier trials of the study had other settings: their results could not be compared."""
+        now = dict(split(setting.lstrip("+")) for setting in fixed)
+        before = study.user_attrs.get(FIXED)
+        if before is None or not study.trials:
+            study.set_user_attr(FIXED, now)
+            return
+        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(FREE)]
+        if keys:
+            changes = "; ".join(f"{key}: {before.get(key, 'not given')} -> {now.get(key, 'not given')}" for key in keys)
+            raise UserError(
+                f"the search in {self.folder} was started with other settings, so its trials would not be comparable: "
+                f"{changes}. Repeat those settings, or choose another hydra.sweep.dir=DIR."
+            )
 
     def _collect(self, study: optuna.Study) -> None:
         """Tell the study the results of jobs that ended although their search was stopped before it could."""
@@ -156,7 +168,7 @@ class Search(Sweeper):
             file = self.folder / str(trial.number) / RESULT
             if trial.state.name == "RUNNING" and file.is_file():
                 result = json.loads(file.read_text(encoding="utf-8"))
-                study.tell(trial.number, result["value"], state=_optuna().trial.TrialState[result["state"]])
+                study.tell(trial.number, result["value"], state=optuna_package().trial.TrialState[result["state"]])
 
     def _interrupted(self, study: optuna.Study, space: dict[str, Any]) -> list[dict[str, Any]]:
         """End the trials that an earlier search left; return the values that are to be tried again."""
@@ -164,7 +176,7 @@ class Search(Sweeper):
         left = [trial.number for trial in study.trials if trial.state.name == "RUNNING"]
         study.set_user_attr(INTERRUPTED, [*study.user_attrs.get(INTERRUPTED, []), *left])
         for n in left:
-            study.tell(n, state=_optuna().trial.TrialState.FAIL)
+            study.tell(n, state=optuna_package().trial.TrialState.FAIL)
         done = self._finished(study)
         if study.trials:
             log.info("continuing the search in %s: %s finished", self.folder, plural(len(done), "trial"))
@@ -208,7 +220,7 @@ class Search(Sweeper):
 
     def _record(self, study: optuna.Study, trial: optuna.Trial, job: JobReturn) -> None:
         """Tell the study how a job ended."""
-        state = _optuna().trial.TrialState
+        state = optuna_package().trial.TrialState
         result = job._return_value
         if job.hydra_cfg is not None:
             trial.set_user_attr(RUN, os.path.relpath(job.hydra_cfg.hydra.runtime.output_dir, self.folder))
@@ -246,154 +258,3 @@ class Search(Sweeper):
                 OmegaConf.save(OmegaConf.create(result), part)
         first = "" if best is None else f"best: trial {best.number}, {self.cfg.objective} {best.value:.4g}; "
         return f"{text}{first}{self.folder / 'sweep.md'}, {self.folder / 'sweep.csv'}"
-
-
-def search_space(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the Optuna distribution of each setting that has a range, and the settings that have one value.
-
-    Args:
-        overrides: settings in Hydra's grammar. The last one of a setting counts.
-
-    Raises:
-        UserError: a function of Hydra's grammar cannot be searched.
-    """
-    space: dict[str, Any] = {}
-    fixed: dict[str, str] = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        name = override.get_key_element()
-        space.pop(name, None)
-        fixed.pop(name, None)
-        if override.is_sweep_override():
-            space[name] = _distribution(override)
-        else:
-            fixed[name] = str(override.input_line)
-    return space, list(fixed.values())
-
-
-def _distribution(override: Override) -> Any:
-    """Return the Optuna distribution of a setting with a range; raise a UserError if there is none."""
-    optuna = _optuna()
-    value: Any = override.value()
-    numbers = optuna.distributions.FloatDistribution, optuna.distributions.IntDistribution
-    try:
-        if override.is_interval_sweep():
-            integers = isinstance(value.start, int) and isinstance(value.end, int)
-            return numbers[integers](value.start, value.end, log="log" in value.tags)
-        if override.is_range_sweep() and not value.shuffle:
-            if not value.step:
-                raise ValueError("the step must not be 0")
-            integers = all(isinstance(part, int) for part in (value.start, value.stop, value.step))
-            n = math.ceil((value.stop - value.start) / value.step - 1e-9)  # `stop` is not in the range
-            return numbers[integers](value.start, value.start + (n - 1) * value.step, step=value.step)
-        if override.is_choice_sweep() or override.is_range_sweep():
-            return optuna.distributions.CategoricalDistribution(
-                list(override.sweep_iterator(transformer=Transformer.encode))
-            )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{override.input_line}: {error}") from error
-    raise UserError(f"{override.input_line}: a search takes interval(A,B), choice(A,B) and range(A,B).")
-
-
-def open_storage(place: str) -> Any:
-    """Return the storage of a study: a database's URL, or the file at `place`, whose folder is created."""
-    if "://" in place:
-        return place
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    if place.endswith(".log"):
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
-
-        return JournalStorage(JournalFileBackend(place))
-    return f"sqlite:///{place}"
-
-
-@dataclass(frozen=True)
-class TrialPlace:
-    """Where a job finds its own trial, to report values while it runs. It can be pickled.
-
-    Attributes:
-        storage: a URL, or the absolute path of a file.
-        study_name: name of the study.
-        number: number of the trial.
-        pruner: node of the pruner, as YAML text.
-    """
-
-    storage: str
-    study_name: str
-    number: int
-    pruner: str
-
-    def open(self) -> optuna.Trial:
-        """Return the trial, which can report values and be asked whether it should end."""
-        optuna = _optuna()
-        pruner = instantiate(OmegaConf.create({"hydra": {"sweeper": {"pruner": OmegaConf.create(self.pruner)}}}),
-                             "hydra.sweeper.pruner")  # fmt: skip
-        study = optuna.load_study(
-            study_name=self.study_name, storage=open_storage(self.storage), pruner=pruner,
-            sampler=optuna.samplers.RandomSampler(),  # not used: the values are chosen
-        )  # fmt: skip
-        return optuna.Trial(study, study.trials[self.number]._trial_id)
-
-
-def check_search(cfg: DictConfig) -> TrialPlace | None:
-    """Return the place of this job's trial if trials may be pruned; None otherwise, and outside a search.
-
-    Raises:
-        UserError: no validation would measure the objective, or `-m` is missing.
-    """
-    hydra = HydraConfig.get()
-    if not _is_search():
-        if hydra.mode != RunMode.MULTIRUN and not _is_basic() and cfg.resume is None:
-            raise UserError("hparams_search= selects a search, which needs -m: psp-train -m hparams_search=...")
-        return None
-    check_objective(cfg)
-    sweeper = hydra.sweeper
-    if sweeper.get("pruner") is None:
-        return None
-    storage = sweeper.storage if "://" in sweeper.storage else os.path.join(hydra.runtime.cwd, sweeper.storage)
-    return TrialPlace(storage, sweeper.study_name, int(hydra.job.num), OmegaConf.to_yaml(sweeper.pruner, resolve=True))
-
-
-def check_objective(cfg: DictConfig) -> None:
-    """Raise a UserError if no validation of a training would measure the objective."""
-    if cfg.objective is None:
-        raise UserError("a search needs an objective=NAME, such as val/loss.")
-    if not cfg.trainer.limit_val_batches or cfg.trainer.val_every > cfg.trainer.max_steps:
-        raise UserError(
-            f"objective={cfg.objective} would not be measured, because there is no validation: trainer.val_every="
-            f"{cfg.trainer.val_every}, trainer.max_steps={cfg.trainer.max_steps}, trainer.limit_val_batches="
-            f"{cfg.trainer.limit_val_batches}. Set trainer.val_every={cfg.trainer.max_steps} or less."
-        )
-
-
-def keep_result(cfg: DictConfig, value: float | None) -> float | None:
-    """Return the value of a job; in a search, also write it to the run folder.
-
-    A search that runs several trials at the same time learns their values when all of them have ended. If it is stopped
-    before that, it finds the values in the files.
-    """
-    if _is_search() and value is not None and math.isfinite(value):
-        pruned = isinstance(value, Pruned)  # its last report is its value
-        result = {"state": "PRUNED" if pruned else "COMPLETE", "value": None if pruned else float(value)}
-        with replacing(Path(cfg.paths.output_dir, RESULT)) as part:
-            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    return value
-
-
-def _is_basic() -> bool:
-    """Return whether the sweeper of this job is Hydra's own."""
-    return str(HydraConfig.get().sweeper.get("_target_")).endswith("BasicSweeper")
-
-
-def _is_search() -> bool:
-    """Return whether this job is a trial of a search."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN and not _is_basic()
-
-
-def _optuna() -> Any:
-    """Return the package optuna; raise a UserError if it is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError(f"a search needs the package optuna: pip install 'psp-lightning[sweep]' ({error})") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

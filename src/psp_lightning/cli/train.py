@@ -17,7 +17,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
-from psp_lightning.cli.search import Pruned, TrialPlace, check_search, keep_result
+from psp_lightning.cli.trial import Pruned, TrialPlace, check_search, keep_result
 from psp_lightning.lit.run_folder import LAST
 from psp_lightning.utils.devices import check_launched, count_devices, gpus_of_a_job
 from psp_lightning.utils.errors import plural
