@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,12 @@ def read_resumed(path: Path | None, key: str, command: str) -> Checkpoint | None
 
 
 def build_trainer(
-    cfg: DictConfig, own: list[Callback], ddp: Strategy, resume: Checkpoint | None, **options: Any
+    cfg: DictConfig,
+    own: list[Callback],
+    ddp: Strategy,
+    resume: Checkpoint | None,
+    plugins: Sequence[Any] = (),
+    **options: Any,
 ) -> pl.Trainer:
     """Build the Trainer.
 
@@ -121,6 +127,7 @@ def build_trainer(
         own: callbacks that the training always needs.
         ddp: strategy for several processes if `trainer.strategy` is auto or ddp.
         resume: content of the checkpoint that the run resumes from.
+        plugins: plugins of the Trainer.
         **options: options of the Trainer; `cfg.trainer` overrides them.
 
     Raises:
@@ -145,7 +152,7 @@ def build_trainer(
             default_root_dir=cfg.paths.output_dir,
             callbacks=build_callbacks(cfg, own),
             logger=build_loggers(cfg, resume),
-            plugins=[AtomicCheckpointIO(cfg.resume, resume if is_plain(resume) else None), cluster()],
+            plugins=[AtomicCheckpointIO(cfg.resume, resume if is_plain(resume) else None), cluster(), *plugins],
             enable_model_summary=False,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:

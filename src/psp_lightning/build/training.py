@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import DDPStrategy
 
 from psp_lightning.build.instantiate import instantiate, naming
@@ -18,6 +19,7 @@ from psp_lightning.checkpoints.strict import LoadReport, load_strict
 from psp_lightning.data.datamodules import TaskDataModule
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
+from psp_lightning.lit.distributed import MachineBatchNorm
 from psp_lightning.lit.e4e import LitE4E
 from psp_lightning.lit.generated import Drawing
 from psp_lightning.lit.psp import LitPSP
@@ -28,6 +30,7 @@ from psp_lightning.models.checkpointing import checkpoint_units
 from psp_lightning.models.layers import freeze
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.arguments import choice, whole
+from psp_lightning.utils.devices import count_devices
 from psp_lightning.utils.errors import UserError, suggest
 from psp_lightning.utils.memory import computes_on_cpu
 from psp_lightning.zoo.locate import find
@@ -59,10 +62,18 @@ def build_training(cfg: DictConfig, resume: Path | None = None) -> Training:
     # e4e's first stages do not use all heads of the encoder.
     unused = isinstance(module, LitE4E)
     ddp = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused)
-    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
-    sync = on_gpu and cfg.model.batch_norm == "sync"
-    trainer = build_trainer(cfg, [AverageBatchNorm(), Forecast(ADVICE)], ddp, checkpoint, sync_batchnorm=sync)
+    trainer = build_trainer(cfg, [AverageBatchNorm(), Forecast(ADVICE)], ddp, checkpoint, _batch_norm(cfg))
     return Training(trainer, module, data, None if checkpoint is None else checkpoint["global_step"])
+
+
+def _batch_norm(cfg: DictConfig) -> list[Any]:
+    """Return the plugin that synchronizes the BatchNorm layers, if there is one."""
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()  # SyncBatchNorm exists only there
+    if not on_gpu or cfg.model.batch_norm not in ("sync", "machine"):
+        return []
+    if cfg.model.batch_norm == "sync" or cfg.trainer.num_nodes == 1:
+        return [TorchSyncBatchNorm()]
+    return [MachineBatchNorm(count_devices(cfg.trainer.accelerator, cfg.trainer.devices))]
 
 
 def build_data(cfg: DictConfig) -> Any:

@@ -12,8 +12,9 @@ from lightning_fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from psp_lightning.utils.devices import started_rank
 
@@ -82,6 +83,23 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     if _world() > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor.detach(), 0)
+
+
+class MachineBatchNorm(TorchSyncBatchNorm):
+    """A plugin of the Trainer that synchronizes BatchNorm among the devices of each machine, not between machines.
+
+    Args:
+        devices: number of devices of each machine; the ranks of a machine must follow each other.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return the model with SyncBatchNorm layers; all ranks must call this."""
+        group, _ = torch.distributed.new_subgroups(self.devices)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+        return converted
 
 
 class UnwrappedDDP(DDPStrategy):

@@ -30,7 +30,7 @@ from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
 from psp_lightning.utils.errors import UserError
 
 Batch = dict[str, Any]
-BATCH_NORM_POLICIES = ("sync", "frozen", "local")
+BATCH_NORM_POLICIES = ("sync", "machine", "frozen", "local")
 
 
 class LitPSP(pl.LightningModule):
@@ -48,8 +48,8 @@ class LitPSP(pl.LightningModule):
         optimizer: builds the optimizer from the trainable parameters.
         metrics: torchmetrics metrics by name; each validation updates them with (output, target), both (B, 3, S, S).
         noise: the generator's noise in training, `random` or `const`; validation always uses `const`.
-        batch_norm: `sync` and `local` train the BatchNorm layers (the Trainer implements the difference); `frozen`
-            keeps their running statistics.
+        batch_norm: `sync`, `machine` and `local` train the BatchNorm layers (the Trainer implements the difference);
+            `frozen` keeps their running statistics.
         warmup_steps: number of first optimizer steps over which the learning rate rises linearly.
         decay_steps: number of last optimizer steps over which it falls to zero along half a cosine.
         total_steps: length of the run in optimizer steps; required if `decay_steps` is not 0.
