@@ -103,7 +103,7 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
     Args:
         cfg: settings.
         share: returns the value of a function on the first rank. If each rank looked for existing outputs, a late one
-            would find those of the others. `skipped` contains records only on the first rank.
+            would find the outputs of the others. `skipped` contains records only on the first rank.
 
     Raises:
         UserError: a setting is invalid, there is no checkpoint or input, the output folder cannot be written, or it

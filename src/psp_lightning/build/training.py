@@ -81,7 +81,7 @@ def build_data(cfg: DictConfig) -> Any:
     make = instantiate(cfg, "task.datamodule")
     options = {key: cfg.data[key] for key in ("batch_size", "val_batch_size", "num_workers", "seed")}
     options["flip"] = cfg.data.get("flip")
-    if cfg.data.get("generated_share"):  # a task of the user may not know these arguments
+    if cfg.data.get("generated_share"):  # the user's own task may not know these arguments
         options |= {"generated_share": cfg.data.generated_share, "generated_limit": cfg.data.get("limit")}
     parts = [part for part in ("train", "val") if cfg.data.get(part, "") is not None]  # null: no images
     stores = {"train": None, "val": None, **{part: instantiate(cfg, f"data.{part}", "data") for part in parts}}

@@ -164,7 +164,7 @@ class LatentCritic:
 class LitE4E(LitPSP):
     """Trains as `LitPSP` does, and keeps the codes of the encoder close to the codes of the generator's mapping.
 
-    Three things are added to a training step; validation and its logged values are those of `LitPSP`:
+    Three things are added to a training step; validation and its logged values are the same as in `LitPSP`:
 
     - Stages: at first, the encoder predicts one style for all layers. Later, one style after the other may differ from
       it. A checkpoint's encoder predicts as many differences as have been trained.
