@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,7 @@ def test_jobs_of_slurm_start_their_own_ranks(shell, tiny: list[str], tmp_path: P
     assert "--gpus" not in script, "a training on the CPU asks for no GPU"
 
 
-def test_a_job_that_slurm_rejects_is_no_trial(
+def test_a_job_that_slurm_rejects_ends_the_search(
     psp, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -94,7 +96,8 @@ def test_a_job_that_slurm_rejects_is_no_trial(
         "hydra.sweep.dir=sweep", "trainer=gpu", "trainer.devices=4", *settings, "trainer.val_every=2",
         "trainer.limit_val_batches=1",
     )  # fmt: skip
-    assert done.code == 1 and "invalid partition specified: tpyo" in done.err.split("error: a job")[-1], done.err
+    assert done.code == 1, done.err
+    assert "invalid partition specified: tpyo" in done.err.split("error: a job of the sweep did not run: ")[1]
     rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
     assert len(rows) == 2 and ",interrupted," in rows[1], rows
     script = (tmp_path / "submitted.sh").read_text()
@@ -115,9 +118,41 @@ def test_trials_run_at_the_same_time(launcher: str, shell, tiny: list[str], tmp_
     assert done.code == 0, done.err
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [row["state"] for row in rows] == ["complete", "complete"]
+    logs = [(tmp_path / row["run"] / "train.log").read_text().splitlines() for row in rows]
+    (start, end), (other_start, other_end) = [(log[0][1:24], log[-1][1:24]) for log in logs]
+    assert max(start, other_start) < min(end, other_end), f"one trial ran after the other: {logs}"
     for row in rows:
         result = json.loads((tmp_path / row["run"] / "objective.json").read_text())
         assert result == {"state": "COMPLETE", "value": pytest.approx(float(row["val/loss"]))}
+
+
+DYING = """
+import os, signal
+from psp_lightning.cli import train
+
+def job(cfg, trial=None):
+    if cfg.paths.output_dir.endswith("/0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+train.train_job = job
+if __name__ == "__main__":
+    train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_has_failed(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip("optuna")
+    (tmp_path / "dying.py").write_text(DYING)
+    command = [sys.executable, "-m", "dying", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", "trainer=cpu",
+               "hydra/launcher=joblib", "hydra.sweep.dir=sweep"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [row["state"] for row in rows] == ["failed", "complete"] and "TerminatedWorkerError" in rows[0]["error"]
 
 
 def test_a_job_that_slurm_restarts_continues(

@@ -189,6 +189,7 @@ def test_ctrl_c_interrupts_a_search(search, tmp_path: Path) -> None:
 def fails_once(cfg: Any, trial: Any = None) -> float | None:
     from psp_lightning.utils.errors import UserError
 
+    Path(cfg.paths.output_dir, "config.yaml").touch()  # the training has started
     if cfg.paths.output_dir.endswith("/0"):
         raise UserError("the loss is nan.\nDetails.")
     return float("nan") if cfg.paths.output_dir.endswith("/1") else 1.0
@@ -251,8 +252,12 @@ def test_another_storage(storage: str, search, tmp_path: Path) -> None:
         ("hydra.sweeper.direction=up", "minimize or maximize"),
         ("hydra.sweeper.direction=maximize", "another hydra.sweeper.direction"),
         ("optimizer.lr=choice(1,2)", "Such a range needs a new hydra.sweep.dir=DIR"),
-        ("trainer.max_steps=7000", "comparable: trainer.max_steps: not given -> 7000. Repeat those settings"),
-        ("trainer=ddp", "trainer: cpu -> ddp"),
+        ("trainer.max_steps=7000", "comparable: trainer.max_steps: 500 -> 7000. Repeat those settings"),
+        ("~model.decay_steps", "model.decay_steps: 0 -> not set"),
+        ("data.batch_size=int(interval(2,8))", "data.batch_size: 8 -> not set"),
+        ("trainer.val_every=range(100,9000,100)", "would not be measured"),
+        ("data=dataset", "must be given: data.train._target_=... data.val._target_=..."),
+        ("data=folder", "data.cache: True -> not set; data.name: toyfaces -> folder; "),
         ("optimizer.lr=1e-3", "no settings to choose"),
         ("optimizer.lr=interval(2,1)", "optimizer.lr=interval(2,1)"),
         ("optimizer.rate=interval(1,2)", "there is no configuration key 'optimizer.rate'"),
@@ -272,12 +277,67 @@ def test_mistakes_are_messages(setting: str, told: str, search, tmp_path: Path) 
 
 
 def test_a_continued_search_may_change_what_changes_no_result(search, tmp_path: Path) -> None:
+    free = ["logger=none", "data.num_workers=1", "callbacks.images=null", "trainer.enable_progress_bar=false",
+            "paths.runs=elsewhere", "model.start_from_latent_avg=True",
+            "optimizer.lr=tag(log,interval(1e-5,1e-2))"]  # fmt: skip
     assert search("hydra.sweeper.n_trials=1").code == 0
-    done = search(
-        "hydra.sweeper.n_trials=2", "logger=none", "data.num_workers=1", "optimizer.lr=tag(log,interval(1e-5,1e-2))"
-    )
+    done = search("hydra.sweeper.n_trials=2", *free)
     assert done.code == 0, done.err
     assert states(tmp_path / "sweep") == ["complete", "complete"]
+
+
+def test_a_mistake_that_the_first_trial_finds_ends_the_search(search, tmp_path: Path) -> None:
+    def mistaken(cfg: Any, trial: Any = None) -> float:
+        from psp_lightning.utils.errors import UserError
+
+        raise UserError(f"objective={cfg.objective} is not logged.")
+
+    done = search("hydra.sweeper.n_trials=3", "objective=val/pnsr", job=mistaken)
+    assert done.code == 1, done.out
+    assert done.err.splitlines()[-1] == "error: trial 0 could not start: objective=val/pnsr is not logged."
+    done = search("hydra.sweeper.n_trials=2", "objective=val/psnr")
+    assert done.code == 0, done.err
+    assert states(tmp_path / "sweep") == ["interrupted", "complete", "complete"]
+
+
+def test_values_that_end_the_process_are_tried_twice_at_most(search, tmp_path: Path) -> None:
+    import optuna
+
+    (tmp_path / "sweep").mkdir()
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="psp-train")
+    rates = optuna.distributions.FloatDistribution(0.0001, 0.003, log=True)
+    for value in (0.001, 0.001, 0.0029):  # the last one is outside the new range
+        study.enqueue_trial({"optimizer.lr": value})
+        study.ask({"optimizer.lr": rates})
+    done = search("hydra.sweeper.n_trials=2", "optimizer.lr=tag(log,interval(1e-4,2e-3))")
+    assert done.code == 0, done.err
+    rows = table(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["interrupted"] * 3 + ["complete"] * 2
+    assert not {float(row["optimizer.lr"]) for row in rows[3:]} & {0.001, 0.0029}
+
+
+def test_the_folder_of_another_sweep_is_refused(search, tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "0").mkdir(parents=True)
+    (tmp_path / "sweep" / "0" / "result.txt").touch()
+    done = search("hydra.sweeper.n_trials=1")
+    assert done.code == 1 and "sweep/0 is not a run of this search" in done.err.splitlines()[-1], done.err
+
+
+@pytest.mark.parametrize(("state", "kind"), [("COMPLETE", "float"), ("PRUNED", "Pruned")])
+def test_a_trial_that_slurm_restarts_after_its_end_keeps_its_result(
+    state: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from omegaconf import OmegaConf
+
+    from psp_lightning.cli import trial
+
+    (tmp_path / trial.RESULT).write_text(f'{{"state": "{state}", "value": 0.5}}')
+    cfg = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}})
+    monkeypatch.setattr(trial, "_is_search", lambda: True)
+    assert trial.earlier_result(cfg) is None, "the first start of a job has no result"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    value = trial.earlier_result(cfg)
+    assert type(value).__name__ == kind and (value == 0.5 or state == "PRUNED")
 
 
 def test_ranges_of_hydra_become_distributions() -> None:

@@ -11,11 +11,14 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
+from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
+from psp_lightning.build.trainer import build_trainer
 from psp_lightning.build.training import _batch_norm
 from psp_lightning.lit.callbacks import AverageBatchNorm
 from psp_lightning.lit.distributed import MachineBatchNorm
+from tests.config.test_catalogue import composed
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -61,6 +64,14 @@ def test_the_setting_chooses_the_plugin(
     made = _batch_norm(OmegaConf.create({"trainer": trainer, "model": {"batch_norm": policy}}))
     assert [type(plugin) for plugin in made] == plugins
     assert not made or not isinstance(made[0], MachineBatchNorm) or made[0].devices == 4
+
+
+def test_the_trainer_gets_the_plugin(tmp_path: Path) -> None:
+    cfg = composed("trainer=ddp_cpu", "logger=none", f"paths.output_dir={tmp_path}", "callbacks.images=null")
+    cfg.callbacks = {}
+    plugin = MachineBatchNorm(2)
+    trainer = build_trainer(cfg, [], DDPStrategy(), None, [plugin])
+    assert trainer.strategy._layer_sync is plugin  # type: ignore[attr-defined]
 
 
 def test_the_cpu_has_no_plugin() -> None:

@@ -37,6 +37,7 @@ FIXED = {  # options of Lightning's Trainer that other settings determine
     "callbacks": "callbacks.NAME sets a callback",
     "logger": "logger=NAME chooses the loggers",
     "plugins": "checkpoints are written by this library",
+    "sync_batchnorm": "model.batch_norm sets it",
     "enable_model_summary": "no summary is printed",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 
 from psp_lightning.cli.resume import changed_arithmetic, record, refuse_changes
 from psp_lightning.lit.run_folder import LAST, contains_run, last_checkpoint
+from psp_lightning.utils.devices import is_restarted
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def fit(
     log = logging.getLogger(command.replace("-", "_"))
     run = Path(cfg.paths.output_dir)
     resume = None if cfg.resume in (None, "auto") else Path(cfg.resume)
-    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and HydraConfig.get().mode == RunMode.MULTIRUN
+    restarted = is_restarted() and HydraConfig.get().mode == RunMode.MULTIRUN
     if resume is None and restarted and (resume := last_checkpoint(run)):  # Slurm repeats a job with the same settings
         cfg.resume = str(resume)
     if resume is None and contains_run(run):
@@ -62,7 +62,7 @@ def fit(
     if trainer.is_global_zero:
         for line in [*differences, *(changed_arithmetic(run) if resume else [])]:
             log.info("changed on resume: %s", line)
-        if resume is not None:  # psp-runs reads the time: a run that was killed says no other end
+        if resume is not None:  # psp-runs needs the time: the log of a killed part has no last line
             written = datetime.fromtimestamp(resume.stat().st_mtime).isoformat(" ", "milliseconds")
             log.info("resuming at step %d from %s, written %s", training.resume_step, resume, written)
         announce(training)

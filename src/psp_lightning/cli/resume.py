@@ -127,14 +127,17 @@ def refuse_changes(run: Path, cfg: DictConfig) -> list[str]:
     recorded = run / "config.yaml"
     if not recorded.is_file():
         return []
-    now = _settings(OmegaConf.to_container(cfg, resolve=True))
+    now = plain_settings(OmegaConf.to_container(cfg, resolve=True))
     before = {key: value for key, value in ADDED.items() if key in now}  # psp-train-generator does not have them
-    before |= _settings(yaml.safe_load(recorded.read_text(encoding="utf-8")))
+    before |= plain_settings(yaml.safe_load(recorded.read_text(encoding="utf-8")))
     keys = sorted({*before, *now} - {"resume", "init_from", "run"})
     if "callbacks.last._target_" not in before:  # recorded by version 0.1.0
         keys = [key for key in keys if (key in before and key in now) or not key.startswith(NEW_KEYS)]
     lines = {key: f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
-    if fixed := [line for key, line in lines.items() if key.startswith(FIXED) and key not in FREE]:
+    fixed_keys: tuple[str, ...] = FIXED
+    if now.get("model.batch_norm") == "machine":  # the devices of a machine share statistics
+        fixed_keys += ("trainer.devices",)
+    if fixed := [line for key, line in lines.items() if key.startswith(fixed_keys) and key not in FREE]:
         raise UserError(
             f"resume= cannot change {'; '.join(fixed)}. Leave this out, or start a new run from the weights with "
             f"init_from={cfg.resume}."
@@ -164,7 +167,7 @@ def record(run: Path, cfg: DictConfig) -> None:
             part.write_text(text, encoding="utf-8")
 
 
-def _settings(container: Any) -> dict[str, Any]:
+def plain_settings(container: Any) -> dict[str, Any]:
     """Return a configuration's values by dotted key; leave out our classes' modules, which may change."""
     return {
         key: value.rpartition(".")[2] if key.endswith("._target_") and "psp_lightning." in str(value) else value

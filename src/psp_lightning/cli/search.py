@@ -9,7 +9,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning.build.instantiate import instantiate
 from psp_lightning.cli.mistakes import message
+from psp_lightning.cli.resume import plain_settings
 from psp_lightning.cli.search_space import search_space
-from psp_lightning.cli.settings import split
 from psp_lightning.cli.trial import RESULT, Pruned, check_objective, open_storage, optuna_package
 from psp_lightning.utils.arguments import number, whole
 from psp_lightning.utils.atomic import replacing
@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     import optuna
 
 log = logging.getLogger("psp_train")
-# attributes of a study: numbers of trials; the folder of its search; the settings that have one value
-INTERRUPTED, FOLDER, FIXED = "interrupted", "folder", "fixed"
+# attributes of a study: numbers of trials; the folder of its search; the settings that all trials share
+INTERRUPTED, FOLDER, SHARED = "interrupted", "folder", "settings"
 ERROR, RUN = "error", "run"  # attributes of a trial: why it failed; its run folder, relative to the search's folder
-FREE = ("callbacks", "logger", "data.num_workers", "model.checkpointing", "model.compile")  # these change no results
+# settings without an influence on the results, which a continued search may change
+FREE = (
+    "paths.", "run.", "resume.", "logger.", "metric.", "callbacks.", "plugins.", "data.num_workers",
+    "model.checkpointing", "model.compile", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+)  # fmt: skip
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": INTERRUPTED, "WAITING": "waiting"}
 
 
@@ -54,7 +58,7 @@ class Search(Sweeper):
         sampler: DictConfig, pruner: DictConfig | None, params: DictConfig | None,
     ) -> None:  # fmt: skip
         self.storage, self.study_name, self.direction = str(storage), str(study_name), direction
-        self.place = re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", self.storage)  # for messages: without a password
+        self.place = re.sub(r"(://[^:@/]*):.*@", r"\1:***@", self.storage)  # for messages: without a password
         self.n_trials, self.n_jobs, self.max_failure_rate = n_trials, n_jobs, max_failure_rate
         self.params: dict[str, Any] = dict(params or {})
 
@@ -81,10 +85,10 @@ class Search(Sweeper):
         space, fixed = search_space([*params, *arguments])
         if not space:
             raise UserError("the search has no settings to choose: add one such as 'optimizer.lr=interval(1e-4,1e-3)'.")
-        self._check(space, fixed)
+        shared = self._check(space, fixed)
         self.folder = Path(self.cfg.hydra.sweep.dir)
         study = self._open(space)
-        self._compare(study, fixed)
+        self._compare(study, shared)
         repeat = self._interrupted(study, space)
         try:
             while (left := self.n_trials - len(self._finished(study))) > 0:
@@ -106,13 +110,31 @@ class Search(Sweeper):
         if not any(trial.state.name == "COMPLETE" for trial in study.trials):
             raise UserError("no trial of the search was completed; the table above gives the reason for each.")
 
-    def _check(self, space: dict[str, Any], fixed: list[str]) -> None:
-        """Compose jobs with every choice, so that a mistake in the settings adds no trial to the study."""
-        values = [getattr(distribution, "choices", None) or (distribution.low,) for distribution in space.values()]
+    def _check(self, space: dict[str, Any], fixed: list[str]) -> dict[str, Any]:
+        """Compose jobs with every choice and both ends of each range; return the settings that all trials share.
+
+        A mistake that this finds adds no trial to the study.
+        """
+        assert self.config is not None and self.hydra_context is not None
+        values = [getattr(range_, "choices", None) or (range_.low, range_.high) for range_ in space.values()]
+        first: dict[str, Any] = {}
         for i in range(max(map(len, values))):
-            job = [*fixed, *(f"{name}={few[i % len(few)]}" for name, few in zip(space, values, strict=True))]
-            assert self.config is not None and self.hydra_context is not None
-            check_objective(self.hydra_context.config_loader.load_sweep_config(self.config, job))
+            given = [*fixed, *(f"{name}={few[i % len(few)]}" for name, few in zip(space, values, strict=True))]
+            job = self.hydra_context.config_loader.load_sweep_config(self.config, given)
+            for name in map(str, job):
+                if name == "hydra" or f"{name}.".startswith(FREE):  # some of these exist only in a job
+                    continue
+                node = job[name]
+                if OmegaConf.is_config(node):
+                    if missing := sorted(OmegaConf.missing_keys(node)):
+                        raise UserError("must be given: " + " ".join(f"{key}=..." for key in missing))
+                    node = OmegaConf.to_container(node, resolve=True)
+                if i == 0:
+                    first[name] = node
+            check_objective(job)
+        shared = {key: value for key, value in plain_settings(first).items() if key not in space}
+        stored: dict[str, Any] = json.loads(json.dumps(shared))  # as the study will return it
+        return stored
 
     def _open(self, space: dict[str, Any]) -> optuna.Study:
         """Create the study, or open it if it exists and has the same kinds of ranges."""
@@ -147,23 +169,24 @@ class Search(Sweeper):
         study.sampler = instantiate(self.cfg, "hydra.sweeper.sampler", **own)
         return study
 
-    def _compare(self, study: optuna.Study, fixed: list[str]) -> None:
-        """Raise a UserError if earlier trials of the study had other settings: their results could not be compared."""
-        now = dict(split(setting.lstrip("+")) for setting in fixed)
-        before = study.user_attrs.get(FIXED)
-        if before is None or not study.trials:
-            study.set_user_attr(FIXED, now)
+    def _compare(self, study: optuna.Study, now: Mapping[str, Any]) -> None:
+        """Raise a UserError if trials with results had other settings, because they would not be comparable."""
+        before = study.user_attrs.get(SHARED)
+        if before is None or not _has_results(study):
+            study.set_user_attr(SHARED, now)
             return
-        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not key.startswith(FREE)]
-        if keys:
-            changes = "; ".join(f"{key}: {before.get(key, 'not given')} -> {now.get(key, 'not given')}" for key in keys)
+        unset = "not set"
+        keys = [key for key in sorted({*before, *now}) if before.get(key, unset) != now.get(key, unset)]
+        if keys := [key for key in keys if not key.startswith(FREE)]:
+            changes = "; ".join(f"{key}: {before.get(key, unset)} -> {now.get(key, unset)}" for key in keys[:5])
+            changes += f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise UserError(
                 f"the search in {self.folder} was started with other settings, so its trials would not be comparable: "
                 f"{changes}. Repeat those settings, or choose another hydra.sweep.dir=DIR."
             )
 
     def _collect(self, study: optuna.Study) -> None:
-        """Tell the study the results of jobs that ended although their search was stopped before it could."""
+        """Tell the study the results of jobs that ended after their search was stopped."""
         for trial in study.trials:
             file = self.folder / str(trial.number) / RESULT
             if trial.state.name == "RUNNING" and file.is_file():
@@ -185,8 +208,10 @@ class Search(Sweeper):
         numbers = study.user_attrs[INTERRUPTED]
         lost = [{name: value for name, value in study.trials[n].params.items() if name in space} for n in numbers]
         return [  # a trial that was killed while its values were chosen has only some of them
-            values for i, values in enumerate(lost)
-            if values and values not in lost[:i] and not any(values.items() <= other.items() for other in tried)
+            values for values in lost
+            # not a second time: the values may be what ends the process
+            if values and lost.count(values) == 1 and not any(values.items() <= other.items() for other in tried)
+            and all(space[name]._contains(space[name].to_internal_repr(value)) for name, value in values.items())
         ]  # fmt: skip
 
     def _finished(self, study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -205,6 +230,9 @@ class Search(Sweeper):
         numbers = [trial.number for trial in trials]
         if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
             raise UserError(f"another search is writing to the study {self.study_name} in {self.place}.")
+        for n in numbers:  # a result in it would be taken for the trial's
+            if (folder := self.folder / str(n)).exists():
+                raise UserError(f"{folder} is not a run of this search. Choose another hydra.sweep.dir=DIR.")
         jobs = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
         self.validate_batch_is_legal(jobs)
         assert self.launcher is not None
@@ -230,6 +258,10 @@ class Search(Sweeper):
             study.tell(trial, result)
         else:
             error = result if isinstance(result, Exception) else UserError(f"{self.cfg.objective} has no value.")
+            run = self.folder / trial.user_attrs.get(RUN, str(trial.number))
+            begun = (run / "config.yaml").exists()  # written when the training starts
+            if isinstance(result, UserError) and not begun and not _has_results(study):
+                raise UserError(f"trial {trial.number} could not start: {message(result)}")
             log.warning("trial %d failed: %s", trial.number, message(error))
             lines = message(error).strip().splitlines() or [""]
             expected = isinstance(error, UserError | OSError)
@@ -258,3 +290,8 @@ class Search(Sweeper):
                 OmegaConf.save(OmegaConf.create(result), part)
         first = "" if best is None else f"best: trial {best.number}, {self.cfg.objective} {best.value:.4g}; "
         return f"{text}{first}{self.folder / 'sweep.md'}, {self.folder / 'sweep.csv'}"
+
+
+def _has_results(study: optuna.Study) -> bool:
+    """Return whether a trial of the study has reported a value."""
+    return any(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)

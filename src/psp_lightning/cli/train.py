@@ -17,7 +17,7 @@ from psp_lightning.cli.help import answer
 from psp_lightning.cli.launch import launch
 from psp_lightning.cli.mistakes import guard, user_errors
 from psp_lightning.cli.resume import with_resume
-from psp_lightning.cli.trial import Pruned, TrialPlace, check_search, keep_result
+from psp_lightning.cli.trial import Pruned, TrialPlace, check_search, earlier_result, keep_result
 from psp_lightning.lit.run_folder import LAST
 from psp_lightning.utils.devices import check_launched, count_devices, gpus_of_a_job
 from psp_lightning.utils.errors import plural
@@ -77,6 +77,8 @@ def train_job(cfg: DictConfig, trial: TrialPlace | None = None) -> float | None:
 @claiming_jobs
 def _run(cfg: DictConfig) -> Any:
     trial = check_search(cfg)
+    if (value := earlier_result(cfg)) is not None:
+        return value
     n_devices = count_devices(cfg.trainer.accelerator, cfg.trainer.devices)
     check_launched(n_devices, cfg.trainer.num_nodes)
     return keep_result(cfg, launch(functools.partial(train_job, trial=trial), cfg, n_devices))

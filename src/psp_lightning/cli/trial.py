@@ -1,4 +1,4 @@
-"""What a job knows of the search whose trial it is: its place in the study, and where it leaves its result."""
+"""A job's side of a search: its trial, its objective and the file with its result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from psp_lightning.build.instantiate import instantiate
 from psp_lightning.utils.atomic import replacing
+from psp_lightning.utils.devices import is_restarted
 from psp_lightning.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +111,15 @@ def keep_result(cfg: DictConfig, value: float | None) -> float | None:
         with replacing(Path(cfg.paths.output_dir, RESULT)) as part:
             part.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return value
+
+
+def earlier_result(cfg: DictConfig) -> float | None:
+    """Return the value that a job wrote before Slurm started it again, or None."""
+    file = Path(cfg.paths.output_dir, RESULT)
+    if not (_is_search() and is_restarted() and file.is_file()):
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return Pruned("nan") if result["state"] == "PRUNED" else float(result["value"])
 
 
 def _is_basic() -> bool:

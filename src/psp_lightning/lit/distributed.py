@@ -89,7 +89,8 @@ class MachineBatchNorm(TorchSyncBatchNorm):
     """A plugin of the Trainer that synchronizes BatchNorm among the devices of each machine, not between machines.
 
     Args:
-        devices: number of devices of each machine; the ranks of a machine must follow each other.
+        devices: number of devices of each machine. The ranks of a machine must follow each other, as torchrun and srun
+            number them by default.
     """
 
     def __init__(self, devices: int) -> None:

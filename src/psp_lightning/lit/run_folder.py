@@ -10,18 +10,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from psp_lightning.utils.devices import is_restarted
 from psp_lightning.utils.errors import UserError
 
 CLAIM = ".claim"
 LAST = Path("checkpoints") / "last.ckpt"
 PATIENCE = 0.5  # seconds; `is_claimed` holds a claim for an instant, which must not stop a training from starting
+LEASE = 180  # seconds for a job that Slurm starts again; a network file system keeps the lock of a lost machine so long
 
 
 def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     """Create a run folder if necessary, claim it for this process, and return the claim.
 
     A claim is a lock of the operating system on a file in the folder. It ends when the process ends for any reason, so
-    the claim of a dead process blocks nothing. On a file system without locks, nothing is claimed.
+    the claim of a dead process blocks nothing; after the loss of a whole machine, a network file system may keep it for
+    some minutes. On a file system without locks, nothing is claimed.
 
     Args:
         folder: the run folder.
@@ -34,7 +37,7 @@ def claim_run(folder: Path, resume: bool, hint: str) -> FileLock:
     folder.mkdir(parents=True, exist_ok=True)
     claim = _lock(folder)
     try:
-        claim.acquire(timeout=PATIENCE)
+        claim.acquire(timeout=LEASE if is_restarted() else PATIENCE)
     except Timeout:
         raise UserError(f"Another process is writing to {folder}; wait until it ends. {hint}") from None
     except (OSError, NotImplementedError):  # no locks; if the folder is read-only, the first write says so
@@ -98,7 +101,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _lock(folder: Path) -> FileLock:
-    # newer versions would replace a lock that the file system lacks with a file, which a killed process leaves behind
+    # newer versions of filelock would fall back to a lock file, which remains when its process is killed
     if "fallback_to_soft" in inspect.signature(FileLock).parameters:
         return FileLock(folder / CLAIM, fallback_to_soft=False)
     return FileLock(folder / CLAIM)

@@ -139,6 +139,11 @@ def count_nodes() -> int:
     return rank.nodes if rank else 1
 
 
+def is_restarted() -> bool:
+    """Return whether Slurm has put this job back into the queue and starts it again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def check_launched(local: int, nodes: int | None, key: str = "trainer.devices") -> None:
     """Raise a UserError if torchrun or srun did not start the processes that the settings ask for.
 

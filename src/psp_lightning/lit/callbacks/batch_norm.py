@@ -14,8 +14,9 @@ from psp_lightning.lit.distributed import average_over_ranks
 class AverageBatchNorm(Callback):
     """Averages the encoder's running statistics over all ranks after each step.
 
-    Without SyncBatchNorm, each rank updates its running statistics from its own batches only (with `MachineBatchNorm`,
-    from the batches of its machine), and validations and checkpoints would use the statistics of a single rank.
+    Unless SyncBatchNorm spans all ranks, each rank updates its running statistics from its own batches only (with
+    `MachineBatchNorm`, from the batches of its machine), and validations and checkpoints would use the statistics of a
+    single rank.
     """
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
