@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from torch import nn
 
 from psp_lightning.build.trainer import build_trainer
 from psp_lightning.build.training import _batch_norm
+from psp_lightning.cli.resume import refuse_changes
 from psp_lightning.lit.callbacks import AverageBatchNorm
 from psp_lightning.lit.distributed import MachineBatchNorm
+from psp_lightning.utils.errors import UserError
 from tests.config.test_catalogue import composed
 
 
@@ -72,6 +75,17 @@ def test_the_trainer_gets_the_plugin(tmp_path: Path) -> None:
     plugin = MachineBatchNorm(2)
     trainer = build_trainer(cfg, [], DDPStrategy(), None, [plugin])
     assert trainer.strategy._layer_sync is plugin  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("policy", "changed"), [("machine", True), ("sync", False)])
+def test_a_resume_with_other_devices(policy: str, changed: bool, tmp_path: Path) -> None:
+    """With `machine`, a layer would see the statistics of another number of images."""
+    before = {"model": {"batch_norm": policy}, "trainer": {"devices": 4}, "callbacks": {"last": {"_target_": "x"}}}
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(before))
+    now = OmegaConf.merge(before, {"trainer": {"devices": 8}, "resume": str(tmp_path)})
+    refused = pytest.raises(UserError, match="resume= cannot change trainer.devices: 4 -> 8")
+    with refused if changed else contextlib.nullcontext():
+        assert refuse_changes(tmp_path, now) == ["trainer.devices: 4 -> 8"]  # type: ignore[arg-type]
 
 
 def test_the_cpu_has_no_plugin() -> None:

@@ -47,6 +47,8 @@ def test_options_of_the_trainer_that_other_settings_determine() -> None:
             cfg = compose("train", [f"+trainer.{key}=1"])
             with pytest.raises(UserError, match=rf"^trainer\.{key} cannot be set: .*(trainer\.|logger|callbacks)"):
                 prepare(cfg)
+        with pytest.raises(UserError, match=r"^trainer\.sync_batchnorm cannot be set: model\.batch_norm sets it"):
+            prepare(compose("train", ["+trainer.sync_batchnorm=false"]))
     assert FIXED.keys() <= inspect.signature(pl.Trainer).parameters.keys()
 
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def test_a_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     assert last_checkpoint(tmp_path) is None
-    for time, name in enumerate(["step_1.ckpt", "best.ckpt", ".half.ckpt", "last.ckpt", "step_2.ckpt"]):
+    for second, name in enumerate(["step_1.ckpt", "best.ckpt", ".half.ckpt", "last.ckpt", "step_2.ckpt"]):
         (folder / name).touch()
-        os.utime(folder / name, (time, time))
+        os.utime(folder / name, (second, second))
         expected = {"step_1.ckpt": "step_1.ckpt", "best.ckpt": "best.ckpt", ".half.ckpt": "best.ckpt"}
         assert last_checkpoint(tmp_path) == folder / expected.get(name, "last.ckpt")
 
@@ -80,7 +81,24 @@ def test_no_run_starts_over_another_one(file: str, tmp_path: Path) -> None:
     claim_run(tmp_path / "run", True, "").release()
 
 
-def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_a_job_that_slurm_restarts_waits_for_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system keeps the lock of a lost machine for some time."""
+    monkeypatch.setattr("psp_lightning.lit.run_folder.PATIENCE", 0.05)
+    held = claim_run(tmp_path, True, "")
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(UserError, match="Another process is writing"):
+            pool.submit(claim_run, tmp_path, True, "").result()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        waiting = pool.submit(lambda: claim_run(tmp_path, True, "").release())
+        time.sleep(0.3)
+        try:
+            assert not waiting.done(), "the restarted job does not wait"
+        finally:
+            held.release()
+        waiting.result(10)
+
+
+def test_runs_of_the_same_second_get_their_own_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: new_folder(tmp_path / "runs" / "12-00-00"), range(20)))
     assert len(set(folders)) == 20 and all(folder.is_dir() for folder in folders)
