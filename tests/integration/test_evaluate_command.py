@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from psp_lightning.checkpoints.read import resolve
 from psp_lightning.data.toyfaces import ToyFaces
 from psp_lightning.utils.images import to_pil
 
@@ -182,6 +184,15 @@ def test_optimised_codes_are_closer(psp, tmp_path: Path) -> None:
     assert load(tmp_path / "evaluation")["name"] == "toyfaces/inversion + 4 steps"
 
 
+def test_a_generator_is_enough_to_optimise(psp, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(resolve("toyfaces/generator"), tmp_path / "run" / "generator.safetensors")
+    settings = ["embed=optimize", "embed.steps=1", "metric=[mse]", "data.limit=1", "timing=0", *QUIET]
+    done = psp("evaluate", "ckpt=run", *settings)
+    assert done.code == 0, done.err
+    assert load(tmp_path / "evaluation")["name"] == "run + average + 1 step"
+
+
 def test_mixed_outputs(psp, tmp_path: Path) -> None:
     mix = ["mix.latent_mask=[4,5,6,7,8,9]", "mix.n_outputs=3", "metric=[miou,diversity]"]
     done = psp("evaluate", "ckpt=toyfaces/sketch2face", *mix, *FAST)
@@ -215,6 +226,8 @@ def test_what_cannot_be_measured_has_a_reason(psp, tmp_path: Path, monkeypatch: 
         (["ckpt=toyfaces/inversoin"], "Did you mean 'toyfaces/inversion'?"),
         (["ckpt=identity", "as=int"], "as=int is unknown"),
         (["ckpt=identity", "refine=optimize"], "ckpt=identity has no codes: embed or refine would have no effect"),
+        (["ckpt=toyfaces/superres", "factor=8", "refine=optimize"], "refine=optimize makes the output equal to the"),
+        (["ckpt=toyfaces/inversion", "task=frontalization", "refine=optimize"], "the target of task=frontalization is"),
         (["outputs=outputs", "targets=targets", "task=superres"], "measured as they are: task would have no effect"),
         (
             ["ckpt=toyfaces/inversion", "refine=optimize", "refine.losses={l1: 1}"],

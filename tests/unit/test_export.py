@@ -257,6 +257,8 @@ def test_a_refiner_is_part_of_both(format: str, tmp_path: Path) -> None:
     net = PSP(plain.encoder, plain.generator, plain.latent_avg, source=plain.source, refiner=refiner).eval()
     path = tmp_path / f"x.{SUFFIX[format]}"
     export(net, path, format, "both")
+    card = path.with_name(f"{path.name}.md").read_text()
+    assert "- refiner: FeatureRefiner, " in card and "changes the feature map of side 16\n" in card
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     assert not torch.allclose(net(x), plain(x), atol=1e-2)
     found = load_psp(path)(x) if format == "safetensors" else runner(path)(x)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics import Metric
 
 from psp_lightning.build.instantiate import instantiate, naming
-from psp_lightning.build.inversion import build_inverter, describe_steps, load_network, steps
+from psp_lightning.build.inversion import build_inverter, check_source, describe_steps, load_network, steps
 from psp_lightning.build.trainer import quiet
 from psp_lightning.build.training import build_metric
 from psp_lightning.data.datamodules import DATAMODULES
@@ -132,6 +132,12 @@ def build_subject(cfg: DictConfig) -> Subject:
         make = instantiate(cfg, "task.datamodule") if cfg.get("task") else DATAMODULES[task]
         data = make(store, store, input_size=spec.size if spec else size, target_size=size, seed=cfg.seed)
     data.spec = spec = _given(cfg, spec or data.spec)
+    if net is not None:
+        check_source(cfg, spec)
+    if (used := steps(cfg)) and task != "inversion":
+        raise UserError(
+            f"{used[0]}=optimize makes the output equal to the source, but the target of task={task} is another image."
+        )
     dataset = data.dataset("val")
     root, _ = store.listing()
     names = [portable(os.path.relpath(path, root) if os.path.exists(path) else path) for path in store.paths()]

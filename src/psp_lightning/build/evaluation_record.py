@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import psp_lightning
 from psp_lightning.build.evaluation import IDENTITY, PAIRS, Subject
-from psp_lightning.build.inversion import describe_steps, steps
+from psp_lightning.build.inversion import describe_steps, starts_from_average, steps
 from psp_lightning.checkpoints.read import resolve
 from psp_lightning.data.spec import source_to_rgb
 from psp_lightning.lit.evaluation import LitEvaluator
@@ -155,7 +155,7 @@ def describe(cfg: DictConfig, subject: Subject, device: torch.device) -> dict[st
     return {
         "name": row_name(cfg),
         "checkpoint": str(cfg.ckpt) if network else None,
-        "checkpoint_sha256": sha256(resolve(str(cfg.ckpt))) if network else None,
+        "checkpoint_sha256": sha256(resolve(str(cfg.ckpt), generator=starts_from_average(cfg))) if network else None,
         "task": subject.task,
         "as": cfg["as"],
         "n_images": len(subject.names),

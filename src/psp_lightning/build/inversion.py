@@ -72,7 +72,7 @@ def load_network(cfg: DictConfig) -> PSP:
         try:
             return load_psp(cfg.ckpt)
         except UserError as error:
-            advice = " embed=optimize needs no encoder: a generator is enough." if steps(cfg) else ""
+            advice = " With embed=optimize embed.start=average, a generator is enough." if steps(cfg) else ""
             raise UserError(f"{error}{advice}") from None
     net = load_decoder(cfg.ckpt)
     if isinstance(net.encoder, nn.Identity):
@@ -145,7 +145,7 @@ def describe_steps(cfg: DictConfig) -> str:
     words = []
     for key in steps(cfg):
         node = cfg[key]
-        start = "average" if node.start == "average" else ""
+        start = "" if node.start == "encoder" else node.start
         space = "" if node.space == "w_plus" else f" in {node.space}"
         words += [*filter(None, [start]), f"{plural(node.steps, 'step')}{space}"]
     if not optimises(cfg, "refine"):

@@ -115,6 +115,11 @@ def model_card(net: PSP, what: str, path: Path, format: str, checked: str, facts
     if what != "generator":
         more = f", {net.passes} passes over images of the generator, which the file includes" if net.passes else ""
         lines.append(f"- encoder: {type(encoder).__name__}, {_millions(encoder)} parameters{more}")
+    if what == "both" and (refiner := net.refiner) is not None:
+        lines.append(
+            f"- refiner: {type(refiner).__name__}, {_millions(refiner)} parameters, changes the feature map of side "
+            f"{refiner.resolution}"
+        )
     call = CALLS["safetensors generator" if (format, what) == ("safetensors", "generator") else format]
     lines += [
         f"- generator: {type(generator).__name__}, {generator.output_size} px, {net.n_styles} styles of "
