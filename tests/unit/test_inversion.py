@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from psp_lightning.build.inversion import Distance
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.inference.frozen import freeze_psp_generator, plain_generator
 from psp_lightning.inference.invert import Inverter, Optimization, keep_codes, refine_features
 from psp_lightning.inference.optimize import Optimizer
 from psp_lightning.latents.refinements import read_refinement, save_refinement
 from psp_lightning.lit.prediction import LitPredictor
+from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.losses.l2 import L2Loss
 from psp_lightning.models.encoders import GradualStyleEncoder
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
@@ -85,6 +88,22 @@ def test_an_image_does_not_depend_on_its_batch(net: PSP, x: Tensor, space: str) 
         assert torch.allclose(both[i : i + 1], alone, atol=1e-4), f"image {i}"
 
 
+def test_the_losses_of_a_batch_are_a_sum(x: Tensor) -> None:
+    """With a mean, the gradient of an image would depend on the number of images."""
+    distance = Distance(CompositeLoss({"l2": L2Loss()}, {"l2": 0.5}))
+    y = x.flip(0)
+    expected = 0.5 * (x - y).square().mean((1, 2, 3)).sum()
+    assert distance(x, y) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_an_inversion_is_a_sequence(net: PSP, x: Tensor) -> None:
+    found = optimizer("weights", 1)(net, net.invert(x), x)
+    assert [len(part) for part in found] == [1, 1]
+    assert torch.equal(found[-1].w_plus, found.w_plus[1:]) and found[-1].weights == found.weights[1:]  # type: ignore[index]
+    with pytest.raises(IndexError):
+        found[2]
+
+
 def test_tuning_leaves_the_shared_generator_untouched(net: PSP, x: Tensor) -> None:
     before = {name: value.clone() for name, value in net.generator.state_dict().items()}
     first = net.decode(net.encode(x))
@@ -134,6 +153,28 @@ def test_a_time_budget_ends_the_optimisation(net: PSP, x: Tensor) -> None:
     assert 0 < len(steps) < 100_000 and found.w_plus.isfinite().all()
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_the_shortest_budget_allows_one_step(net: PSP, x: Tensor, space: str) -> None:
+    start = Inversion(net.encode(x[:1]))
+    found = optimizer(space, 100, seconds=1e-9)(net, start, x[:1])
+    assert not torch.equal(net.decode(found), net.decode(start))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_inversions_from_inference_mode(net: PSP, x: Tensor, space: str) -> None:
+    with torch.inference_mode():
+        start = net.invert(x)
+    assert optimizer(space, 1)(net, start, x).w_plus.isfinite().all()
+
+
+def test_features_in_half_precision_are_optimised_in_float32(net: PSP, x: Tensor) -> None:
+    start = net.invert(x)
+    assert start.features is not None
+    start = Inversion(start.w_plus, start.features.bfloat16())
+    found = optimizer("features", 1, start="features")(net, start, x)
+    assert found.features is not None and found.features.dtype == torch.float32
+
+
 def test_steps_are_reported(net: PSP, x: Tensor) -> None:
     for space in ("w_plus", "weights"):
         steps: list[tuple[int, int]] = []
@@ -153,6 +194,7 @@ def test_steps_are_reported(net: PSP, x: Tensor) -> None:
         ({"seconds": -1}, "seconds=-1"),
         ({"steps": 0}, "steps=0"),
         ({"lr": -1}, "lr=-1"),
+        ({"lr": 0}, "lr=0 must be more than 0"),
         ({"locality": "much"}, "locality=much"),
         ({"locality": 0.1}, "locality=0.1 has no effect with space=w_plus, only with space=weights"),
         ({"space": "weights", "resolution": 16}, "resolution=16 has no effect with space=weights"),
@@ -171,8 +213,15 @@ def test_what_does_not_fit(net: PSP, x: Tensor) -> None:
         optimizer("features", resolution=8, start="features")(net, net.invert(x), x)
     with pytest.raises(UserError, match="not finite"):
         optimizer()(net, codes, torch.full_like(x, torch.nan))
+    for images in (x[0], x[:1], x[:, :1]):
+        with pytest.raises(UserError, match=r"it must be \(2, 3, S, S\)"):
+            optimizer()(net, codes, images)
+    with pytest.raises(UserError, match="as net.invert returns for a network with a refiner"):
+        optimizer(start="features")(net, codes, x)
     with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
         optimizer()(net, codes, x)
+    with pytest.raises(UserError, match="features for 1 of 2 images"):
+        net.decode(Inversion(codes.w_plus, torch.zeros(1, 12, 16, 16)))
     with pytest.raises(UserError, match="weights for 1 of 2 images"):
         net.decode(Inversion(codes.w_plus, weights=({},)))
     with pytest.raises(UserError, match="changes the weight conv9 of shape"):

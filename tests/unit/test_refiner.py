@@ -115,12 +115,14 @@ class Count(TorchDispatchMode):
 
 @torch.no_grad()
 def test_reading_adds_no_operation_and_a_change_one() -> None:
-    net, change, counts = generator(), torch.zeros(2, 12, 16, 16), []
+    net, w_plus, change, counts = generator(), codes(), torch.zeros(2, 12, 16, 16), []
     for features in (None, lambda r, m: m, lambda r, m: m + change if r == 16 else m):
         with Count() as count:
-            net.synthesis(codes(), features=features)
+            net.synthesis(w_plus, features=features)
         counts.append(count.operations)
     assert counts[0] == counts[1] and len(counts[2]) == len(counts[0]) + 1
+    if torch.__version__.startswith("2.15"):  # counted before the maps could be read; depends on PyTorch's version
+        assert len(counts[0]) == 248
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psp_lightning.models.encoders import IMAGE_CHANNELS
 from psp_lightning.models.inversion import Inversion, synthesise
 from psp_lightning.models.protocols import GeneratorModule
 from psp_lightning.models.psp import PSP
@@ -32,7 +33,7 @@ RADIUS, PUBLISHED = 30.0, 18 * 512  # distance in the locality term of PTI, and 
 class Optimizer:
     """Adam on the codes of images, on a change of a feature map, or on the weights of the generator.
 
-    Each image is optimised independently of the others of its batch.
+    Each image is optimised independently of the others of its batch, up to rounding, which many steps amplify.
 
     Args:
         distance: function that maps (y_hat, y), both (B, C, S, S) in about [-1, 1], to (B,) or to the sum over B.
@@ -42,7 +43,8 @@ class Optimizer:
         start: first result: `encoder` (the codes of the network), `average` (the average latent), or `features` (the
             codes and the change that the network's refiner adds).
         steps: number of Adam steps.
-        seconds: time limit for a batch; None: no limit. With a limit, the result depends on the speed of the machine.
+        seconds: time limit for a batch, which ends after one step at the earliest; None: no limit. With a limit, the
+            result depends on the speed of the machine.
         lr: highest learning rate; it rises over the first 5 % of the steps and falls to zero over the last 25 %. None:
             0.1 for codes, 0.05 for features, 0.001 for weights.
         resolution: side of the feature map, for `features`; None: the refiner's, otherwise a sixteenth of the image, at
@@ -75,8 +77,9 @@ class Optimizer:
         self.space, self.start = choice("space", space, tuple(LEARNING_RATES)), choice("start", start, STARTS)
         self.steps, self.lr = whole("steps", steps, 1), number("lr", LEARNING_RATES[space] if lr is None else lr, 0)
         self.seconds = None if seconds is None else number("seconds", seconds, 0)
-        if self.seconds == 0:
-            raise ArgumentError("seconds", seconds, "must be more than 0, or null for no limit.")
+        for name, value in (("seconds", self.seconds), ("lr", self.lr)):
+            if value == 0:
+                raise ArgumentError(name, value, "must be more than 0.")
         self.resolution = whole("resolution", resolution, 4, optional=True)
         self.locality = number("locality", LOCALITY if locality is None else locality, 0)
         self.seed = whole("seed", seed, 0)
@@ -94,21 +97,30 @@ class Optimizer:
             images: images (B, C, S, S) in [-1, 1]; the generator's images are pooled to this size.
 
         Raises:
-            UserError: the network has no refiner to start from, the images have values that are not finite, or
-                `torch.inference_mode` is on.
+            UserError: the inversion has no features to start from, the images have another shape or values that are
+                not finite, or `torch.inference_mode` is on.
             ArgumentError: the generator has no feature map of this resolution.
         """
         if torch.is_inference_mode_enabled():
             raise UserError("Nothing can be optimised in torch.inference_mode(). Use torch.no_grad() instead.")
+        if images.ndim != 4 or len(images) != len(inversion) or images.shape[1] != IMAGE_CHANNELS:
+            raise UserError(
+                f"The images have the shape {tuple(images.shape)}; for this inversion, it must be "
+                f"({len(inversion)}, {IMAGE_CHANNELS}, S, S)."
+            )
         if not bool(images.isfinite().all()):
             raise UserError("Some values of the images are not finite, so nothing can be optimised.")
         if self.start == "features" and inversion.features is None:
-            raise UserError("start=features needs a network with a refiner. Use start=encoder.")
+            raise UserError(
+                "start=features needs an inversion with features, as net.invert returns for a network with a refiner. "
+                "Use start=encoder."
+            )
         if self.start == "average":
             inversion = Inversion(net.latent_avg.expand_as(inversion.w_plus))
         elif self.start == "encoder":
             inversion = Inversion(inversion.w_plus)
-        inversion = replace(inversion, w_plus=inversion.w_plus.detach())
+        # a copy, because tensors made in torch.inference_mode cannot be part of a graph
+        inversion = replace(inversion, w_plus=inversion.w_plus.detach().clone())
         if self.space == "features":
             inversion = replace(inversion, features=self._features(net, inversion))
         return self.run(net.generator, images, inversion)
@@ -134,7 +146,7 @@ class Optimizer:
         if tuple(inversion.features.shape) != shape:
             rule = f"must be the refiner's, {inversion.features.shape[-1]}, with start=features."
             raise ArgumentError("resolution", side, rule)
-        return inversion.features.detach()
+        return inversion.features.detach().to(torch.promote_types(inversion.features.dtype, torch.float32))
 
     def run(self, generator: GeneratorModule, images: Tensor, start: Inversion) -> Inversion:
         """Return an optimised inversion. It starts from `start`, or for space `w` from the mean of its styles."""
@@ -183,8 +195,8 @@ class Optimizer:
             return total
 
         self._descend(list(weights.values()), loss, seconds, done)
-        # the weights of the mapping network have not changed
-        return {name: value.detach() for name, value in weights.items() if bool(value.any())}
+        # the weights of the mapping network have no gradients
+        return {name: value.detach() for name, value in weights.items() if value.grad is not None}
 
     @staticmethod
     def _near(generator: GeneratorModule, pivot: Tensor, draws: torch.Generator) -> Tensor:
@@ -218,7 +230,7 @@ class Optimizer:
         with torch.enable_grad():
             for step in range(self.steps):
                 t = step / self.steps
-                if seconds is not None:
+                if seconds is not None and step:
                     t = max(t, (time.monotonic() - begin) / seconds)
                     if t >= 1:
                         break

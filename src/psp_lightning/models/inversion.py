@@ -46,9 +46,11 @@ class Inversion:
 
     def __getitem__(self, index: int) -> Inversion:
         """Return the inversion of one image, as a batch of one."""
-        part = slice(index, index + 1)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of an inversion of {len(self)}")
+        part = slice(index, index + 1 or None)
         features = None if self.features is None else self.features[part]
-        return Inversion(self.w_plus[part], features, None if self.weights is None else self.weights[index : index + 1])
+        return Inversion(self.w_plus[part], features, None if self.weights is None else self.weights[part])
 
 
 class Synthesis(nn.Module):
@@ -107,6 +109,8 @@ def _arguments(generator: Any, inversion: Inversion, noise: Noise | Sequence[Ten
         return inversion.w_plus, noise
     side = change.shape[-1]
     expected = (getattr(generator, "feature_channels", {}).get(side), side, side)
+    if len(change) != len(inversion) and not torch.jit.is_tracing():
+        raise UserError(f"The inversion has features for {len(change)} of {len(inversion)} images.")
     if tuple(change.shape[1:]) != expected and not torch.jit.is_tracing():
         raise UserError(
             f"The inversion has features of shape {tuple(change.shape)}, but this generator has "
