@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from psp_lightning.cli.resume import refuse_changes
 from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.lit.edits import Edit, draw_edits
 from psp_lightning.lit.psp import LitPSP
@@ -179,6 +182,8 @@ def test_a_refiner_that_does_not_fit() -> None:
         PSP(encoder, generator(), refiner=FeatureRefiner(16, 13, 32, width=8))
     with pytest.raises(UserError, match="belongs to another generator"):
         PSP(encoder, generator(), refiner=FeatureRefiner(64, 12, 64, width=8))
+    with pytest.raises(UserError, match="takes sources of 64 px, but the encoder takes 32 px"):
+        PSP(encoder, generator(), refiner=FeatureRefiner(16, 12, 64, width=8))
     sketches = GradualStyleEncoder(8, style_dim=16, input_size=32, in_channels=1, blocks=(1, 1, 1, 1), width=4)
     with pytest.raises(UserError, match="the source has 1 channels"):
         PSP(sketches, generator(), refiner=FeatureRefiner(16, 12, 32, width=8))
@@ -243,6 +248,13 @@ def test_only_what_is_not_frozen_is_trained() -> None:
     assert len(group["params"]) == len([*both.encoder.parameters(), *both.refiner.parameters()])  # type: ignore[union-attr]
 
 
+def test_a_resume_keeps_the_refiners_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("refiner: {edit_share: 0.25}\ncallbacks: {last: {_target_: x}}\n")
+    now = OmegaConf.create({"refiner": {"edit_share": 0.5}, "callbacks": {"last": {"_target_": "x"}}, "resume": "r"})
+    with pytest.raises(UserError, match="resume= cannot change refiner.edit_share: 0.25 -> 0.5"):
+        refuse_changes(tmp_path, now)
+
+
 # --- edits
 
 
@@ -292,7 +304,7 @@ def test_edits_are_a_share_of_a_training_batch(x: torch.Tensor, monkeypatch: pyt
     assert float(total.detach()) == pytest.approx(float(error.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize(("share", "n", "edits"), [(0.5, 4, 2), (0.9, 2, 1), (0.5, 1, 0), (0.0, 4, 0)])
+@pytest.mark.parametrize(("share", "n", "edits"), [(0.5, 4, 2), (0.9, 2, 1), (0.25, 2, 1), (0.25, 8, 2), (0, 1, 0)])
 def test_number_of_edits_in_a_training_step(share: float, n: int, edits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = lit(network(), edit_share=share), []
 
@@ -304,6 +316,21 @@ def test_number_of_edits_in_a_training_step(share: float, n: int, edits: int, mo
     with pytest.raises(InterruptedError):
         module.training_step({"target": torch.zeros(n, 3, 32, 32)}, 0)
     assert seen == [edits]
+
+
+def test_generated_samples_keep_their_place(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits replace images: the codes of generated samples are compared with the known ones."""
+    module, seen = lit(network(), edit_share=0.5), {}
+    monkeypatch.setattr(module, "objective", lambda inputs: seen.update(inputs=inputs) or (inputs.y_hat.sum(), {}))
+    batch = {"target": x, "codes": torch.stack([torch.zeros(8, 16), torch.ones(8, 16)])}
+    module.evaluate(batch | {"generated": torch.tensor([0.0, 1.0])}, "const", edits=1)
+    assert seen["inputs"].generated.tolist() == [0, 1]
+    assert torch.equal(seen["inputs"].y[1], x[1]) and not torch.equal(seen["inputs"].y[0], x[0])
+
+
+def test_a_batch_of_one_cannot_have_edits(x: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="a batch needs two images or more"):
+        lit(network(), edit_share=0.5).training_step({"target": x[:1]}, 0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

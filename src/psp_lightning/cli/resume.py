@@ -109,7 +109,9 @@ def _newest(options: list[str], settings: list[str], named: bool, config: str) -
 # --- the composed settings
 
 # A resume may not change these settings. It may change data, trainer and callbacks, and logs each change.
-FIXED = ("task.", "encoder.", "generator.", "domain.", "optimizer.", "model.", "network.", "editability.", "seed")
+FIXED = (
+    "task.", "encoder.", "refiner.", "generator.", "domain.", "optimizer.", "model.", "network.", "editability.", "seed"
+)  # fmt: skip
 FREE = ("model.compile", "model.checkpointing")  # these change speed and memory, but no results
 ADDED = {"model.loss_per_pass": False}  # what runs did before this setting existed
 # not in version 0.1.0, or with other keys there

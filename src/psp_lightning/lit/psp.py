@@ -91,8 +91,8 @@ class LitPSP(pl.LightningModule):
         self.edit_share = number("edit_share", edit_share, 0)
         if self.edit_share and (net.refiner is None or not source_is_target or self.edit_share >= 1):
             raise UserError(
-                f"edit_share={edit_share}: it must be below 1, and it needs a refiner and task=inversion. Set "
-                "edit_share=0 without them."
+                f"edit_share={edit_share}: it must be below 1, and it needs a refiner and sources that are also the "
+                "targets (task=inversion with equal sizes). Set edit_share=0 without them."
             )
         self.loss_per_pass = loss_per_pass
         if not isinstance(loss_per_pass, bool):
@@ -163,25 +163,30 @@ class LitPSP(pl.LightningModule):
     def evaluate(self, batch: Batch, noise: Noise, edits: int = 0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return the objective, the detached values to log, and the output (B, 3, S, S) pooled to the target's size.
 
-        Pairs of generated and edited images replace the last `edits` images.
+        Pairs of generated and edited images replace the last `edits` images, or the first ones if the last ones are
+        generated samples, whose codes a loss may need.
         """
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
         generated = batch.get("generated")
         edit: Edit | None = None
+        at_start = generated is not None
+
+        def put(values: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([new, values[edits:]] if at_start else [values[:-edits], new])
+
         if edits:
             drawn, edited, edit = draw_edits(self.net.generator, self.net.latent_avg, edits)
             size = (y.shape[-2], y.shape[-1])
-            source = torch.cat([source[:-edits], F.adaptive_avg_pool2d(drawn, size)])
-            y = torch.cat([y[:-edits], F.adaptive_avg_pool2d(edited, size)])
+            source, y = put(source, F.adaptive_avg_pool2d(drawn, size)), put(y, F.adaptive_avg_pool2d(edited, size))
             if generated is not None:  # `codes` has other codes than these images
-                generated = torch.cat([generated[:-edits], generated.new_zeros(edits)])
+                generated = put(generated, generated.new_zeros(edits))
 
         def compare(delta: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
             w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
             features = self.net.refine(source, w_plus)
             if edit is not None:
-                w_plus = torch.cat([w_plus[:-edits], edit(w_plus[-edits:])])
+                w_plus = put(w_plus, edit(w_plus[:edits] if at_start else w_plus[-edits:]))
             image = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
             y_hat = F.adaptive_avg_pool2d(image, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
             inputs = LossInputs(
@@ -214,7 +219,14 @@ class LitPSP(pl.LightningModule):
         return self.losses(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        edits = min(round(self.edit_share * len(batch["target"])), len(batch["target"]) - 1)
+        edits, n = 0, len(batch["target"])
+        if self.edit_share:
+            if n == 1:
+                raise UserError(
+                    f"edit_share={self.edit_share}: a batch needs two images or more, one of them without an edit. Set "
+                    "a larger batch_size, or edit_share=0."
+                )
+            edits = min(max(1, round(self.edit_share * n)), n - 1)
         total, values, y_hat = self.evaluate(batch, self.noise, edits)
         if left_out := [name for name in self.losses.terms if name not in values]:
             raise UserError(

@@ -93,6 +93,11 @@ class PSP(nn.Module):
             )
         if (found := getattr(self.encoder, "in_channels", 3)) != 3:
             raise UserError(f"A refiner compares the source with an RGB image, but the source has {found} channels.")
+        if (side := getattr(self.encoder, "input_size", refiner.input_size)) != refiner.input_size:
+            raise UserError(
+                f"The refiner takes sources of {refiner.input_size} px, but the encoder takes {side} px. Build it with "
+                f"input_size={side}."
+            )
 
     @property
     def passes(self) -> int:
