@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from psp_lightning import PSP
 from psp_lightning.checkpoints.weight_files import save_generator
@@ -78,6 +80,11 @@ def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, refi
     for file in files:
         if file.suffix == ".png":
             assert np.abs(pixels(tmp_path / "out1" / file) - pixels(tmp_path / "out2" / file)).max() <= 1
+        if file.suffix == ".safetensors":
+            one, two = (load_file(tmp_path / out / file) for out in ("out1", "out2"))
+            assert one.keys() == two.keys()
+            for key, tensor in one.items():
+                torch.testing.assert_close(two[key].float(), tensor.float(), rtol=1e-2, atol=1e-3)
 
 
 def test_a_generator_is_enough_to_optimise(psp, faces: Path, tmp_path: Path) -> None:
@@ -87,7 +94,7 @@ def test_a_generator_is_enough_to_optimise(psp, faces: Path, tmp_path: Path) -> 
     done = psp("predict", *settings, "output=out", "embed=optimize", "embed.steps=3")
     assert done.code == 0 and "3 written" in done.out, done.err
     done = psp("predict", *settings, "output=other", "refine=optimize", "refine.steps=3")
-    assert done.code == 1 and "embed=optimize needs no encoder" in done.err, done.err
+    assert done.code == 1 and "With embed=optimize embed.start=average, a generator is enough" in done.err, done.err
 
 
 def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: Path) -> None:
@@ -118,6 +125,7 @@ def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: P
         (["ckpt=toyfaces/inversion", "embed=optimize", "refine=optimize", "refine.start=average"], "would discard"),
         (["ckpt=net.ckpt", "embed=optimize", "embed.start=features"], "embed.start=features must be average"),
         (["ckpt=toyfaces/inversion", "refine=optimize", "refine.losses={l2: 0}"], "No loss is selected"),
+        (["ckpt=toyfaces/inversion", "refinements=dir"], "refinements=dir has no effect here"),
     ],
 )  # fmt: skip
 def test_mistakes(psp, faces: Path, settings: list[str], message: str) -> None:
@@ -144,6 +152,41 @@ def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:
     other.write_bytes(changed)
     done = psp("predict", *latents, "output=fourth")
     assert done.code == 1 and "0.safetensors belongs to another generator (hash 0000000000000000" in done.err
+
+
+def test_changed_refinements_are_decoded_again(psp, faces: Path, tmp_path: Path) -> None:
+    assert psp("predict", "ckpt=net.ckpt", f"input={faces}", "output=out", "latents=true", *FAST).code == 0
+    latents = ["ckpt=net.ckpt", "input=out/latents.safetensors", "output=again", *FAST]
+    assert "3 written" in psp("predict", *latents).out
+    assert "3 skipped" in psp("predict", *latents).out
+    file = tmp_path / "out" / "refinements" / "1.safetensors"
+    os.utime(file, ns=(0, 0))
+    done = psp("predict", *latents)
+    assert done.code == 1 and "outputs exist already and may differ" in done.err, done.err
+    file.unlink()
+    done = psp("predict", *latents, "overwrite=true")
+    assert done.code == 1 and "1 failed" in done.out and "2 written" in done.out
+
+
+def test_refinements_of_codes_in_w(psp, faces: Path, tmp_path: Path) -> None:
+    one = ["refine=optimize", "refine.space=features", "refine.steps=1", "embed=optimize", "embed.space=w"]
+    settings = ["ckpt=net.ckpt", f"input={faces}", "latents=true", *FAST, *one]
+    for name, n in (("a", 1), ("b", 2)):
+        assert psp("predict", *settings, f"output={name}", f"embed.steps={n}").code == 0
+        done = psp("latents", f"in={name}/latents.safetensors", "into=w", "ckpt=net.ckpt", f"out={name}/w.safetensors")
+        assert done.code == 0, done.err
+    latents = ["ckpt=net.ckpt", "input=a/w.safetensors", *FAST]
+    assert psp("predict", *latents, "output=same").code == 0
+    assert np.abs(pixels(tmp_path / "same" / "0.png") - pixels(tmp_path / "a" / "0.png")).max() <= 1
+    shutil.copytree(tmp_path / "b" / "refinements", tmp_path / "a" / "refinements", dirs_exist_ok=True)
+    done = psp("predict", *latents, "output=other")
+    assert done.code == 1 and "written with another code" in done.err, done.err
+
+
+def test_an_output_folder_named_latents(psp, faces: Path, tmp_path: Path) -> None:
+    assert psp("predict", "ckpt=net.ckpt", f"input={faces}/0.jpg", "output=latents", "latents=true", *FAST).code == 0
+    done = psp("predict", "ckpt=net.ckpt", "input=latents/latents.safetensors", "output=again", *FAST)
+    assert done.code == 0, done.err
 
 
 def test_codes_in_folders_and_of_another_run(psp, faces: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from psp_lightning.build.inversion import Distance
+from psp_lightning.checkpoints.safetensors_io import save_described
 from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.inference.frozen import freeze_psp_generator, plain_generator
 from psp_lightning.inference.invert import Inverter, Optimization, keep_codes, refine_features
@@ -314,8 +315,13 @@ def test_files_are_checked(net: PSP, x: Tensor, tmp_path: Path) -> None:
         save_refinement(path, wrong, digest)
         with pytest.raises(UserError, match=message):
             read_refinement(path, net.generator, digest, None)
+    facts = {"generator": {"sha256": digest}}
+    for broken in (torch.tensor(1.0), torch.zeros(12, 16, 16, dtype=torch.int32)):
+        save_described(path, "refinement", {"features": broken}, facts, None)
+        with pytest.raises(UserError, match="is damaged: its values must be"):
+            read_refinement(path, net.generator, digest, None)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="damaged|cannot be read|not a"):
+    with pytest.raises(UserError, match="damaged"):
         read_refinement(path, net.generator, None, None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,11 +13,15 @@ from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.data.spec import InputSpec
 from psp_lightning.inference import invert
 from psp_lightning.inference.invert import Inverter, Optimization, Step
+from psp_lightning.latents.codes import Latents
+from psp_lightning.latents.refinements import FOLDER, read_refinement
 from psp_lightning.loading import load_decoder, load_psp
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
+from psp_lightning.models.protocols import GeneratorModule
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.errors import UserError, plural
+from psp_lightning.utils.names import native
 
 CODES = ("w_plus", "w")
 NONE, AUTO = f"{invert.__name__}.keep_codes", f"{invert.__name__}.refine_if_possible"  # targets of these options
@@ -151,3 +157,38 @@ def describe_steps(cfg: DictConfig) -> str:
     if not optimises(cfg, "refine"):
         words += ["codes only"] * drops_refinement(cfg) + ["features"] * makes_refinement(cfg)
     return " + ".join(words)
+
+
+def has_refinements(cfg: DictConfig, latents: Latents | None) -> bool:
+    """Return whether files of refinements are written with the codes."""
+    if latents is None:
+        return is_refined(cfg)
+    return (latents.refined or cfg.refinements is not None) and not drops_refinement(cfg)
+
+
+def refinement_reader(
+    cfg: DictConfig, latents: Latents, generator: GeneratorModule
+) -> Callable[[int], dict[str, Any]] | None:
+    """Return a function that reads what refines a code, or None if only the codes are decoded."""
+    if not has_refinements(cfg, latents):
+        return None
+    files = refinement_files(cfg, latents)
+    digest = None if cfg.any_generator else latents.generator
+    checked = latents.space in ("w_plus", "w") and cfg.refinements is None  # codes may have been edited on purpose
+
+    def read(index: int) -> dict[str, Any]:
+        code = latents.codes[index].expand(generator.n_styles, -1) if checked else None
+        features, weights = read_refinement(files[index], generator, digest, code)
+        return {key: part for key, part in (("features", features), ("weights", weights)) if part is not None}
+
+    return read
+
+
+def refinement_files(cfg: DictConfig, latents: Latents) -> list[Path]:
+    """Return the file of each code: in `refinements`, or next to the codes, OUTPUT/latents.* or OUTPUT/latents/NAME."""
+    names = [f"{native(name)}.safetensors" for name in latents.names]
+    if cfg.refinements:
+        return [Path(cfg.refinements) / name for name in names]
+    path = Path(str(cfg.input)).expanduser().absolute()
+    alone = [place for place in path.parents if len(names) == 1 and place / "latents" / names[0] == path]
+    return [(alone or [path.parent])[0] / FOLDER / name for name in names]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from psp_lightning.build.inversion import (
     build_inverter,
     check_source,
     drops_refinement,
-    is_refined,
+    has_refinements,
     load_network,
     makes_refinement,
     recorded_steps,
+    refinement_files,
+    refinement_reader,
     starts_from_average,
     steps,
 )
@@ -44,10 +47,8 @@ from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator,
 from psp_lightning.inference.invert import Inverter
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
-from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
-from psp_lightning.latents.refinements import read_refinement
 from psp_lightning.lit.distributed import cluster
-from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
+from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest, stamp
 from psp_lightning.lit.prediction import LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder
 from psp_lightning.models.psp import PSP
@@ -124,7 +125,11 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
     masks = {} if cfg.mask.dir is None else input_masks(files, cfg.mask.dir)
-    made = _made(cfg, latents is not None)
+    if cfg.refinements is not None and (latents is None or drops_refinement(cfg)):
+        raise UserError(
+            f"refinements={cfg.refinements} has no effect here: it is for latents as input, and not for refine=none."
+        )
+    made = _made(cfg, latents)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -133,8 +138,8 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
         raise UserError(f"output={folder} cannot be written: {error.strerror}.") from None
     outputs = Outputs(
         folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents),
-        refined=bool(cfg.latents) and _is_refined(cfg, latents), named=latents is not None, checkpoint=str(cfg.ckpt),
-        made=made, masks=masks,
+        refined=bool(cfg.latents) and has_refinements(cfg, latents), named=latents is not None,
+        checkpoint=str(cfg.ckpt), made=made, masks=masks,
     )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
     skipped: list[dict[str, Any]] = []
@@ -152,16 +157,19 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
     return PredictionPlan(outputs, todo, skipped, latents, alignment=alignment)
 
 
-def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
+def _made(cfg: DictConfig, latents: Latents | None) -> dict[str, Any]:
     """Return what determines the content of the outputs except for rounding: the checkpoint and the settings."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: values[key] for key in ("resize", "factor", "precision", "seed", "refinements")}
     settings |= recorded_steps(cfg)
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
-    digest = sha256(resolve(str(cfg.ckpt), generator=decoder or starts_from_average(cfg)))
+    digest = sha256(resolve(str(cfg.ckpt), generator=latents is not None or starts_from_average(cfg)))
     if cfg.mix.reference is not None and os.path.isfile(cfg.mix.reference):  # reading it reports that it is missing
         settings["mix.reference_sha256"] = sha256(cfg.mix.reference)
+    if latents is not None and has_refinements(cfg, latents):
+        stamps = [stamp(file) for file in refinement_files(cfg, latents)]
+        settings["refinements_sha256"] = hashlib.sha256(repr(stamps).encode()).hexdigest()
     return {
         "sha256": digest,
         **{key: value for key, value in settings.items() if value is not None and value is not False},
@@ -245,7 +253,7 @@ def build_prediction(
         net = load_decoder(cfg.ckpt)
         latents = plan.latents.of(net.generator, str(cfg.ckpt), cfg.any_generator)
         space, average = latents.space, latents.lacking(net)
-        dataset = LatentDataset(latents.codes, _refinements(cfg, latents, net.generator))
+        dataset = LatentDataset(latents.codes, refinement_reader(cfg, latents, net.generator))
         inverter = Inverter()
     else:
         net = load_network(cfg)
@@ -261,7 +269,7 @@ def build_prediction(
             inject = make_inject(frozen, mask, cfg.mix.n_outputs, cfg.mix.seed, reference)
     digest = generator_hash(net.generator) if cfg.latents else None
     # refinements of one batch may differ in kind and size
-    batch_size = 1 if plan.latents is not None and _is_refined(cfg, plan.latents) else cfg.batch_size
+    batch_size = 1 if plan.latents is not None and has_refinements(cfg, plan.latents) else cfg.batch_size
     module = LitPredictor(
         _for_inference(cfg, net), inverter, mask, inject, cfg.mix.alpha, cfg.resize, cfg.mask.composite, space,
         average, cfg.compile, cfg.cuda_graphs, batch_size, keep=bool(cfg.latents),
@@ -318,33 +326,6 @@ def _for_inference(cfg: DictConfig, net: PSP) -> PSP:
 def _target_size(cfg: DictConfig, net: PSP) -> int | None:
     """Return the size in which an optimisation sees the images: the generator's; None without optimisation."""
     return net.generator.output_size if steps(cfg) else None
-
-
-def _is_refined(cfg: DictConfig, latents: Latents | None) -> bool:
-    """Return whether files of refinements are written with the codes."""
-    if latents is None:
-        return is_refined(cfg)
-    return (latents.refined or cfg.refinements is not None) and not drops_refinement(cfg)
-
-
-def _refinements(cfg: DictConfig, latents: Latents, generator: nn.Module) -> Callable[[int], dict[str, Any]] | None:
-    """Return a function that reads what refines a code, or None if only the codes are decoded."""
-    if not _is_refined(cfg, latents):
-        return None
-    path = Path(str(cfg.input)).expanduser()
-    above = list(path.absolute().parents)
-    depth = len(PurePosixPath(latents.names[0]).parts)
-    own = len(latents) == 1 and len(above) > depth and above[depth - 1].name == "latents"  # OUTPUT/latents/NAME
-    folder = Path(cfg.refinements) if cfg.refinements else (above[depth] if own else above[0]) / REFINEMENTS
-    digest = None if cfg.any_generator else latents.generator
-    checked = latents.space == "w_plus" and cfg.refinements is None  # codes may have been edited on purpose
-
-    def read(index: int) -> dict[str, Any]:
-        file = folder / f"{native(latents.names[index])}.safetensors"
-        features, weights = read_refinement(file, generator, digest, latents.codes[index] if checked else None)
-        return {key: part for key, part in (("features", features), ("weights", weights)) if part is not None}
-
-    return read
 
 
 def _spec(cfg: DictConfig, net: PSP) -> InputSpec:

@@ -87,6 +87,8 @@ def read_refinement(
     features = tensors.get(FEATURES)
     if features is None and not weights:
         raise UserError(f"{path} is damaged: it contains neither features nor weights.")
+    if any(not part.is_floating_point() for part in tensors.values()) or (features is not None and features.ndim != 3):
+        raise UserError(f"{path} is damaged: its values must be floating-point numbers, and its features 3D.")
     if features is not None:
         side = features.shape[-1]
         expected = (getattr(generator, "feature_channels", {}).get(side), side, side)
