@@ -54,6 +54,19 @@ class Machine:
         return [line for line in self.output.splitlines() if line.startswith("error: ")]
 
 
+def ranks_in(folder: Path) -> list[int]:
+    """Return the processes of this package that work in a folder."""
+    found = []
+    for entry in Path("/proc").iterdir() if sys.platform.startswith("linux") else ():
+        if entry.name.isdigit():
+            try:
+                if (entry / "cwd").resolve() == folder and b"psp_lightning" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
 Start = Callable[..., list[Machine]]
 
 
@@ -93,10 +106,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         return running[-len(only) :]
 
     yield call
-    for machine in running:
-        if machine.process.poll() is None:
-            os.killpg(machine.process.pid, signal.SIGKILL)
-            machine.process.wait()
+    unfinished = [machine for machine in running if machine.process.poll() is None]
+    for machine in unfinished:
+        os.killpg(machine.process.pid, signal.SIGKILL)
+        machine.process.wait()
+    deadline = time.time() + 60
+    while left := [] if unfinished else ranks_in(tmp_path):
+        assert time.time() < deadline, f"processes {left} outlived the command"
+        time.sleep(0.2)
 
 
 def succeed(machines: list[Machine]) -> None:
@@ -344,7 +361,7 @@ def test_a_killed_agent_ends_the_run_and_a_resume_continues_it(
     (line,) = survivor.errors
     assert "another process of this run has ended" in line and f"Continue with resume={run}" in line, line
     assert "[rank" not in survivor.output, f"a traceback of the rank: {survivor.output}"
-    while left := ranks_of(run):
+    while left := ranks_in(tmp_path):
         assert time.time() < killed + 60, f"ranks {left} outlived the run"
         time.sleep(0.2)
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
@@ -358,19 +375,6 @@ def test_a_killed_agent_ends_the_run_and_a_resume_continues_it(
         assert done.code == 0, done.err
     expected, found = result(one_machine(settings)), result(run)
     assert same(expected[0], found[0]) and expected[1] == found[1], f"resumed after step {step}, the run differs"
-
-
-def ranks_of(run: Path) -> list[int]:
-    """Return the processes that work in the folder of a test."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if (entry / "cwd").resolve() == run.parents[2] and b"psp_lightning" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
 
 
 def test_a_wrong_number_of_machines_is_refused(start: Start, tiny: list[str], tmp_path: Path) -> None:

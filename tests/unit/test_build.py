@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -13,11 +14,19 @@ from omegaconf import OmegaConf
 
 from psp_lightning._conf import config_root
 from psp_lightning.build.trainer import FIXED, build_callbacks, build_loggers, prepare
-from psp_lightning.build.training import build_data, build_metrics, build_module, load_backbone, toy_terms
+from psp_lightning.build.training import (
+    build_data,
+    build_metrics,
+    build_module,
+    build_training,
+    load_backbone,
+    toy_terms,
+)
 from psp_lightning.losses import CompositeLoss, L2Loss
 from psp_lightning.models.encoders import EncoderIntoW
 from psp_lightning.models.irse import ArcFaceIRSE
 from psp_lightning.utils.errors import UserError
+from tests.config.test_catalogue import composed
 
 
 @pytest.mark.parametrize("channels", [3, 19])
@@ -99,3 +108,14 @@ def test_a_metric_whose_loss_is_not_selected_is_left_out_and_named(caplog: pytes
     with caplog.at_level("INFO"):
         assert build_metrics(cfg, CompositeLoss({"l2": L2Loss()}, {"l2": 1.0})) == {}
     assert "not measuring mine: it uses the loss 'idd', which is not in loss=[...]" in caplog.text
+
+
+@pytest.mark.parametrize("experiment", ["toyfaces_inversion", "toyfaces_e4e"])
+def test_the_options_of_ddp(experiment: str, tmp_path: Path) -> None:
+    """Gradients are views of the exchanged buffers; only e4e, whose first stages skip heads, looks for unused ones."""
+    cfg = composed(f"experiment={experiment}", "trainer=ddp_cpu", "logger=none", f"paths.output_dir={tmp_path}")
+    strategy: Any = build_training(cfg, None).trainer.strategy
+    assert strategy._ddp_kwargs == {
+        "broadcast_buffers": False, "gradient_as_bucket_view": True,
+        "find_unused_parameters": experiment == "toyfaces_e4e",
+    }  # fmt: skip
