@@ -23,7 +23,7 @@ help:
 	@echo "make test-fast  the tests without the slow ones, in two minutes"
 	@echo "make test-processors  some tests as on other processors: with AVX2 only, and with AVX512 without AMX"
 	@echo "make results  measures the shipped networks again and writes docs/results.md, in about 20 minutes"
-	@echo "make results-training  trains the paper's ablation three times and measures it; takes hours and continues"
+	@echo "make results-training  trains and measures the ablation and other encoders; takes hours and continues"
 	@echo "make gpu-check  on a machine with a GPU: builds and checks the CUDA kernels, writes gpu_check/report.md"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the documentation as a site: site/index.html"

@@ -25,12 +25,16 @@ PAGE = ROOT / "docs" / "results.md"
 MEASURED = "mse,psnr,ssim,ms_ssim,perceptual,id_similarity,miou,frechet"
 KEPT = ("mean", "low", "high", "median", "unit", "better")  # kept values of each metric
 SEEDS = (1, 2, 3)
-ABLATION = {  # rows of the paper's table 1 and their experiments
+ENCODERS = {  # rows of the paper's table 1 and their experiments
     "encoder into W": "toyfaces_ablation_w",
     "naive encoder into W+": "toyfaces_ablation_w_plus",
     "gradual style encoder, no id loss": "toyfaces_ablation_gradual",
     "gradual style encoder, id loss": "toyfaces_ablation_gradual_id",
+    "e4e": "toyfaces_e4e",  # these two are from later papers
+    "ReStyle, three passes": "toyfaces_restyle",
 }
+# (channels of the stem, residual units per stage): steps that take as long as 3,000 steps of the first one
+SIZES = {(16, (1, 1, 1, 1)): 3000, (16, (1, 2, 4, 3)): 2800, (24, (1, 1, 1, 1)): 2500, (24, (1, 2, 4, 3)): 2200}
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Row:
 
     Attributes:
         experiment, seed: what to train first; None: nothing. The rows of one name are trained with different seeds.
+        settings: additional settings of the training.
         arguments: of psp-evaluate, without folder, metrics and, if something is trained, checkpoint.
     """
 
@@ -48,6 +53,7 @@ class Row:
     arguments: tuple[str, ...]
     experiment: str | None = None
     seed: int | None = None
+    settings: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -92,18 +98,25 @@ def trained_rows() -> list[Row]:
         Row("inversion", "frontalization", pose, ("ckpt=toyfaces/inversion", *frontal)),
     ]
     for seed in SEEDS:
-        for name, experiment in ABLATION.items():
+        for name, experiment in ENCODERS.items():
             rows.append(Row(name, "ablation", MEASURED, ("timing=0",), experiment, seed))
         rows.append(Row("frontalization", "frontalization", pose, frontal, "toyfaces_frontalization", seed))
+    for (width, blocks), steps in SIZES.items():
+        units = "".join(map(str, blocks))
+        settings = (f"encoder.width={width}", f"encoder.blocks={list(blocks)}", f"trainer.max_steps={steps}",
+                    f"model.decay_steps={steps // 2}")  # fmt: skip
+        rows.append(Row(f"width {width}, units {units}", "sizes", MEASURED, ("timing=0",),
+                        ENCODERS["gradual style encoder, id loss"], 1, settings))  # fmt: skip
     return rows
 
 
 def train(row: Row, folder: Path) -> Path:
     """Train the network of a row, or continue or skip its training, and return its last checkpoint."""
     assert row.experiment is not None
-    run = f"{row.experiment.removeprefix('toyfaces_')}_{row.seed}"
+    run = "_".join([row.experiment.removeprefix("toyfaces_"), *re.findall(r"\w+", row.name if row.settings else ""),
+                    str(row.seed)])  # fmt: skip
     command = [sys.executable, "-m", "psp_lightning.cli.train", f"experiment={row.experiment}", f"seed={row.seed}",
-               f"paths.runs={folder}", f"run={run}", "resume=auto"]  # fmt: skip
+               *row.settings, f"paths.runs={folder}", f"run={run}", "resume=auto"]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT)
     (checkpoint,) = folder.glob(f"*/{run}/checkpoints/last.ckpt")
     return checkpoint
