@@ -157,15 +157,17 @@ def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:
 def test_changed_refinements_are_decoded_again(psp, faces: Path, tmp_path: Path) -> None:
     assert psp("predict", "ckpt=net.ckpt", f"input={faces}", "output=out", "latents=true", *FAST).code == 0
     latents = ["ckpt=net.ckpt", "input=out/latents.safetensors", "output=again", *FAST]
-    assert "3 written" in psp("predict", *latents).out
+    file, aside = tmp_path / "out" / "refinements" / "1.safetensors", tmp_path / "aside"
+    file.rename(aside)
+    assert "2 written, 0 skipped, 1 failed" in psp("predict", *latents).out
+    aside.rename(file)
+    assert "1 written, 2 skipped" in psp("predict", *latents).out, "only the one that was missing"
     assert "3 skipped" in psp("predict", *latents).out
-    file = tmp_path / "out" / "refinements" / "1.safetensors"
     os.utime(file, ns=(0, 0))
-    done = psp("predict", *latents)
-    assert done.code == 1 and "outputs exist already and may differ" in done.err, done.err
+    assert "1 written, 2 skipped" in psp("predict", *latents).out
     file.unlink()
-    done = psp("predict", *latents, "overwrite=true")
-    assert done.code == 1 and "1 failed" in done.out and "2 written" in done.out
+    done = psp("predict", *latents)
+    assert done.code == 1 and "2 skipped" in done.out and "1 failed" in done.out, done.out
 
 
 def test_refinements_of_codes_in_w(psp, faces: Path, tmp_path: Path) -> None:
