@@ -68,6 +68,17 @@ def test_latents_give_the_same_image(psp, faces: Path, tmp_path: Path, embed: st
     assert "3 skipped" in done.out, "the second call finds all files"
 
 
+@pytest.mark.parametrize(("refine", "steps"), [("features", []), ("weights", ["refine.steps=10"])])
+def test_the_same_image_in_bfloat16(psp, faces: Path, tmp_path: Path, refine: str, steps: list[str]) -> None:
+    """The image is made from the numbers that the files contain, so that both calls round alike."""
+    settings = ["ckpt=net.ckpt", *FAST, "precision=bf16", "batch_size=1"]
+    images = [f"input={faces}", "output=out", "latents=true", *CHOICES[refine], *steps]
+    assert psp("predict", *settings, *images).code == 0
+    assert psp("predict", *settings, "input=out/latents.safetensors", "output=again").code == 0
+    for name in ("0.png", "1.png", "2.png"):
+        assert np.abs(pixels(tmp_path / "again" / name) - pixels(tmp_path / "out" / name)).max() <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("refine", CHOICES)
 def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, refine: str) -> None:

@@ -26,7 +26,7 @@ from psp_lightning.inference.invert import Inverter, Optimization
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
-from psp_lightning.latents.refinements import save_refinement
+from psp_lightning.latents.refinements import as_stored, save_refinement
 from psp_lightning.lit.manifest import append_record, stamp
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
@@ -105,6 +105,8 @@ class LitPredictor(pl.LightningModule):
             inversion = self.inverter(self.net, batch["source"], batch["target"])
         else:
             inversion = Inversion(*self.invert(batch["source"]))
+        if self.keep:
+            inversion = as_stored(inversion)  # the image is then the one that the files give, also in bfloat16
         outputs, finite = [], []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = inversion
