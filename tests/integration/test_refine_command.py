@@ -28,7 +28,14 @@ CHOICES = {
     "optimised features": ["refine=optimize", "refine.space=features", "refine.start=features", "refine.steps=2"],
     "weights": ["refine=optimize", "refine.space=weights", "refine.steps=2"],
 }
-EMBED = {"encoder": [], "optimised": ["embed=optimize", "embed.steps=2"]}
+ONE_STYLE = ["refine=optimize", "refine.space=w", "refine.start=average", "refine.steps=2"]
+EMBED = {
+    "encoder": [],
+    "optimised": ["embed=optimize", "embed.steps=2"],
+    "one style": ["embed=optimize", "embed.steps=2", "embed.space=w"],
+}
+PAIRS = [("encoder", refine) for refine in CHOICES] + [("one style", "features"), ("encoder", "one style")]
+PAIRS += [pytest.param("optimised", refine, marks=pytest.mark.slow) for refine in CHOICES]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -49,16 +56,19 @@ def faces(psp, tmp_path: Path) -> Path:
     return tmp_path / "data" / "CelebA-HQ-img"
 
 
-@pytest.mark.parametrize("refine", CHOICES)
-@pytest.mark.parametrize("embed", ["encoder", pytest.param("optimised", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("embed", "refine"), PAIRS)
 def test_latents_give_the_same_image(psp, faces: Path, tmp_path: Path, embed: str, refine: str) -> None:
-    settings = ["ckpt=net.ckpt", *FAST, *EMBED[embed], *CHOICES[refine]]
+    settings = ["ckpt=net.ckpt", *FAST, *EMBED[embed], *(CHOICES | {"one style": ONE_STYLE})[refine]]
     done = psp("predict", *settings, f"input={faces}", "output=out", "latents=true")
     assert done.code == 0 and "3 written" in done.out, done.err
     done = psp("predict", *settings, f"input={faces / '1.jpg'}", "output=one")
     assert done.code == 0 and "1 written" in done.out, done.err
     assert np.abs(pixels(tmp_path / "one" / "1.png") - pixels(tmp_path / "out" / "1.png")).max() <= 1
-    stored = refine not in ("none", "optimised codes")
+    codes = load_file(tmp_path / "out" / "latents.safetensors")["w_plus"]
+    assert torch.equal(codes, codes[:, :1].expand_as(codes)) == ("one style" in (embed, refine))
+    if refine == "one style":
+        assert (codes - PSP.from_pretrained("toyfaces/inversion").latent_avg).abs().max() < 0.3, "two small steps"
+    stored = refine not in ("none", "optimised codes", "one style")
     assert (tmp_path / "out" / "refinements" / "1.safetensors").is_file() == stored
     for source in ("out/latents.safetensors", "out/latents/1.safetensors"):
         done = psp("predict", "ckpt=net.ckpt", *FAST, f"input={source}", "output=again", "overwrite=true")
@@ -66,13 +76,31 @@ def test_latents_give_the_same_image(psp, faces: Path, tmp_path: Path, embed: st
         assert np.abs(pixels(tmp_path / "again" / "1.png") - pixels(tmp_path / "out" / "1.png")).max() <= 1
     done = psp("predict", *settings, f"input={faces}", "output=out", "latents=true")
     assert "3 skipped" in done.out, "the second call finds all files"
+    if refine == "features":
+        mix = ["ckpt=net.ckpt", *FAST, "mix.latent_mask=[6,7]"]
+        assert psp("predict", *settings, *mix, f"input={faces}", "output=mixed").code == 0
+        assert psp("predict", *mix, "input=out/latents.safetensors", "output=mixed again").code == 0
+        mixed = pixels(tmp_path / "mixed" / "1.png")
+        assert np.abs(pixels(tmp_path / "mixed again" / "1.png") - mixed).max() <= 1
+        assert np.abs(pixels(tmp_path / "out" / "1.png") - mixed).max() > 4
+
+
+@pytest.mark.parametrize(("refine", "steps"), [("features", []), ("weights", ["refine.steps=10"])])
+def test_the_same_image_in_bfloat16(psp, faces: Path, tmp_path: Path, refine: str, steps: list[str]) -> None:
+    """The image is made from the numbers that the files contain, so that both calls round alike."""
+    settings = ["ckpt=net.ckpt", *FAST, "precision=bf16", "batch_size=1"]
+    images = [f"input={faces}", "output=out", "latents=true", *CHOICES[refine], *steps]
+    assert psp("predict", *settings, *images).code == 0
+    assert psp("predict", *settings, "input=out/latents.safetensors", "output=again").code == 0
+    for name in ("0.png", "1.png", "2.png"):
+        assert np.abs(pixels(tmp_path / "again" / name) - pixels(tmp_path / "out" / name)).max() <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refine", CHOICES)
-def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, refine: str) -> None:
+@pytest.mark.parametrize(("embed", "refine"), [*(("encoder", refine) for refine in CHOICES), ("optimised", "none")])
+def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, embed: str, refine: str) -> None:
     for devices in (1, 2):
-        settings = [*FAST, *CHOICES[refine], f"devices={devices}", "latents=true", "batch_size=1"]
+        settings = [*FAST, *EMBED[embed], *CHOICES[refine], f"devices={devices}", "latents=true", "batch_size=1"]
         done = shell("predict", "ckpt=net.ckpt", f"input={faces}", f"output=out{devices}", *settings)
         assert done.code == 0, done.err
     files = sorted(path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*.*"))
@@ -157,15 +185,17 @@ def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:
 def test_changed_refinements_are_decoded_again(psp, faces: Path, tmp_path: Path) -> None:
     assert psp("predict", "ckpt=net.ckpt", f"input={faces}", "output=out", "latents=true", *FAST).code == 0
     latents = ["ckpt=net.ckpt", "input=out/latents.safetensors", "output=again", *FAST]
-    assert "3 written" in psp("predict", *latents).out
+    file, aside = tmp_path / "out" / "refinements" / "1.safetensors", tmp_path / "aside"
+    file.rename(aside)
+    assert "2 written, 0 skipped, 1 failed" in psp("predict", *latents).out
+    aside.rename(file)
+    assert "1 written, 2 skipped" in psp("predict", *latents).out, "only the one that was missing"
     assert "3 skipped" in psp("predict", *latents).out
-    file = tmp_path / "out" / "refinements" / "1.safetensors"
     os.utime(file, ns=(0, 0))
-    done = psp("predict", *latents)
-    assert done.code == 1 and "outputs exist already and may differ" in done.err, done.err
+    assert "1 written, 2 skipped" in psp("predict", *latents).out
     file.unlink()
-    done = psp("predict", *latents, "overwrite=true")
-    assert done.code == 1 and "1 failed" in done.out and "2 written" in done.out
+    done = psp("predict", *latents)
+    assert done.code == 1 and "2 skipped" in done.out and "1 failed" in done.out, done.out
 
 
 def test_refinements_of_codes_in_w(psp, faces: Path, tmp_path: Path) -> None:
@@ -216,6 +246,19 @@ def test_outputs_that_are_not_finite(psp, faces: Path, tmp_path: Path) -> None:
     done = psp("predict", "ckpt=toyfaces/inversion", f"input={faces}", "output=out", *FAST, *settings)
     assert done.code == 1 and "3 failed" in done.out and "not finite" in done.err and "Traceback" not in done.err
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_refusal_names_the_settings_that_differ(psp, faces: Path) -> None:
+    command = ["predict", "ckpt=toyfaces/inversion", f"input={faces / '0.jpg'}", "output=out", *FAST]
+    optimised = ["refine=optimize", "refine.steps=1"]
+    assert psp(*command).code == 0
+    assert 'was made with refine="auto", not refine="none".' in psp(*command, "refine=none").err
+    assert 'was made with refine="auto", not refine="optimize".' in psp(*command, *optimised).err
+    assert psp(*command, *optimised, "overwrite=true").code == 0
+    assert "was made with refine.lr=null, not refine.lr=0.2." in psp(*command, *optimised, "refine.lr=0.2").err
+    both = [*optimised, "embed=optimize", "resize=32"]
+    wanted = 'was made with resize=null embed="encoder", not resize=32 embed="optimize".'
+    assert wanted in psp(*command, *both).err
 
 
 def test_another_network_of_a_loss_is_not_skipped(psp, faces: Path, tmp_path: Path) -> None:

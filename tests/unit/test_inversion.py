@@ -305,7 +305,7 @@ def test_files_are_checked(net: PSP, x: Tensor, tmp_path: Path) -> None:
         read_refinement(path, net.generator, None, found.w_plus[1])
     features, _ = read_refinement(path, net.generator, None, found.w_plus[0])
     assert features is not None and path.stat().st_size < 2 * features.numel() + 1000, "16 bits for each number"
-    with pytest.raises(UserError, match="too large for"):
+    with pytest.raises(UserError, match="too large for float16. Set latents=false"):
         save_refinement(path, Inversion(net.latent_avg[None], torch.full((1, 12, 16, 16), 1e6)), digest)
     for wrong, message in (
         (Inversion(net.latent_avg[None], torch.zeros(1, 12, 64, 64)), r"features of shape \(12, 64, 64\)"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import tempfile
@@ -48,7 +47,7 @@ from psp_lightning.inference.invert import Inverter
 from psp_lightning.latents.codes import Latents
 from psp_lightning.latents.files import DESCRIBED, PLAIN, gather_latents, read_latents
 from psp_lightning.lit.distributed import cluster
-from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest, stamp
+from psp_lightning.lit.manifest import MANIFEST, difference, read_manifest, save_manifest
 from psp_lightning.lit.prediction import LitPredictor, Outputs, PredictionBar, PredictionWriter, make_inject
 from psp_lightning.loading import load_decoder
 from psp_lightning.models.psp import PSP
@@ -60,6 +59,7 @@ from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
+OPTIONS = {"keep_codes": "none", "refine_features": "features", "Optimizer": "optimize"}  # by name of their target
 
 
 @dataclass
@@ -124,12 +124,18 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
         files = crops(alignment)
     else:
         files = list_inputs(str(cfg.input), exclude=folder)
-    masks = {} if cfg.mask.dir is None else input_masks(files, cfg.mask.dir)
     if cfg.refinements is not None and (latents is None or drops_refinement(cfg)):
         raise UserError(
             f"refinements={cfg.refinements} has no effect here: it is for latents as input, and not for refine=none."
         )
-    made = _made(cfg, latents)
+    companions: dict[int, Path] = {}
+    if latents is not None and has_refinements(cfg, latents):
+        companions = dict(enumerate(refinement_files(cfg, latents)))
+    elif cfg.mask.dir is not None:
+        masks = input_masks(files, cfg.mask.dir)
+        paths = [os.fspath(file.path) for file in files]
+        companions = {index: masks[path] for index, path in enumerate(paths) if path in masks}
+    made = _made(cfg, latents is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -139,7 +145,7 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
     outputs = Outputs(
         folder, files, cfg.format, cfg.mix.n_outputs, cfg.side_by_side, bool(cfg.latents),
         refined=bool(cfg.latents) and has_refinements(cfg, latents), named=latents is not None,
-        checkpoint=str(cfg.ckpt), made=made, masks=masks,
+        checkpoint=str(cfg.ckpt), made=made, companions=companions,
     )  # fmt: skip
     _refuse_clashes(outputs, cfg.sheet)
     skipped: list[dict[str, Any]] = []
@@ -157,23 +163,33 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
     return PredictionPlan(outputs, todo, skipped, latents, alignment=alignment)
 
 
-def _made(cfg: DictConfig, latents: Latents | None) -> dict[str, Any]:
+def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
     """Return what determines the content of the outputs except for rounding: the checkpoint and the settings."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: values[key] for key in ("resize", "factor", "precision", "seed", "refinements")}
-    settings |= recorded_steps(cfg)
+    settings |= _as_settings(recorded_steps(cfg))
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
-    digest = sha256(resolve(str(cfg.ckpt), generator=latents is not None or starts_from_average(cfg)))
+    digest = sha256(resolve(str(cfg.ckpt), generator=decoder or starts_from_average(cfg)))
     if cfg.mix.reference is not None and os.path.isfile(cfg.mix.reference):  # reading it reports that it is missing
         settings["mix.reference_sha256"] = sha256(cfg.mix.reference)
-    if latents is not None and has_refinements(cfg, latents):
-        stamps = [stamp(file) for file in refinement_files(cfg, latents)]
-        settings["refinements_sha256"] = hashlib.sha256(repr(stamps).encode()).hexdigest()
     return {
         "sha256": digest,
         **{key: value for key, value in settings.items() if value is not None and value is not False},
     }
+
+
+def _as_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under the names that a user sets, such as `refine=optimize` and `refine.steps=500`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "_target_":
+            found[prefix[:-1]] = OPTIONS.get(value.rpartition(".")[2], value)
+        elif isinstance(value, dict):
+            found |= _as_settings(value, f"{prefix}{key}.")
+        elif key != "_partial_":
+            found[prefix + key] = value
+    return found
 
 
 def _existing(outputs: Outputs) -> list[dict[str, Any]]:

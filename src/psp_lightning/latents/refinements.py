@@ -41,9 +41,32 @@ def save_refinement(
     tensors = {} if inversion.features is None else {FEATURES: inversion.features[0]}
     if inversion.weights is not None:
         tensors |= {WEIGHTS + name: difference for name, difference in inversion.weights[0].items()}
+    for name, tensor in tensors.items():
+        if (largest := tensor.abs().max()) > torch.finfo(torch.float16).max:
+            raise UserError(
+                f"{name} has values up to {largest:.3g}, too large for float16. Set latents=false, or lower refine.lr "
+                "if they were optimised."
+            )
     code = code_hash(inversion.w_plus[0])
     facts = {"generator": {"sha256": generator, "checkpoint": checkpoint}, "code_sha256": code}
     save_described(path, KIND, tensors, facts, torch.float16)
+
+
+def as_stored(inversion: Inversion) -> Inversion:
+    """Return an inversion whose features and weights are rounded as their file rounds them.
+
+    Values that are too large for float16 are kept, and `save_refinement` reports them.
+    """
+
+    def rounded(tensor: Tensor) -> Tensor:
+        half = tensor.to(torch.float16).to(tensor.dtype)
+        return torch.where(half.isfinite(), half, tensor)
+
+    features = None if inversion.features is None else rounded(inversion.features)
+    weights = inversion.weights and tuple(
+        {name: rounded(difference) for name, difference in one.items()} for one in inversion.weights
+    )
+    return Inversion(inversion.w_plus, features, weights)
 
 
 def code_hash(w_plus: Tensor) -> str:

@@ -26,7 +26,7 @@ from psp_lightning.inference.invert import Inverter, Optimization
 from psp_lightning.latents.codes import Latents, to_w_plus
 from psp_lightning.latents.files import save_latents
 from psp_lightning.latents.refinements import FOLDER as REFINEMENTS
-from psp_lightning.latents.refinements import save_refinement
+from psp_lightning.latents.refinements import as_stored, save_refinement
 from psp_lightning.lit.manifest import append_record, stamp
 from psp_lightning.models.inversion import Inversion
 from psp_lightning.models.psp import PSP
@@ -105,6 +105,8 @@ class LitPredictor(pl.LightningModule):
             inversion = self.inverter(self.net, batch["source"], batch["target"])
         else:
             inversion = Inversion(*self.invert(batch["source"]))
+        if self.keep:
+            inversion = as_stored(inversion)  # the image is then the one that the files give, also in bfloat16
         outputs, finite = [], []
         for inject in [None] if self.inject is None else list(self.inject):
             mixed = inversion
@@ -172,7 +174,7 @@ class Outputs:
         named: the inputs are entries of one file, so the manifest includes their names.
         checkpoint: name of the checkpoint.
         made: everything else that determines the outputs: the checkpoint's SHA-256 and the settings.
-        masks: mask files by the path of their input.
+        companions: by index, the second file that an input is read from: its mask, or what refines its code.
     """
 
     folder: Path
@@ -185,7 +187,7 @@ class Outputs:
     named: bool = False
     checkpoint: str = ""
     made: dict[str, Any] = field(default_factory=dict)
-    masks: dict[str, Path] = field(default_factory=dict)
+    companions: dict[int, Path] = field(default_factory=dict)
 
     def images(self, index: int) -> list[Path]:
         """Return the paths of an input's output images."""
@@ -215,7 +217,7 @@ class Outputs:
     ) -> dict[str, Any]:
         """Return the manifest's record of an input; `files` are the files that exist, by default all of them."""
         source, files = self.files[index].path, self.all(index) if files is None else files
-        mask = self.masks.get(os.fspath(source))
+        companion = self.companions.get(index)
         line: dict[str, Any] = {
             "index": index,
             "source": os.fspath(source),
@@ -226,7 +228,7 @@ class Outputs:
             **({} if error is None else {"error": error}),
             "checkpoint": self.checkpoint,
             "made": self.made,
-            "stamp": stamp(source) if mask is None else [stamp(source), stamp(mask)],
+            "stamp": stamp(source) if companion is None else [stamp(source), stamp(companion)],
             "files": [path.relative_to(self.folder).as_posix() for path in files],
         }
         return line
