@@ -345,7 +345,7 @@ def test_codes_are_needed(tmp_path: Path) -> None:
 
 
 def test_an_edited_sample_has_no_known_codes() -> None:
-    """Edits of a refiner replace the last samples of a batch, which would be compared with the codes of others."""
+    """Edits of a refiner replace the first samples of such a batch, whose codes would be compared with theirs."""
     made = generator()
     torch.manual_seed(0)
     encoder = GradualStyleEncoder(made.n_styles, 16, 3, 32, blocks=(1, 1, 1, 1), width=4)
@@ -354,6 +354,6 @@ def test_an_edited_sample_has_no_known_codes() -> None:
     empty = {key: torch.zeros(0, 3, 32, 32) for key in ("source", "target")}
     batch = with_drawn({**empty, "seeds": EIGHT[:4]}, Drawing(), made, lit.net.latent_avg)
     total, _, _ = lit.evaluate(batch, "const", edits=3)
-    first = {key: value[:1] for key, value in batch.items()}
-    alone, _, _ = lit.evaluate(first, "const")
+    last = {key: value[-1:] for key, value in batch.items()}
+    alone, _, _ = lit.evaluate(last, "const")
     assert float(total.detach()) == pytest.approx(float(alone.detach()), rel=1e-4)
