@@ -36,6 +36,8 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path) ->
     }
     whole, parts = (states[run]["state_dict"] for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    done = psp("train", *tiny, "task=inversion", "init_from=runs/inversion/whole", "run=without")
+    assert done.code == 1 and "this network has a refiner. Add refiner=features." in done.err, done.err
     before = PSP.from_checkpoint(folder / "plain" / "checkpoints" / "last.ckpt").state_dict()
     changed = {key for key in whole if key[4:] not in before or not torch.equal(whole[key], before[key[4:]])}
     assert changed and all(key.startswith("net.refiner.") for key in changed), "encoder and generator are frozen"

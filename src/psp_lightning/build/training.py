@@ -119,7 +119,10 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         log.info("%s", load_backbone(net.encoder, cfg.model.backbone))
     if cfg.init_from is not None:
         state = load_psp(cfg.init_from).state_dict()
-        own = [] if any(key.startswith("refiner.") for key in state) else ["refiner.*"]  # the file may have no refiner
+        refined = any(key.startswith("refiner.") for key in state)
+        if refined and refiner is None:
+            raise UserError(f"init_from={cfg.init_from}: this network has a refiner. Add refiner=features.")
+        own = [] if refined else ["refiner.*"]  # the file may have no refiner
         log.info("%s", load_strict(net, state, own, what=f"init_from={cfg.init_from}"))
     if refiner is not None and not cfg.refiner.train_encoder:
         if cfg.init_from is None and cfg.resume is None:
