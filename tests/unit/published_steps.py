@@ -16,7 +16,7 @@ from psp_lightning.data.datamodules import InversionDataModule
 from psp_lightning.data.stores import ToyFacesStore
 from psp_lightning.lit.callbacks import LastCheckpoint
 from psp_lightning.lit.e4e import CODES, E4E, FAKE_POOL, REAL_POOL, STYLES, LatentCritic, LitE4E
-from psp_lightning.lit.files import AtomicCheckpointIO
+from psp_lightning.lit.files import AtomicCheckpointIO, CsvLog
 from psp_lightning.lit.psp import LitPSP
 from psp_lightning.lit.rng import StepRNG
 from psp_lightning.losses import CompositeLoss
@@ -70,10 +70,10 @@ def fit(
     lit: LitPSP, folder: Path, steps: int, *callbacks: pl.Callback, resume: Path | None = None, **options: Any
 ) -> pl.Trainer:
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, default_root_dir=folder, logger=False,
+        accelerator="cpu", max_steps=steps, max_epochs=-1, default_root_dir=folder,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(callbacks),
         callbacks=list(callbacks), plugins=[AtomicCheckpointIO()], num_sanity_val_steps=0, limit_val_batches=0,
-        **options,
+        **{"logger": False, **options},
     )  # fmt: skip
     faces = ToyFacesStore(size=SIZE, seed=1, n=10)
     data = InversionDataModule(faces, faces, input_size=SIZE, target_size=SIZE, batch_size=2)
@@ -119,17 +119,25 @@ def same(a: Any, b: Any) -> bool:
 def check_resume(
     make: Callable[..., LitPSP], folder: Path, stop: int, steps: int, keys: tuple[str, ...], **options: Any
 ) -> dict[str, Any]:
-    """Compare a run of `steps` steps in `folder`/whole with one that is resumed after `stop`; return its checkpoint."""
-    contents = []
+    """Compare a run of `steps` steps in `folder`/whole with one that is resumed after `stop`, and their logs.
+
+    Returns:
+        The checkpoint.
+    """
+    contents, logs = [], []
     for name, parts in (("whole", [steps]), ("parts", [stop, steps])):
         run = folder / name
         for k, end in enumerate(parts):
-            resume = run / "last.ckpt" if k else None
-            fit(make(optimizer=adam, **OPEN), run, end, LastCheckpoint(run, None), resume=resume, **options)
+            resume, log = run / "last.ckpt" if k else None, CsvLog(run)
+            log.keep_until(stop if k else 0)
+            lit = make(optimizer=adam, log_every=1, **OPEN)
+            fit(lit, run, end, LastCheckpoint(run, None), resume=resume, logger=log, **options)
         contents.append(torch.load(run / "last.ckpt", weights_only=True))
+        logs.append((run / "metrics.csv").read_text())
     whole, resumed = contents
     for key in keys:
         assert same(whole[key], resumed[key]), f"{key} differs after the resume"
+    assert logs[0].count("\n") > steps and logs[0] == logs[1], "the log differs after the resume"
     return whole
 
 

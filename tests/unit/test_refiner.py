@@ -23,6 +23,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.models.refiner import FeatureRefiner
 from psp_lightning.models.stylegan2 import Generator
 from psp_lightning.utils.errors import UserError
+from tests.unit import published_steps
 
 RGB = {"kind": "rgb", "size": 32}
 
@@ -331,6 +332,16 @@ def test_generated_samples_keep_their_place(x: torch.Tensor, monkeypatch: pytest
 def test_a_batch_of_one_cannot_have_edits(x: torch.Tensor) -> None:
     with pytest.raises(UserError, match="a batch needs two images or more"):
         lit(network(), edit_share=0.5).training_step({"target": x[:1]}, 0)
+
+
+def test_resume_is_bit_exact(tmp_path: Path) -> None:
+    """Steps 3 and 4 draw other edits and noise than steps 1 and 2."""
+
+    def make(**options: Any) -> LitPSP:
+        return published_steps.module(network(), edit_share=0.5, **options)
+
+    keys = ("state_dict", "optimizer_states", "random_state", "psp")
+    published_steps.check_resume(make, tmp_path, 2, 4, keys)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
