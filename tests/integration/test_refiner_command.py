@@ -80,6 +80,10 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path) ->
         (["refiner.edit_share=1", "refiner.train_encoder=true"], "edit_share=1"),
         (["task=superres", "refiner.train_encoder=true"], "Set edit_share=0 without them"),
         ([], "refiner.train_encoder=false freezes the encoder, which is not trained yet"),
+        (
+            ["data.generated_share=0.5", "refiner.train_encoder=true"],
+            "edit_share=0.5: a batch of 2 samples, 1 of them generated, has no room",
+        ),
         (["task=sketch2face", "refiner.edit_share=0"], "the source has 1 channels"),
         (["refiner.blocks=0"], "blocks=0"),
     ],

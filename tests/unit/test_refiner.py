@@ -329,9 +329,53 @@ def test_generated_samples_keep_their_place(x: torch.Tensor, monkeypatch: pytest
     assert torch.equal(seen["inputs"].y[1], x[1]) and not torch.equal(seen["inputs"].y[0], x[0])
 
 
-def test_a_batch_of_one_cannot_have_edits(x: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="a batch needs two images or more"):
-        lit(network(), edit_share=0.5).training_step({"target": x[:1]}, 0)
+@pytest.mark.parametrize(
+    ("share", "n", "generated", "edits"), [(0.5, 1, 0, None), (0.5, 4, 2, None), (0.25, 4, 4, None), (0.25, 4, 2, 1)]
+)
+def test_edits_leave_an_image_and_generated_samples(share: float, n: int, generated: int, edits: int | None) -> None:
+    module = lit(network(), edit_share=share)
+    batch = {"target": torch.zeros(n, 3, 32, 32), "generated": (torch.arange(n) >= n - generated).float()}
+    if edits is None:
+        with pytest.raises(UserError, match=f"a batch of {n} samples, {generated} of them generated, has no room"):
+            module.training_step(batch, 0)
+    else:
+        assert module._count_edits(batch, 0) == edits
+
+
+def test_the_last_batch_of_an_epoch_may_be_one_image() -> None:
+    assert lit(network(), edit_share=0.25)._count_edits({"target": torch.zeros(1, 3, 32, 32)}, 1) == 0
+
+
+def test_random_noise_of_an_edit_is_the_same_on_both_sides(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seen = network(), []
+    for name, weight in net.generator.named_parameters():
+        if name.endswith("noise.weight"):
+            torch.nn.init.constant_(weight, 0.5)
+    module = lit(net, edit_share=0.5).eval()
+    encoded = net.encode_delta
+
+    def encode_delta(source: torch.Tensor) -> torch.Tensor:
+        """Return the right code of the edited image."""
+        return torch.cat([encoded(source[:1]), seen[0] - net.latent_avg])
+
+    def synthesis(w: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(w)
+        return Generator.synthesis(net.generator, w, *arguments, **options)
+
+    monkeypatch.setattr(net, "encode_delta", encode_delta)
+    monkeypatch.setattr(net.generator, "synthesis", synthesis)
+    monkeypatch.setattr(module, "objective", lambda inputs: (inputs.y_hat.sum(), {"y": inputs.y}))
+    _, values, y_hat = module.evaluate({"target": x}, "random", edits=1)
+    torch.testing.assert_close(y_hat[1].clamp(-1, 1), values["y"][1], rtol=0, atol=1e-5)
+    constant = net.decode(seen[1]).clamp(-1, 1)
+    assert not torch.allclose(values["y"][1], constant[0], atol=1e-3), "the noise is random"
+
+
+def test_random_noise_needs_its_sizes(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = lit(network(), edit_share=0.5)
+    monkeypatch.delattr(Generator, "noise_sides")
+    with pytest.raises(UserError, match=r"model.noise=random: Generator has no noise_sides.*Use model.noise=const"):
+        module.evaluate({"target": x}, "random", edits=1)
 
 
 def test_resume_is_bit_exact(tmp_path: Path) -> None:

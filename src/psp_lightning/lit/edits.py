@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psp_lightning.models.protocols import Generator
+from psp_lightning.models.stylegan2 import Noise
 
 PSI = 0.7  # truncation of the drawn codes
 
@@ -36,7 +37,7 @@ class Edit:
 
 
 @torch.no_grad()
-def draw_edits(generator: Generator, latent_avg: Tensor, n: int) -> tuple[Tensor, Tensor, Edit]:
+def draw_edits(generator: Generator, latent_avg: Tensor, n: int, noise: Noise = "const") -> tuple[Tensor, Tensor, Edit]:
     """Draw images, edits of their codes, and the edited images. The random numbers come from the global state.
 
     About half of the edits replace all styles from a random layer in the finer half onwards; the others add the
@@ -46,6 +47,7 @@ def draw_edits(generator: Generator, latent_avg: Tensor, n: int) -> tuple[Tensor
         generator: the generator.
         latent_avg: average latent (n_styles, style_dim), towards which the drawn codes are truncated.
         n: number of pairs.
+        noise: see `Generator.synthesis`; both images of a pair get the same if it is not "random".
 
     Returns:
         Images and edited images, both (n, 3, output_size, output_size) clamped to [-1, 1], and the edit.
@@ -59,5 +61,5 @@ def draw_edits(generator: Generator, latent_avg: Tensor, n: int) -> tuple[Tensor
     replaced = (torch.arange(layers, device=z.device)[:, None] >= first) & ~adds
     strength = 0.1 + 0.4 * torch.rand(n, 1, 1, device=z.device)
     edit = Edit(replaced, other, torch.where(adds, strength * (other - third), 0.0))
-    images, edited = (generator.synthesis(w).clamp(-1, 1) for w in (w_plus, edit(w_plus)))
+    images, edited = (generator.synthesis(w, noise).clamp(-1, 1) for w in (w_plus, edit(w_plus)))
     return images, edited, edit

@@ -78,17 +78,25 @@ class Drawing:
         """Return noise maps (g, 1, r, r) for each layer, or `const`."""
         if self.noise == "const":
             return "const"
-        if not hasattr(generator, "noise_sides"):
-            name = type(generator).__name__
-            raise UserError(
-                f"data.noise=random: {name} has no noise_sides(), which says what to draw. Use data.noise=const."
-            )
+        sides = noise_sides(generator, "data.noise")
         # a different seed than for the codes, so that their random numbers do not appear in the maps
         sources = [torch.Generator(device).manual_seed(seed ^ (1 << 31)) for seed in seeds]
         return [
             torch.stack([torch.randn(1, side, side, generator=source, device=device) for source in sources])
-            for side in generator.noise_sides()
+            for side in sides
         ]
+
+
+def noise_sides(generator: Generator, setting: str) -> list[int]:
+    """Return the sides of the generator's noise maps.
+
+    Raises:
+        UserError: the generator does not tell them; the message names `setting`.
+    """
+    if not hasattr(generator, "noise_sides"):
+        name = type(generator).__name__
+        raise UserError(f"{setting}=random: {name} has no noise_sides(), which says what to draw. Use {setting}=const.")
+    return list(generator.noise_sides())
 
 
 def with_drawn(batch: dict[str, Any], drawing: Drawing, generator: Generator, latent_avg: Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from psp_lightning.checkpoints.strict import load_strict
 from psp_lightning.lit import rng
 from psp_lightning.lit.distributed import gather
 from psp_lightning.lit.edits import Edit, draw_edits
-from psp_lightning.lit.generated import Drawing, with_drawn
+from psp_lightning.lit.generated import Drawing, noise_sides, with_drawn
 from psp_lightning.lit.passes import detached_passes
 from psp_lightning.losses.base import LossInputs
 from psp_lightning.losses.composite import CompositeLoss
@@ -56,7 +56,8 @@ class LitPSP(pl.LightningModule):
         log_every: optimizer steps between two training rows of the log.
         source_is_target: the source and the target are the same image; a loss then processes it only once.
         edit_share: share of each training batch, at least 0 and below 1, in which a generated image and an edit of its
-            codes replace source and target, so that the refiner keeps edits. Only for inversion.
+            codes replace source and target, so that the refiner keeps edits; at least one image, but never all images.
+            Only for inversion.
         drawing: how the generated samples of a data module with `generated_share` are drawn.
         loss_per_pass: for an encoder of several passes: compute the losses and their gradients after each pass, as
             ReStyle does. The gradients of a step are summed over the passes, and the log shows the last pass. If
@@ -164,19 +165,24 @@ class LitPSP(pl.LightningModule):
         """Return the objective, the detached values to log, and the output (B, 3, S, S) pooled to the target's size.
 
         Pairs of generated and edited images replace the last `edits` images, or the first ones if the last ones are
-        generated samples, whose codes a loss may need.
+        generated samples, whose codes a loss may need. Both images of a pair and the output have the same noise.
         """
         y = batch["target"]
         source = y if self.source_is_target else batch["source"]
         generated = batch.get("generated")
         edit: Edit | None = None
         at_start = generated is not None
+        edited_part = slice(edits) if at_start else slice(-edits, None)
 
         def put(values: Tensor, new: Tensor) -> Tensor:
             return torch.cat([new, values[edits:]] if at_start else [values[:-edits], new])
 
         if edits:
-            drawn, edited, edit = draw_edits(self.net.generator, self.net.latent_avg, edits)
+            if noise == "random":
+                sides = noise_sides(self.net.generator, "model.noise")
+                noise = [torch.randn(len(y), 1, side, side, device=y.device) for side in sides]
+            own = noise if isinstance(noise, str) else [maps[edited_part] for maps in noise]
+            drawn, edited, edit = draw_edits(self.net.generator, self.net.latent_avg, edits, own)
             size = (y.shape[-2], y.shape[-1])
             source, y = put(source, F.adaptive_avg_pool2d(drawn, size)), put(y, F.adaptive_avg_pool2d(edited, size))
             if generated is not None:  # `codes` has other codes than these images
@@ -186,7 +192,7 @@ class LitPSP(pl.LightningModule):
             w_plus = delta + self.net.latent_avg if self.net.start_from_latent_avg else delta
             features = self.net.refine(source, w_plus)
             if edit is not None:
-                w_plus = put(w_plus, edit(w_plus[:edits] if at_start else w_plus[-edits:]))
+                w_plus = put(w_plus, edit(w_plus[edited_part]))
             image = self.net.decode(Inversion(w_plus, features), noise=noise)  # (B, 3, output_size, output_size)
             y_hat = F.adaptive_avg_pool2d(image, y.shape[-2:])  # (B, 3, S, S), pSp's face_pool
             inputs = LossInputs(
@@ -219,14 +225,7 @@ class LitPSP(pl.LightningModule):
         return self.losses(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        edits, n = 0, len(batch["target"])
-        if self.edit_share:
-            if n == 1:
-                raise UserError(
-                    f"edit_share={self.edit_share}: a batch needs two images or more, one of them without an edit. Set "
-                    "a larger batch_size, or edit_share=0."
-                )
-            edits = min(max(1, round(self.edit_share * n)), n - 1)
+        edits = self._count_edits(batch, batch_idx)
         total, values, y_hat = self.evaluate(batch, self.noise, edits)
         if left_out := [name for name in self.losses.terms if name not in values]:
             raise UserError(
@@ -238,6 +237,21 @@ class LitPSP(pl.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in named.items()}, prog_bar=True, logger=False)
         self._row = named
         return {"loss": total, "y_hat": y_hat.detach()}
+
+    def _count_edits(self, batch: Batch, batch_idx: int) -> int:
+        """Return how many images of a batch edits replace, and raise a UserError if no image would be left."""
+        n = len(batch["target"])
+        if not self.edit_share:
+            return 0
+        edits = min(max(1, round(self.edit_share * n)), n - 1)
+        if batch_idx == 0:  # later batches are not larger, and the last one of an epoch may be a single image
+            generated = int(batch["generated"].sum()) if "generated" in batch else 0
+            if not 0 < edits < n - generated:
+                raise UserError(
+                    f"edit_share={self.edit_share}: a batch of {n} samples, {generated} of them generated, has no room "
+                    "for an image and the edits. Set a larger batch_size, or a lower edit_share or generated_share."
+                )
+        return edits
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the coming step, so that its row is written before any checkpoint of the step."""
