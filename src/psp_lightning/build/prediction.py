@@ -59,7 +59,6 @@ from psp_lightning.utils.pictures import open_image
 from psp_lightning.zoo.locate import sha256
 
 COLOURED = 8  # mean difference of the largest and the smallest channel, of 255; a scanned sketch stays below
-OPTIONS = {"keep_codes": "none", "refine_features": "features", "Optimizer": "optimize"}  # by name of their target
 
 
 @dataclass
@@ -167,7 +166,7 @@ def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
     """Return what determines the content of the outputs except for rounding: the checkpoint and the settings."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: values[key] for key in ("resize", "factor", "precision", "seed", "refinements")}
-    settings |= _as_settings(recorded_steps(cfg))
+    settings |= recorded_steps(cfg)
     groups = ("mask",) if values["mix"]["latent_mask"] is None else ("mask", "mix")
     settings |= {f"{group}.{key}": value for group in groups for key, value in values[group].items()}
     digest = sha256(resolve(str(cfg.ckpt), generator=decoder or starts_from_average(cfg)))
@@ -177,19 +176,6 @@ def _made(cfg: DictConfig, decoder: bool) -> dict[str, Any]:
         "sha256": digest,
         **{key: value for key, value in settings.items() if value is not None and value is not False},
     }
-
-
-def _as_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under the names that a user sets, such as `refine=optimize` and `refine.steps=500`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key == "_target_":
-            found[prefix[:-1]] = OPTIONS.get(value.rpartition(".")[2], value)
-        elif isinstance(value, dict):
-            found |= _as_settings(value, f"{prefix}{key}.")
-        elif key != "_partial_":
-            found[prefix + key] = value
-    return found
 
 
 def _existing(outputs: Outputs) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.names import native, portable
 
 MANIFEST = "manifest.jsonl"
-DEFAULTS = {"embed": "encoder", "refine": "auto"}  # the records do not contain these values
 NAMES = ("source", "name", "output", "files")  # the fields that contain names of files
 
 
@@ -99,9 +98,7 @@ def difference(recorded: dict[str, Any] | None, now: dict[str, Any]) -> str | No
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if not changed:
         return None
-    if not DEFAULTS.keys().isdisjoint(changed):  # the settings of another method say nothing more
-        changed = [key for key in changed if not key.startswith(("embed.", "refine.", "loss."))]
-    was, new = (
-        " ".join(f"{key}={json.dumps(made.get(key, DEFAULTS.get(key)))}" for key in changed) for made in (before, after)
-    )
+    if groups := [key for key in changed if any(isinstance(made.get(key), dict) for made in (before, after))]:
+        return f"was made with other settings of {' and '.join(groups)}"
+    was, new = (" ".join(f"{key}={json.dumps(made.get(key))}" for key in changed) for made in (before, after))
     return f"was made with {was}, not {new}"
