@@ -82,7 +82,7 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path) ->
         ([], "refiner.train_encoder=false freezes the encoder, which is not trained yet"),
         (
             ["data.generated_share=0.5", "refiner.train_encoder=true"],
-            "edit_share=0.5: a batch of 2 samples, 1 of them generated, has no room",
+            "edit_share=0.5: edits would replace all images of a batch, which has 2 samples and 1 image.",
         ),
         (["task=sketch2face", "refiner.edit_share=0"], "the source has 1 channels"),
         (["refiner.blocks=0"], "blocks=0"),

@@ -27,7 +27,7 @@ from psp_lightning.models.psp import PSP
 from psp_lightning.models.registry import check_registered
 from psp_lightning.models.stylegan2 import Noise
 from psp_lightning.utils.arguments import ArgumentError, choice, number, whole
-from psp_lightning.utils.errors import UserError
+from psp_lightning.utils.errors import UserError, plural
 
 Batch = dict[str, Any]
 BATCH_NORM_POLICIES = ("sync", "machine", "frozen", "local")
@@ -245,11 +245,12 @@ class LitPSP(pl.LightningModule):
             return 0
         edits = min(max(1, round(self.edit_share * n)), n - 1)
         if batch_idx == 0:  # later batches are not larger, and the last one of an epoch may be a single image
-            generated = int(batch["generated"].sum()) if "generated" in batch else 0
-            if not 0 < edits < n - generated:
+            images = n - int(batch["generated"].sum()) if "generated" in batch else n
+            if not edits or 0 < images <= edits:  # without any image, generated samples make room
                 raise UserError(
-                    f"edit_share={self.edit_share}: a batch of {n} samples, {generated} of them generated, has no room "
-                    "for an image and the edits. Set a larger batch_size, or a lower edit_share or generated_share."
+                    f"edit_share={self.edit_share}: edits would replace all images of a batch, which has "
+                    f"{plural(n, 'sample')} and {plural(images, 'image')}. Set a larger batch_size, or a lower "
+                    "edit_share or generated_share."
                 )
         return edits
 
