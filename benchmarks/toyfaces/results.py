@@ -33,8 +33,15 @@ ENCODERS = {  # rows of the paper's table 1 and their experiments
     "e4e": "toyfaces_e4e",  # these two are from later papers
     "ReStyle, three passes": "toyfaces_restyle",
 }
-# (channels of the stem, residual units per stage): steps that take as long as 3,000 steps of the first one
-SIZES = {(16, (1, 1, 1, 1)): 3000, (16, (1, 2, 4, 3)): 2800, (24, (1, 1, 1, 1)): 2500, (24, (1, 2, 4, 3)): 2200}
+# channels of the stem and residual units of the stages, with steps that take as long as 3,000 steps of the first one
+SIZES: dict[str, tuple[str, ...]] = {
+    "16 channels, units 1-1-1-1": (),  # the training of the ablation
+    "16 channels, units 1-2-4-3": ("encoder.blocks=[1,2,4,3]", "trainer.max_steps=2800", "model.decay_steps=1400"),
+    "24 channels, units 1-1-1-1": ("encoder.width=24", "trainer.max_steps=2500", "model.decay_steps=1250"),
+    "24 channels, units 1-2-4-3": (
+        "encoder.width=24", "encoder.blocks=[1,2,4,3]", "trainer.max_steps=2200", "model.decay_steps=1100",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,12 @@ class Row:
     experiment: str | None = None
     seed: int | None = None
     settings: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> str:
+        """Name of the run in which the network is trained; rows of equal trainings share it."""
+        name = re.sub(r"\W+", "_", self.name) + "_" if self.settings else ""
+        return f"{str(self.experiment).removeprefix('toyfaces_')}_{name}{self.seed}"
 
     @property
     def key(self) -> str:
@@ -101,24 +114,18 @@ def trained_rows() -> list[Row]:
         for name, experiment in ENCODERS.items():
             rows.append(Row(name, "ablation", MEASURED, ("timing=0",), experiment, seed))
         rows.append(Row("frontalization", "frontalization", pose, frontal, "toyfaces_frontalization", seed))
-    for (width, blocks), steps in SIZES.items():
-        units = "".join(map(str, blocks))
-        settings = (f"encoder.width={width}", f"encoder.blocks={list(blocks)}", f"trainer.max_steps={steps}",
-                    f"model.decay_steps={steps // 2}")  # fmt: skip
-        rows.append(Row(f"width {width}, units {units}", "sizes", MEASURED, ("timing=0",),
-                        ENCODERS["gradual style encoder, id loss"], 1, settings))  # fmt: skip
+    experiment = ENCODERS["gradual style encoder, id loss"]
+    rows += [Row(name, "sizes", MEASURED, ("timing=0",), experiment, 1, settings) for name, settings in SIZES.items()]
     return rows
 
 
 def train(row: Row, folder: Path) -> Path:
     """Train the network of a row, or continue or skip its training, and return its last checkpoint."""
     assert row.experiment is not None
-    run = "_".join([row.experiment.removeprefix("toyfaces_"), *re.findall(r"\w+", row.name if row.settings else ""),
-                    str(row.seed)])  # fmt: skip
     command = [sys.executable, "-m", "psp_lightning.cli.train", f"experiment={row.experiment}", f"seed={row.seed}",
-               *row.settings, f"paths.runs={folder}", f"run={run}", "resume=auto"]  # fmt: skip
+               *row.settings, f"paths.runs={folder}", f"run={row.run}", "resume=auto"]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT)
-    (checkpoint,) = folder.glob(f"*/{run}/checkpoints/last.ckpt")
+    (checkpoint,) = folder.glob(f"*/{row.run}/checkpoints/last.ckpt")
     return checkpoint
 
 

@@ -134,7 +134,7 @@ def build_subject(cfg: DictConfig) -> Subject:
     data.spec = spec = _given(cfg, spec or data.spec)
     if net is not None:
         check_source(cfg, spec)
-    if (used := steps(cfg)) and task != "inversion":
+    if (used := steps(cfg)) and task != "inversion":  # sources of the right kind, but other targets
         raise UserError(
             f"{used[0]}=optimize makes the output equal to the source, but the target of task={task} is another image."
         )

@@ -94,7 +94,7 @@ class Optimizer:
         Args:
             net: network; it is not changed.
             inversion: the network's inversion of the images, with codes (B, n_styles, style_dim).
-            images: images (B, C, S, S) in [-1, 1]; the generator's images are pooled to this size.
+            images: images (B, 3, S, S) in [-1, 1]; the generator's images are pooled to this size.
 
         Raises:
             UserError: the inversion has no features to start from, the images have another shape or values that are

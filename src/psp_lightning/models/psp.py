@@ -37,7 +37,8 @@ class PSP(nn.Module):
         start_from_latent_avg: add the average latent to the codes of the encoder.
         source: description of the source as plain values (`InputSpec.to_dict()`); it is only stored.
         refiner: see `models.protocols.Refiner`; the generator must be a `FeatureGenerator`. Only the shapes are
-            compared: a refiner that was trained for another generator of these shapes is accepted, and does not work.
+            compared: a refiner that was trained for another generator of these shapes is accepted, but the images are
+            wrong.
 
     Attributes:
         latent_avg: buffer (n_styles, style_dim).
