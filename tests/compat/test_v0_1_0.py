@@ -102,9 +102,9 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(found: Any, expected: Any, what: str) -> None:
-    """Allow 1e-6 of the largest value: the weights are equal, but sums may be taken in another order."""
+    """Allow 1e-5 of the largest value: the weights are equal, but each processor takes sums in another order."""
     found, expected = np.asarray(found), np.asarray(expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=what)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=what)
 
 
 # --- resume
