@@ -61,6 +61,17 @@ def draw_tasks() -> None:
 
 
 @torch.no_grad()
+def draw_refined() -> None:
+    """Draw eight faces, their inversions, refined inversions, and these after styles 4 to 9 were replaced."""
+    net = PSP.from_pretrained("toyfaces/inversion_refined")
+    source, shown, _ = sources(net, "inversion", 8)
+    inversion = net.invert(source)
+    styles = net.generator.mapping(torch.randn(8, net.generator.z_dim, generator=torch.Generator().manual_seed(0)))
+    edited = net.mix_styles(inversion, styles, range(4, 10))
+    save("refined", torch.cat([shown, net.decode(inversion.w_plus), net.decode(inversion), net.decode(edited)]))
+
+
+@torch.no_grad()
 def draw_mixing(first: int = 4) -> None:
     """Draw six sketches, each with seven outputs; the styles from layer `first` on come from random faces."""
     net = PSP.from_pretrained("toyfaces/sketch2face")
@@ -91,7 +102,7 @@ def draw_projection(n: int = 16, steps: int = 500) -> None:
 
 
 if __name__ == "__main__":
-    for draw in (draw_samples, draw_tasks, draw_mixing, draw_projection):
+    for draw in (draw_samples, draw_tasks, draw_refined, draw_mixing, draw_projection):
         print(draw.__name__, flush=True)
         draw()
     print(DOCS)

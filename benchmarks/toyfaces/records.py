@@ -18,7 +18,7 @@ from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.errors import UserError
 from psp_lightning.zoo import locate
 
-LIMIT = 20 * 10**6  # bytes of all shipped weights in total
+LIMIT = 40 * 10**6  # bytes of all shipped weights in total
 
 
 def write_records(
@@ -36,7 +36,7 @@ def write_records(
 
     Raises:
         UserError: there are no files, a file does not state its command or licence, the generator file of a pSp
-            network is missing or has another digest, or the files exceed 20 MB.
+            network is missing or has another digest, or the files exceed 40 MB.
     """
     folder, made_by = Path(folder).resolve(), made_by or {}
     files = sorted(folder.glob("*.safetensors"))

@@ -18,7 +18,7 @@ from psp_lightning.loading import load_embedding, load_generator, load_psp
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "src" / "psp_lightning" / "weights" / "toyfaces"
-TASKS = ("inversion", "sketch2face", "seg2face", "superres")
+NETWORKS = ("inversion", "inversion_refined", "sketch2face", "seg2face", "superres")  # each a run of psp-train
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps of the generator, for the record")
     parser.add_argument("--identity", type=Path, help="file of benchmarks.toyfaces.train_identity")
     parser.add_argument("--parser", type=Path, help="file of benchmarks.toyfaces.train_parser")
-    for task in TASKS:
-        parser.add_argument(f"--{task}", type=Path, help="run directory of psp-train")
+    for name in NETWORKS:
+        parser.add_argument(f"--{name}", type=Path, help="run directory of psp-train")
     options = parser.parse_args()
     half, origin = torch.float16, {"licence": "MIT", "data": "toyfaces"}
     if options.generator:
@@ -48,18 +48,18 @@ def main() -> None:
             FOLDER / "parser.safetensors", load_embedding(options.parser), {**origin, "made_by": made_by}, half
         )
     if options.generator or options.identity:  # encoders refer to the generator through its record
-        stale = [FOLDER / f"{task}.safetensors" for task in TASKS]
+        stale = [FOLDER / f"{name}.safetensors" for name in NETWORKS]
         for file in stale:
             file.unlink(missing_ok=True)
         write_records(FOLDER)
-    for task in TASKS:
-        if run := getattr(options, task):
+    for name in NETWORKS:
+        if run := getattr(options, name):
             net = load_psp(run / "checkpoints" / "last.ckpt")
             given = yaml.safe_load((run / "overrides.yaml").read_text())
             aside = ("run=", "resume=", "paths.", "trainer.enable_progress_bar")  # they do not change the weights
             given = [item for item in given if not item.startswith(aside)]
             made_by = " ".join(["psp-train", *given])
-            save_psp(FOLDER / f"{task}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
+            save_psp(FOLDER / f"{name}.safetensors", net, {**origin, "made_by": made_by}, half, "toyfaces/generator")
     for name, entry in write_records(FOLDER).items():
         print(f"{entry['bytes']:>10}  {entry['sha256'][:16]}  {name}")
     print(FOLDER)

@@ -80,14 +80,15 @@ def shipped_rows() -> list[Row]:
     def task(name: str, metrics: str, *more: str) -> Row:
         return Row(name, "tasks", metrics, (f"ckpt=toyfaces/{name}", *more))
 
-    def refined(name: str, *settings: str) -> Row:
-        start = ("ckpt=toyfaces/inversion", "data.limit=32", "timing=3", "batch_size=32")
+    def refined(name: str, *settings: str, ckpt: str = "toyfaces/inversion") -> Row:
+        start = (f"ckpt={ckpt}", "data.limit=32", "timing=3", "batch_size=32")
         return Row(name, "optimisation", "mse,psnr,ssim,perceptual,id_similarity,miou", (*start, *settings))
 
     optimised = ("refine=optimize", "refine.losses.perceptual=0.1")
     mixed = ("data.limit=100", "mix.latent_mask=[4,5,6,7,8,9]", "mix.n_outputs=4")
     return [
         task("inversion", MEASURED),
+        task("inversion_refined", MEASURED),
         task("sketch2face", MEASURED),
         task("seg2face", f"{MEASURED},miou_labels"),
         task("superres", f"{MEASURED},consistency", "factor=8"),
@@ -95,6 +96,7 @@ def shipped_rows() -> list[Row]:
         Row("sketch2face, one output", "mixing", "miou", ("ckpt=toyfaces/sketch2face", "data.limit=100")),
         Row("sketch2face, four mixed outputs", "mixing", "miou,diversity", ("ckpt=toyfaces/sketch2face", *mixed)),
         refined("encoder"),
+        refined("encoder and refiner", ckpt="toyfaces/inversion_refined"),
         *(refined(f"encoder, then {n} steps in W+", *optimised, f"refine.steps={n}") for n in (20, 100, 500)),
         refined("average, then 500 steps in W+", *optimised, "refine.steps=500", "refine.start=average"),
         refined("average, then 500 steps in W", *optimised, "refine.steps=500", "refine.start=average",

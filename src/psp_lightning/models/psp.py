@@ -311,8 +311,8 @@ class PSP(nn.Module):
         """Load a trained network of this package in eval mode, without a download.
 
         Args:
-            name: name of the network: `toyfaces/inversion`, `toyfaces/sketch2face`, `toyfaces/seg2face` or
-                `toyfaces/superres`. All are for the drawn faces of `psp-data toyfaces`, 64 px.
+            name: name of the network: `toyfaces/inversion`, `toyfaces/inversion_refined`, `toyfaces/sketch2face`,
+                `toyfaces/seg2face` or `toyfaces/superres`. All are for the drawn faces of `psp-data toyfaces`, 64 px.
                 `psp_lightning.zoo.locate.shipped()` returns a record of each file: how it was made, its licence and
                 its SHA-256.
             device: device for the network.
