@@ -18,7 +18,7 @@ CPUINFO := /proc/cpuinfo
 
 help:
 	@echo "make install  virtual environment in $(VENV), package in editable mode"
-	@echo "make demo     all four trained tasks on drawn faces, style mixing, a short training: one page, a few minutes"
+	@echo "make demo     the trained networks on drawn faces, style mixing, a short training: one page, a few minutes"
 	@echo "make test     the whole test suite; ARGS=... adds options of pytest, WORKERS=2 sets the processes"
 	@echo "make test-fast  the tests without the slow ones, in two minutes"
 	@echo "make test-processors  some tests as on other processors: with AVX2 only, and with AVX512 without AMX"

@@ -17,15 +17,17 @@ SOURCES = {
     "sketch2face": (1, {"kind": "sketch", "size": 64}),
     "seg2face": (19, {"kind": "labels", "size": 64, "n_classes": 19}),
     "superres": (3, {"kind": "lowres", "size": 64, "factors": [8]}),
+    "refined": (3, {"kind": "rgb", "size": 64}),
 }
 VOID = {"meta", "img", "br", "hr", "link"}
 
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return settings of psp-demo that name an untrained network for each task."""
+    """Return settings of psp-demo that name untrained networks."""
     from psp_lightning.models.encoders import GradualStyleEncoder
     from psp_lightning.models.psp import PSP
+    from psp_lightning.models.refiner import FeatureRefiner
     from psp_lightning.models.stylegan2 import Generator
 
     folder = tmp_path_factory.mktemp("networks")
@@ -34,7 +36,8 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         torch.manual_seed(0)
         generator = Generator.seeded(0, output_size=64, style_dim=64, n_mapping=4, channel_base=1536, max_channels=16)
         encoder = GradualStyleEncoder(generator.n_styles, 64, channels, 64, blocks=(1, 1, 1, 1), width=8)
-        net = PSP(encoder, generator, generator.latent_average(64), source=source)
+        refiner = FeatureRefiner(16, 16, 64, width=4, blocks=1) if task == "refined" else None
+        net = PSP(encoder, generator, generator.latent_average(64), source=source, refiner=refiner)
         content = {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}
         torch.save(content, folder / f"{task}.ckpt")
         settings.append(f"{task}={folder / task}.ckpt")
@@ -104,7 +107,7 @@ def test_demo_twice(psp, networks: list[str], tmp_path: Path) -> None:
     for task in SOURCES:
         assert re.search(rf"^psp-predict .*{task}\.ckpt", page.text, re.MULTILINE), f"no command for {task}"
     commands = [line[2:] for line in done.out.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 8 and not [line for line in commands if line not in page.text], "page and terminal differ"
+    assert len(commands) == 10 and not [line for line in commands if line not in page.text], "page and terminal differ"
     assert "<svg role=" in (out / "index.html").read_text() and "validation loss" in page.text
     assert len(list((out / "mixing").glob("0_*.png"))) == 8
     with Image.open(out / "demo.png") as sheet:

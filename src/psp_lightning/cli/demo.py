@@ -1,4 +1,4 @@
-"""psp-demo: run the four trained networks, style mixing and a short training on drawn faces; show them on one page."""
+"""psp-demo: run the trained networks, style mixing and a short training on drawn faces; show them on one page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ HELP = f"""{USAGE} [steps=300] [seed=100]
 Shows what the package does, on this machine, in a few minutes and without a download:
   1. draws 8 faces that no network has seen
   2. predicts with the four trained networks: inversion, sketch2face, seg2face, superres
-  3. mixes styles: several faces for one sketch
-  4. trains an inversion from scratch for a few hundred steps
+  3. refines the inversion, and edits the refined faces
+  4. mixes styles: several faces for one sketch
+  5. trains an inversion from scratch for a few hundred steps
 Writes a page with all results, OUT/index.html, and the same as one picture, OUT/demo.png.
 Each part prints the command that it runs. Existing files are not changed or deleted.
 
@@ -35,6 +36,7 @@ seed    seed of the drawn faces; not 1, 2 or 11, because the networks were train
 
 Your own networks, each a run folder or a file as in psp-predict ckpt=...:
 inversion, sketch2face, seg2face, superres     default: toyfaces/inversion etc., which come with the package
+refined                                        an inversion with a refiner; default: toyfaces/inversion_refined
 train   additional settings for the training, as in psp-train: train='optimizer.lr=3e-4 data.batch_size=4'
 """
 N, SIZE, FACTOR = 8, 64, 8  # number and size of the drawn faces; downsampling factor for super-resolution
@@ -67,7 +69,8 @@ TASKS = {
         "CelebA-HQ-img",
     ),
 }
-DEFAULTS = {"out": "demo", "steps": 300, "seed": 100, **{task: f"toyfaces/{task}" for task in TASKS}, "train": ""}
+NETWORKS = {**{task: f"toyfaces/{task}" for task in TASKS}, "refined": "toyfaces/inversion_refined"}
+DEFAULTS = {"out": "demo", "steps": 300, "seed": 100, **NETWORKS, "train": ""}
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
     sheet: list[tuple[str, list[SheetRow]]] = []
 
     def announce(number: int, text: str) -> None:
-        print(f"\n[{number}/{len(TASKS) + 4}] {text}", flush=True)
+        print(f"\n[{number}/{len(TASKS) + 5}] {text}", flush=True)
 
     def predict(ckpt: str, source: str, target: str, *more: str) -> str:
         folders = f"input={faces / source}", f"output={out / target}"
@@ -168,8 +171,27 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
         sheet.append((title, [("input", inputs), ("output", outputs)]))
         commands = []
 
-    title = "Style mixing: several faces for one sketch"
+    title = "Refinement: what the code cannot express comes back, and edits still work"
     announce(len(TASKS) + 2, title)
+    folder = "CelebA-HQ-img"
+    refining = (
+        predict(values["refined"], folder, "refined"),
+        predict(values["refined"], folder, "refined_edited", f"mix.latent_mask={FINE}"),
+    )
+    stages = {
+        "input": originals, "inversion": _files(out / "inversion"), "refined": _files(out / "refined"),
+        "refined,\nedited": _files(out / "refined_edited"),
+    }  # fmt: skip
+    text = (
+        "From top to bottom: a drawn face; its inversion, from the first part; the refined inversion, for which a "
+        "second network adds what is missing to a feature map of the generator; the refined inversion after an edit, "
+        "which replaces the fine styles with those of a random face."
+    )
+    parts.append(Part(title, text, list(refining), [_columns(*stages.items())]))
+    sheet.append((title, list(stages.items())))
+
+    title = "Style mixing: several faces for one sketch"
+    announce(len(TASKS) + 3, title)
     mixing = predict(values["sketch2face"], "sketch", "mixing", f"mix.latent_mask={FINE}", f"mix.n_outputs={N}")
     mixed = [[out / "mixing" / f"{i}_{k}.png" for k in range(N)] for i in range(MIXED)]
     rows = [
@@ -184,7 +206,7 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
     sheet.append((title, [(sketches[i], line) for i, line in enumerate(mixed)]))
 
     title = f"A training from scratch: inversion, {n_steps}"
-    announce(len(TASKS) + 3, title)
+    announce(len(TASKS) + 4, title)
     began = time.monotonic()
     run = out / "runs" / "inversion" / "demo"
     trained = _call(
@@ -216,7 +238,7 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
     parts.append(Part(title, text, [trained, again], [cells], losses, pictures))
     sheet.append((title, [("input", originals), (f"output after\n{n_steps}", after)]))
 
-    announce(len(TASKS) + 4, "The page")
+    announce(len(TASKS) + 5, "The page")
     picture, page = out / "demo.png", out / "index.html"
     write_sheet(picture, sheet, losses, "The losses of this training")
     intro = (
@@ -277,8 +299,8 @@ def run(arguments: list[str]) -> None:
     from psp_lightning.checkpoints.read import resolve
     from psp_lightning.cli.page import check_packages
 
-    for task in TASKS:
-        resolve(values[task])  # report a missing file before anything is written
+    for name in NETWORKS:
+        resolve(values[name])  # report a missing file before anything is written
     check_packages("psp-demo")
     page = _demo(values, _create_folder(Path(values["out"]).expanduser()))
     print(page.resolve())
