@@ -94,6 +94,30 @@ def test_several_outputs_for_each_face(psp, photos, tmp_path):
     assert {path.name for path in (tmp_path / "out/pasted").glob("*.jpg")} == {"face_0_0.jpg", "face_0_1.jpg"}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["ckpt=toyfaces/inversion_refined"],
+        ["ckpt=toyfaces/inversion", "refine=optimize", "refine.steps=2", "refine.space=features"],
+        ["ckpt=toyfaces/inversion", "refine=optimize", "refine.steps=2", "refine.space=weights"],
+    ],
+    ids=["refiner", "features", "weights"],
+)
+def test_refined_faces_are_put_back(psp, photos, tmp_path, settings):
+    shutil.copy(photos / "face_0.jpg", tmp_path)
+    images = {}
+    for output, own in (("refined", settings), ("codes", ["ckpt=toyfaces/inversion", "refine=none"])):
+        done = psp("predict", *PLAIN, *own, "input=face_0.jpg", f"output={output}", "paste_back=true", "latents=true")
+        assert done.code == 0 and "pasted: 1 written" in done.out, done.err
+        images[output] = [
+            np.asarray(Image.open(tmp_path / output / name), int) for name in ("face_0.png", "pasted/face_0.png")
+        ]
+    for refined, plain in zip(images["refined"], images["codes"], strict=True):
+        assert (abs(refined - plain) > 2).any()
+    assert (tmp_path / "refined" / "refinements" / "face_0.safetensors").is_file()
+    assert not (tmp_path / "codes" / "refinements").exists()
+
+
 def test_landmarks_instead_of_the_detector(psp, photos, tmp_path):
     shutil.copy(photos / "face_0.jpg", tmp_path)
     points = [[197, 231], [320, 243], [200, 364], [325, 377]]

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from psp_lightning.checkpoints.weight_files import save_psp
 from psp_lightning.cli.resume import refuse_changes
 from psp_lightning.inference.frozen import freeze_generator
 from psp_lightning.lit.edits import Edit, draw_edits
@@ -165,6 +166,33 @@ def test_a_trained_refiner(x: torch.Tensor) -> None:
     one = net.invert(x[:1])
     assert one.features is not None
     torch.testing.assert_close(one.features, inversion.features[:1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_refiner_under_autocast(x: torch.Tensor) -> None:
+    net = trained_a_little(network())
+    exact = net.invert(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net.invert(x)
+        image = net.decode(found)
+    assert exact.features is not None and found.features is not None
+    for mine, theirs in ((found.features, exact.features), (image, net.decode(exact))):
+        assert float((mine - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("refined", [False, True])
+def test_files_with_and_without_a_refiner(refined: bool, x: torch.Tensor, tmp_path: Path) -> None:
+    net = trained_a_little(network()) if refined else network(refined=False)
+    save_psp(tmp_path / "net.safetensors", net)
+    torch.save(
+        {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}},
+        tmp_path / "net.ckpt",
+    )
+    for name in ("net.safetensors", "net.ckpt"):
+        again = PSP.from_checkpoint(tmp_path / name)
+        assert (again.refiner is not None) == refined
+        torch.testing.assert_close(again(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
