@@ -6,7 +6,7 @@ regions of the output and the face's label map. Generated images G(w*), whose ed
 between the edited inversion and the edited G(w*).
 
 With --train, measure refiners instead: train (or continue to train) one for each resolution, with and without edit
-pairs. Results go to benchmarks/results/edits.json and to the table in docs/refiner.md.
+pairs, for 1,000 steps of 8 images. Results go to benchmarks/results/edits.json and to the table in docs/refiner.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from psp_lightning.metrics.networks import KIND_OF_CLASS, mean_iou
 from psp_lightning.models.psp import PSP
 from psp_lightning.utils.atomic import replacing
 from psp_lightning.utils.images import from_uint8, to_uint8
+from psp_lightning.zoo.locate import find, sha256
 
 RESULTS = ROOT / "benchmarks" / "results" / "edits.json"
 PAGE = ROOT / "docs" / "refiner.md"
@@ -137,7 +138,7 @@ def page(text: str, results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure the rows, or only the rows that --only selects, and write the file and the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.toyfaces.edits", description=__doc__)
-    parser.add_argument("--train", action="store_true", help="train and measure refiners, hours on two cores")
+    parser.add_argument("--train", action="store_true", help="train and measure refiners, in an hour")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="measure only the rows whose names start with ROW")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder in which the refiners are trained")
     given = parser.parse_args()
@@ -156,9 +157,10 @@ def main() -> None:
         else:
             path = f"{SHIPPED}_refined" if name == REFINED else SHIPPED
         step = OPTIMISED[name]() if name in OPTIMISED else refine_features
-        results["rows"][name] = measure(freeze_psp_generator(load_psp(path)), step)
+        trained = {"training_steps": TRAINING} if name in refiners else {"sha256": sha256(find(str(path)))}
+        results["rows"][name] = {**measure(freeze_psp_generator(load_psp(path)), step), **trained}
         print(name, results["rows"][name], flush=True)
-        results |= {"images": IMAGES, "training_steps": TRAINING, "torch": torch.__version__}
+        results |= {"images": IMAGES, "torch": torch.__version__}
         results["rows"] = {key: results["rows"][key] for key in order if key in results["rows"]}
         with replacing(RESULTS) as part:
             part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

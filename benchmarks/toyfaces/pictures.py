@@ -1,6 +1,7 @@
-"""Draw the pictures of docs/toyfaces.md with the shipped networks: `python -m benchmarks.toyfaces.pictures`.
+"""Draw the pictures of the drawn faces in the documentation: `python -m benchmarks.toyfaces.pictures`.
 
-All faces come from a seed that no training uses. The script takes about three minutes on two cores.
+The shipped networks make them for docs/toyfaces.md and docs/refiner.md. All faces come from a seed that no training
+uses. The script takes about three minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Put trained networks into the package as float16: `python -m benchmarks.toyfaces.release --generator FILE ...`.
 
-Release the generator and the identity network first, then the encoders that were trained with them. docs/toyfaces.md
-lists all commands.
+Release the generator and the identity network first, then the encoders that were trained with them, and the inversion
+before its refiner is trained: what was made with a replaced file is deleted. docs/toyfaces.md lists all commands.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def main() -> None:
         for file in stale:
             file.unlink(missing_ok=True)
         write_records(FOLDER)
+    if options.inversion:
+        (FOLDER / "inversion_refined.safetensors").unlink(missing_ok=True)  # it contains this encoder
     for name in NETWORKS:
         if run := getattr(options, name):
             net = load_psp(run / "checkpoints" / "last.ckpt")

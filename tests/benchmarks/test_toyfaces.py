@@ -31,7 +31,7 @@ def test_the_page_shows_the_measurements(results: dict[str, Any]) -> None:
 
 def test_the_readme_shows_the_inversion_figures(results: dict[str, Any]) -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    for name, verb in (("inversion", "reaches a PSNR of "), ("inversion_refined", "")):
+    for name, verb in (("inversion", "reaches a PSNR of "), ("inversion_refined", "reaches ")):
         row = results[f"tasks: {name}"]
         psnr, similarity = (row["metrics"][metric]["mean"] for metric in ("psnr", "id_similarity"))
         figures = (
@@ -65,7 +65,13 @@ def test_the_refiner_page_shows_the_edits() -> None:
     measured = json.loads(edits.RESULTS.read_text(encoding="utf-8"))
     text = edits.PAGE.read_text(encoding="utf-8")
     assert edits.page(text, measured) == text, "run python -m benchmarks.toyfaces.edits"
-    assert "encoder" in measured["rows"] and measured["images"] == edits.IMAGES
+    assert set(measured["rows"]) >= {*edits.OPTIMISED} and measured["images"] == edits.IMAGES
+    for name, row in measured["rows"].items():
+        if name in edits.OPTIMISED:
+            shipped = f"{edits.SHIPPED}_refined" if name == edits.REFINED else edits.SHIPPED
+            assert row["sha256"] == RECORDS[shipped]["sha256"], f"{name} was measured with another network"
+        else:
+            assert row["training_steps"] == edits.TRAINING, name
 
 
 def test_an_edit_is_measured() -> None:

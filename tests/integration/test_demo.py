@@ -37,6 +37,8 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         generator = Generator.seeded(0, output_size=64, style_dim=64, n_mapping=4, channel_base=1536, max_channels=16)
         encoder = GradualStyleEncoder(generator.n_styles, 64, channels, 64, blocks=(1, 1, 1, 1), width=8)
         refiner = FeatureRefiner(16, 16, 64, width=4, blocks=1) if task == "refined" else None
+        if refiner is not None:
+            torch.nn.init.normal_(refiner.change.weight, std=0.1)
         net = PSP(encoder, generator, generator.latent_average(64), source=source, refiner=refiner)
         content = {"psp": net.describe(), "state_dict": {f"net.{k}": v for k, v in net.state_dict().items()}}
         torch.save(content, folder / f"{task}.ckpt")
@@ -110,6 +112,8 @@ def test_demo_twice(psp, networks: list[str], tmp_path: Path) -> None:
     assert len(commands) == 10 and not [line for line in commands if line not in page.text], "page and terminal differ"
     assert "<svg role=" in (out / "index.html").read_text() and "validation loss" in page.text
     assert len(list((out / "mixing").glob("0_*.png"))) == 8
+    stages = {(out / folder / "0.png").read_bytes() for folder in ("inversion", "refined", "refined_edited")}
+    assert len(stages) == 3, "the refinement or the edit changes nothing"
     with Image.open(out / "demo.png") as sheet:
         assert 600 < sheet.width < 1000 and (out / "demo.png").stat().st_size < 700_000
 
@@ -177,4 +181,5 @@ def test_help(psp) -> None:
     done = psp("demo", "--help")
     assert done.code == 0
     for word in ("out", "steps", "seed", "train", *SOURCES):
-        assert re.search(rf"\b{word}\b", done.out), f"the help does not explain {word}"
+        explained = rf"^(\w+, )*{word}(, \w+)*  "  # at the start of a line, before the explanation
+        assert re.search(explained, done.out, re.MULTILINE), f"the help does not explain {word}"

@@ -73,8 +73,12 @@ def test_sweeps_page_names_every_state_and_launcher() -> None:
 
 
 def test_refiner_page(psp, tiny: list[str], place: Path) -> None:
+    from psp_lightning import PSP
+
     names = run_page("refiner.md", psp, tiny, place)
-    assert names["inversion"].features.shape[-1] == 16  # type: ignore[attr-defined]
+    assert names["inversion"].features.shape[-1] == 32  # type: ignore[attr-defined]
+    trained = PSP.from_checkpoint(place / "runs/inversion/refined").refiner
+    assert trained is not None and trained.resolution == 16
     assert len(list((place / "out").glob("*.png"))) == 4
 
 

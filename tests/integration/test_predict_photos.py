@@ -112,8 +112,10 @@ def test_refined_faces_are_put_back(psp, photos, tmp_path, settings):
         images[output] = [
             np.asarray(Image.open(tmp_path / output / name), int) for name in ("face_0.png", "pasted/face_0.png")
         ]
-    for refined, plain in zip(images["refined"], images["codes"], strict=True):
-        assert (abs(refined - plain) > 2).any()
+    (refined, pasted), (plain, plainly_pasted) = images["refined"], images["codes"]
+    assert (abs(refined - plain) > 2).any() and (abs(pasted - plainly_pasted) > 2).any()
+    middle = pasted[240:260, 250:270].mean((0, 1))  # of the face, and of the output
+    assert abs(middle - refined[30:34, 30:34].mean((0, 1))).max() < 12, "not the refined output"
     assert (tmp_path / "refined" / "refinements" / "face_0.safetensors").is_file()
     assert not (tmp_path / "codes" / "refinements").exists()
 

@@ -23,7 +23,7 @@ HELP = f"""{USAGE} [steps=300] [seed=100]
 
 Shows what the package does, on this machine, in a few minutes and without a download:
   1. draws 8 faces that no network has seen
-  2. predicts with the four trained networks: inversion, sketch2face, seg2face, superres
+  2. predicts with one trained network for each of four tasks: inversion, sketch2face, seg2face, superres
   3. refines the inversion, and edits the refined faces
   4. mixes styles: several faces for one sketch
   5. trains an inversion from scratch for a few hundred steps
@@ -104,7 +104,7 @@ def _create_folder(out: Path) -> Path:
 def _call(name: str, *arguments: str) -> str:
     """Print another command of this package, run it in this process, and return it as a user would type it.
 
-    One process is faster: importing PyTorch six times takes longer than the predictions.
+    One process is faster: importing PyTorch for each command takes longer than the predictions.
     """
     from hydra.core.global_hydra import GlobalHydra
 
@@ -171,12 +171,12 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
         sheet.append((title, [("input", inputs), ("output", outputs)]))
         commands = []
 
-    title = "Refinement: what the code cannot express comes back, and edits still work"
+    title = "Refinement: what the code cannot express comes back, and the result can be edited"
     announce(len(TASKS) + 2, title)
     folder = "CelebA-HQ-img"
     refining = (
-        predict(values["refined"], folder, "refined"),
-        predict(values["refined"], folder, "refined_edited", f"mix.latent_mask={FINE}"),
+        predict(values["refined"], folder, "refined", "refine=features"),
+        predict(values["refined"], folder, "refined_edited", "refine=features", f"mix.latent_mask={FINE}"),
     )
     stages = {
         "input": originals, "inversion": _files(out / "inversion"), "refined": _files(out / "refined"),
