@@ -102,9 +102,9 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def assert_close(found: Any, expected: Any, what: str) -> None:
-    """Allow 1e-5 of the largest value: the weights are equal, but each processor takes sums in another order."""
+    """Allow 1e-6 of the largest value: 0.1.0 computed the expected values in float32."""
     found, expected = np.asarray(found), np.asarray(expected)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=what)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=what)
 
 
 # --- resume
@@ -219,7 +219,8 @@ def test_networks_load(name: str, place: Path, values: dict[str, np.ndarray], he
     for key, tensor in stored.items():
         assert torch.equal(state[key], tensor.to(state[key].dtype)), key
 
-    codes = net.encode(helpers[1].drawn_source(net.encoder.in_channels, net.encoder.input_size))
+    net = net.double()  # in float32, each processor rounds differently, by more than the bound
+    codes = net.encode(helpers[1].drawn_source(net.encoder.in_channels, net.encoder.input_size).double())
     assert_close(codes, values[f"{name}: codes"], "codes")
     assert_close(net.decode(codes[:1]), values[f"{name}: image"], "image")
 
