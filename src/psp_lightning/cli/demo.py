@@ -174,10 +174,10 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
     title = "Refinement: what the code cannot express comes back, and the result can be edited"
     announce(len(TASKS) + 2, title)
     folder = "CelebA-HQ-img"
-    refining = (
+    commands = [
         predict(values["refined"], folder, "refined", "refine=features"),
         predict(values["refined"], folder, "refined_edited", "refine=features", f"mix.latent_mask={FINE}"),
-    )
+    ]
     stages = {
         "input": originals, "inversion": _files(out / "inversion"), "refined": _files(out / "refined"),
         "refined,\nedited": _files(out / "refined_edited"),
@@ -185,9 +185,9 @@ def _demo(values: dict[str, Any], out: Path) -> Path:
     text = (
         "From top to bottom: a drawn face; its inversion, from the first part; the refined inversion, for which a "
         "second network adds what is missing to a feature map of the generator; the refined inversion after an edit, "
-        "which replaces the fine styles with those of a random face."
+        "which replaces the fine styles with styles of a random face."
     )
-    parts.append(Part(title, text, list(refining), [_columns(*stages.items())]))
+    parts.append(Part(title, text, commands, [_columns(*stages.items())]))
     sheet.append((title, list(stages.items())))
 
     title = "Style mixing: several faces for one sketch"
