@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.machines import start as start
+
 TINY = [
     "trainer=cpu",
     "trainer.max_steps=2",
