@@ -101,3 +101,12 @@ def is_frozen() -> Callable[[nn.Module], bool]:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of 24 drawn faces of 64 px with their label maps and sketches; copy it before changing it."""
     return write_dataset(tmp_path_factory.mktemp("drawn") / "faces", n=24, size=64, seed=3, progress=False)
+
+
+@pytest.fixture
+def full_float32() -> Iterator[None]:
+    """Compute convolutions and products of float32 on a GPU without TensorFloat-32, which has 11 bits of mantissa."""
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept

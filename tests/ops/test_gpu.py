@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,9 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
+def exact(full_float32: None) -> None:
     """Load the kernels and compute convolutions in full float32."""
     assert _jit.kernels() is not None, "PSP_OPS=ref is set, or the build failed"
-    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def all_ops(x: torch.Tensor, fir: torch.Tensor | None = None) -> torch.Tensor:
