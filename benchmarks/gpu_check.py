@@ -85,8 +85,10 @@ def steps() -> list[Step]:
              "16 sectors per request of a pack's store; issue_active above 80 %: too many instructions; bytes against "
              "the expected passes in docs/kernels.md", ("ncu",)),
         Step("graph", [*SELF, "graph"], 200, "no warning, difference 0, faster than eager at batch 1"),
+        Step("inversion", [*SELF, "inversion"], 300, "the refiner adds little time; a graph is faster than eager mode"),
         Step("slow tests", [*PYTEST, "-m", "gpu and slow", "tests/ops"], 600, "all pass", ("pytest",)),
-        Step("training", [*PYTEST, "tests/integration/test_gpu.py"], 600, "all pass", ("pytest", "hydra", "lpips")),
+        Step("inversion tests", [*PYTEST, "-m", "gpu", "tests/unit"], 300, "all pass", ("pytest", "hydra", "lpips")),
+        Step("commands", [*PYTEST, "tests/integration/test_gpu.py"], 1200, "all pass", ("pytest", "hydra", "lpips")),
     ]  # fmt: skip
 
 
@@ -189,12 +191,80 @@ def graph(device: str = "cuda", size: int = 1024, count: int = 200, channels: in
         print(f"batch {batch}: difference {worst:.1e}, eager {times[0]:.2f} ms, graph {times[1]:.2f} ms", flush=True)
 
 
+def inversion(device: str = "cuda", size: int = 1024, steps: int = 20, channels: int = 512, **encoder: Any) -> None:
+    """Print the time from a call to its result: inversions with and without a refiner, and steps of optimisation.
+
+    Args:
+        device: cuda or cpu.
+        size: side of the generator's images.
+        steps: number of Adam steps, with l2 as the only loss and one image.
+        channels: largest number of channels of the generator.
+        **encoder: arguments of the encoder; default: the published one.
+    """
+    import torch
+
+    from psp_lightning import PSP
+    from psp_lightning.inference.fixed_batch import FixedBatch
+    from psp_lightning.inference.optimize import Optimizer
+    from psp_lightning.models.encoders import GradualStyleEncoder
+    from psp_lightning.models.refiner import FeatureRefiner
+    from psp_lightning.models.stylegan2 import Generator
+
+    torch.manual_seed(0)
+    generator = Generator(size, max_channels=channels)
+    made = GradualStyleEncoder(generator.n_styles, **encoder)
+    side = max(16, size // 16)
+    refiner = FeatureRefiner(side, generator.feature_channels[side], made.input_size)
+    average, source = torch.randn(generator.style_dim) / 2, {"kind": "rgb", "size": made.input_size}
+    nets = {
+        "encoder": PSP(made, generator, average, source=source).to(device).eval(),
+        "encoder and refiner": PSP(made, generator, average, source=source, refiner=refiner).to(device).eval(),
+    }
+
+    def seconds(run: Any) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for batch in (1, 8):
+        x = torch.rand(batch, 3, made.input_size, made.input_size, device=device) * 2 - 1
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, net in nets.items():
+                eager = net.for_inference(dtype)
+                graph = FixedBatch(eager, batch, compile=False, graph=True)
+                with torch.inference_mode():
+                    times = [1e3 * min(seconds(lambda f=f, x=x: f(x)) for _ in range(6)) for f in (eager, graph)]
+                text = f"eager {times[0]:.1f} ms, graph {times[1]:.1f} ms"
+                print(f"{name}, batch {batch}, {dtype}: {text}", flush=True)
+    net = nets["encoder and refiner"]
+    image = torch.rand(1, 3, size, size, device=device) * 2 - 1
+    small = torch.rand(1, 3, made.input_size, made.input_size, device=device) * 2 - 1
+
+    def distance(y_hat: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (y_hat - y).square().mean((1, 2, 3))
+
+    with torch.no_grad():
+        first = net.invert(small)
+        for space in ("w_plus", "features", "weights"):
+            Optimizer(distance, space=space, steps=2)(net, first, image)  # the first steps allocate memory
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            method = Optimizer(distance, space=space, steps=steps)
+            time_of_all = seconds(lambda method=method: method(net, first, image))
+            memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device == "cuda" else ""
+            print(f"optimisation of {space}: {1e3 * time_of_all / steps:.1f} ms a step{memory}", flush=True)
+
+
 def main(arguments: list[str]) -> int:
     """Run the check, or one of its measurements; return the status."""
     if not has_gpu():
         print("gpu-check: PyTorch finds no GPU, so nothing was checked. Run it on a machine with an NVIDIA GPU.")
         return 2
-    measurements = {"kernels": kernels, "launches": launches, "graph": graph}
+    measurements = {"kernels": kernels, "launches": launches, "graph": graph, "inversion": inversion}
     if len(arguments) == 1 and arguments[0] in measurements:
         measurements[arguments[0]]()
         return 0

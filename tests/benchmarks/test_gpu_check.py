@@ -63,3 +63,7 @@ def test_the_measurements_run_on_a_cpu(capsys):
     assert "modconv_epilogue with filter 8x" in capsys.readouterr().out
     gpu_check.graph("cpu", 16, 8, 8, input_size=32, blocks=(1, 1, 1, 1), width=4)
     assert "batch 8: difference 0.0e+00" in capsys.readouterr().out
+    gpu_check.inversion("cpu", 32, 2, 8, input_size=32, blocks=(1, 1, 1, 1), width=4)
+    printed = capsys.readouterr().out
+    assert "encoder and refiner, batch 8, torch.bfloat16: eager" in printed
+    assert "optimisation of weights" in printed
