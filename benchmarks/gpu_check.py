@@ -1,4 +1,4 @@
-"""Check the CUDA kernels on a GPU for the first time, in about 20 minutes, and write one report.
+"""Check the CUDA kernels, networks and commands on a GPU, and write one report.
 
     python -m benchmarks.gpu_check [FOLDER]
 
@@ -77,15 +77,15 @@ def steps() -> list[Step]:
     return [
         Step("machine", [sys.executable, "-c", MACHINE], 60, "TORCH_CUDA_ARCH_LIST is not set or lists this GPU"),
         Step("build", [*DOCTOR, "build=true", "check=false"], 300, "built yes, in use CUDA kernels"),
-        Step("agreement", DOCTOR, 240, "all agree; an error names the case", env={"CUDA_LAUNCH_BLOCKING": "1"}),
+        Step("agreement", DOCTOR, 600, "all agree; an error names the case", env={"CUDA_LAUNCH_BLOCKING": "1"}),
         *sanitisers,
-        Step("tests", [*PYTEST, "-m", "gpu and not slow", "tests/ops"], 300, "all pass", ("pytest",)),
+        Step("tests", [*PYTEST, "-m", "gpu and not slow", "tests/ops"], 900, "all pass", ("pytest",)),
         Step("times", [*SELF, "kernels"], 240, "epilogue and bias_act at 85 % of the copy bandwidth or more"),
         Step("profile", profiler, 200,
              "16 sectors per request of a pack's store; issue_active above 80 %: too many instructions; bytes against "
              "the expected passes in docs/kernels.md", ("ncu",)),
         Step("graph", [*SELF, "graph"], 200, "no warning, difference 0, faster than eager at batch 1"),
-        Step("inversion", [*SELF, "inversion"], 300, "the refiner adds little time; a graph is faster than eager mode"),
+        Step("inversion", [*SELF, "inversion"], 300, "a refiner at most doubles the time; a graph is faster"),
         Step("slow tests", [*PYTEST, "-m", "gpu and slow", "tests/ops"], 600, "all pass", ("pytest",)),
         Step("inversion tests", [*PYTEST, "-m", "gpu", "tests/unit"], 300, "all pass", ("pytest", "hydra", "lpips")),
         Step("commands", [*PYTEST, "tests/integration/test_gpu.py"], 1200, "all pass", ("pytest", "hydra", "lpips")),
@@ -251,12 +251,9 @@ def inversion(device: str = "cuda", size: int = 1024, steps: int = 20, channels:
         first = net.invert(small)
         for space in ("w_plus", "features", "weights"):
             Optimizer(distance, space=space, steps=2)(net, first, image)  # the first steps allocate memory
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             method = Optimizer(distance, space=space, steps=steps)
             time_of_all = seconds(lambda method=method: method(net, first, image))
-            memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device == "cuda" else ""
-            print(f"optimisation of {space}: {1e3 * time_of_all / steps:.1f} ms a step{memory}", flush=True)
+            print(f"optimisation of {space}: {1e3 * time_of_all / steps:.1f} ms a step", flush=True)
 
 
 def main(arguments: list[str]) -> int:

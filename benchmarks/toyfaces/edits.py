@@ -65,6 +65,7 @@ def optimise(space: str) -> Step:
 
 OPTIMISED: dict[str, Callable[[], Step]] = {
     "encoder": lambda: keep_codes,
+    f"{STEPS} steps in W": lambda: optimise("w"),
     f"{STEPS} steps in W+": lambda: optimise("w_plus"),
     f"{STEPS} steps in features, 16 x 16": lambda: optimise("features"),
     f"{STEPS} steps of weights (PTI)": lambda: optimise("weights"),

@@ -41,6 +41,7 @@ SIZES: dict[str, tuple[str, ...]] = {
     "24 channels, units 1-2-4-3": (
         "encoder.width=24", "encoder.blocks=[1,2,4,3]", "trainer.max_steps=2200", "model.decay_steps=1100",
     ),
+    "32 channels, units 1-1-1-1": ("encoder.width=32", "trainer.max_steps=2200", "model.decay_steps=1100"),
 }  # fmt: skip
 
 

@@ -23,9 +23,10 @@ lr: 1.0
 """
 
 
-def encoder_weights(run: Path) -> dict[str, torch.Tensor]:
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    return {key: value for key, value in state.items() if key.startswith("net.encoder.") and value.is_floating_point()}
+    trained = ("net.encoder.", "net.refiner.")
+    return {key: value for key, value in state.items() if key.startswith(trained) and value.is_floating_point()}
 
 
 E4E = ["encoder=e4e_small", "editability=e4e", "editability.start=0", "editability.pool=2"]  # most heads are unused
@@ -34,9 +35,11 @@ E4E = ["encoder=e4e_small", "editability=e4e", "editability.start=0", "editabili
 # float64 with two and only l2.
 RESTYLE = ["encoder=restyle_small", "encoder.iterations=2", "model.loss_per_pass=true", "loss=[l2]"]
 RESTYLE += ["trainer.precision=64-true"]
+REFINER = ["refiner=features", "refiner.width=16", "refiner.blocks=1", "refiner.edit_share=0"]
+REFINER += ["refiner.train_encoder=true", "encoder=gradual_small", "init_from=toyfaces/inversion"]
 
 
-@pytest.mark.parametrize("kind", [[], E4E, RESTYLE], ids=["psp", "e4e", "restyle"])
+@pytest.mark.parametrize("kind", [[], E4E, RESTYLE, REFINER], ids=["psp", "e4e", "restyle", "refiner"])
 def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: Path, kind: list[str]) -> None:
     """A step of plain SGD with lr 1 changes the weights by exactly the gradient."""
     (tmp_path / "own" / "optimizer").mkdir(parents=True)
@@ -49,7 +52,7 @@ def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: P
         settings = [item for item in base if not (name == "two" and item == "trainer=cpu")] + settings
         done = shell("train", *settings, f"run={name}")
         assert done.code == 0, done.err
-    start, one, two = (encoder_weights(tmp_path / "runs" / "inversion" / name) for name in ("start", "one", "two"))
+    start, one, two = (trained_weights(tmp_path / "runs" / "inversion" / name) for name in ("start", "one", "two"))
     moved = 0
     for key in start:
         a, b = one[key] - start[key], two[key] - start[key]
@@ -59,6 +62,8 @@ def test_two_ranks_give_the_gradients_of_one(shell, tiny: list[str], tmp_path: P
         bound = 1e-10 * scale if kind == RESTYLE else 1e-4 * scale + 4e-7 * start[key].abs().max().item()
         assert (a - b).abs().max().item() <= bound, f"{key}: {(a - b).abs().max().item():.2e} of {scale:.2e}"
     assert moved > 20, "the step changed too few parameters"
+    if kind == REFINER:
+        assert not torch.equal(one["net.refiner.change.weight"], start["net.refiner.change.weight"])
     if kind == E4E:
         files = [tmp_path / "runs" / "inversion" / name / "checkpoints" / "last.ckpt" for name in ("one", "two")]
         a, b = (torch.load(file, weights_only=True)["e4e"] for file in files)

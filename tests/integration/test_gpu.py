@@ -84,7 +84,7 @@ def test_refined_network_agrees_with_the_cpu(full_float32: None, dtype: torch.dt
             forms["plain"] = there(y)
         graph = FixedBatch(fast, 2, compile=False, graph=True)
         forms["graph"] = graph(y)
-        assert graph._replay not in (None, fast), "no graph was captured"
+        assert [*graph._replays.values()] != [fast], "no graph was captured"
     for name, found in forms.items():
         if dtype == torch.float32:
             assert relative_error(found, expected) <= 1e-3, name
@@ -129,14 +129,22 @@ def test_evaluation_on_the_device(shell, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", TRAININGS)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_training_on_the_device(kind: str, precision: str, shell, tiny: list[str], tmp_path: Path) -> None:
+    """Only what is trained changes. In float16, the scale of the loss falls until no gradient is infinite."""
     settings = [*TRAININGS[kind], *("trainer=gpu" if item == "trainer=cpu" else item for item in tiny)]
     done = shell("train", *settings, f"trainer.precision={precision}", "run=r")
     assert done.code == 0, done.err
-    done = shell("train", "resume=runs/inversion/r", "trainer.max_steps=4")
+    checkpoint = tmp_path / "runs" / "inversion" / "r" / "checkpoints" / "last.ckpt"
+    before = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    steps = 16 if precision == "16-mixed" else 4
+    done = shell("train", "resume=runs/inversion/r", f"trainer.max_steps={steps}")
     assert done.code == 0, done.err
-    state = torch.load(tmp_path / "runs" / "inversion" / "r" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 4
-    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    assert state["global_step"] == steps
+    after = state["state_dict"]
+    assert all(value.isfinite().all() for value in after.values())
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    trained = "net.refiner." if kind == "refiner" else "net.encoder."
+    assert any(key.endswith("weight") for key in changed) and all(key.startswith(trained) for key in changed), changed
 
 
 # float64, because float32 rounding is amplified; plain SGD with lr 1, so that weights change by exactly the gradient

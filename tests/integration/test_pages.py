@@ -222,4 +222,5 @@ def test_plugins_are_needed_where_the_page_says(psp, tiny: list[str], place: Pat
     options = ["ckpt=runs/inversion/tiny", "input=photos", "output=out", "accelerator=cpu", "num_workers=0"]
     refused = psp("predict", *options)
     assert refused.code == 1 and "TinyEncoder" in refused.err
-    assert psp("predict", *options, "plugins=[my_encoder]").code == 0
+    done = psp("predict", *options, "plugins=[my_encoder]", "latents=true")
+    assert done.code == 0, done.err

@@ -105,8 +105,12 @@ def test_two_ranks_write_the_same_files(shell, faces: Path, tmp_path: Path, embe
         assert done.code == 0, done.err
     files = sorted(path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path / "out2") for path in (tmp_path / "out2").rglob("*.*"))
+    latents = ["input=out1/latents.safetensors", "devices=2", "batch_size=1", *FAST]
+    done = shell("predict", "ckpt=net.ckpt", *latents, "output=again")
+    assert done.code == 0, done.err
     for file in files:
         if file.suffix == ".png":
+            assert np.abs(pixels(tmp_path / "again" / file) - pixels(tmp_path / "out1" / file)).max() <= 1
             assert np.abs(pixels(tmp_path / "out1" / file) - pixels(tmp_path / "out2" / file)).max() <= 1
         if file.suffix == ".safetensors":
             one, two = (load_file(tmp_path / out / file) for out in ("out1", "out2"))
@@ -145,6 +149,8 @@ def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: P
         (["ckpt=toyfaces/inversion", "refine=optimize", "refine.space=z"], "refine.space=z is unknown"),
         (["ckpt=toyfaces/inversion", "refine=optimize", "refine.space=features", "refine.resolution=24"],
          "refine.resolution=24 must be one of the generator's: 4, 8, 16, 32, 64"),
+        (["ckpt=net.ckpt", "refine=optimize", "refine.space=features", "refine.start=features", "refine.resolution=8"],
+         "refine.resolution=8 must be the refiner's, 16, with start=features"),
         (["ckpt=toyfaces/inversion", "embed=optimize", "+embed.resolution=16", "embed.space=features"],
          "embed.space=features must be w_plus or w"),
         (["ckpt=toyfaces/inversion", "refine=optimize", "compile=true"], "compile=true cannot be used with refine"),
@@ -159,6 +165,7 @@ def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: P
 def test_mistakes(psp, faces: Path, settings: list[str], message: str) -> None:
     done = psp("predict", f"input={faces}", "output=out", *FAST, *settings)
     assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
+    assert not list((faces / ".." / ".." / "out").glob("*.png"))
 
 
 def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from psp_lightning import PSP
+from psp_lightning.checkpoints.weight_files import save_generator
 from psp_lightning.utils.images import from_uint8, to_uint8
 
 REFINED = ["task=inversion", "refiner=features", "refiner.width=16", "refiner.blocks=1", "refiner.edit_share=0.5"]
@@ -68,6 +69,19 @@ def test_training_resume_and_prediction(psp, tiny: list[str], tmp_path: Path) ->
         mse = float((net(torch.stack(faces)).clamp(-1, 1) - torch.stack(faces)).square().mean())
     record = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert record["metrics"]["mse"]["mean"] == pytest.approx(mse, rel=1e-3)
+
+
+def test_a_network_of_another_generator_is_refused(psp, tiny: list[str], tmp_path: Path) -> None:
+    """init_from= would replace the generator that the settings name."""
+    net = PSP.from_pretrained("toyfaces/inversion")
+    torch.nn.init.normal_(net.generator.convs[0].conv.weight)
+    save_generator(tmp_path / "mine.safetensors", net.generator, {}, latent_avg=(net.latent_avg, "test"))
+    settings = [*tiny, *REFINED, "encoder=gradual_small", "generator=file", "init_from=toyfaces/inversion"]
+    done = psp("train", *settings, "generator.path=mine.safetensors", "run=r")
+    message = "init_from=toyfaces/inversion contains another generator than generator.path=mine.safetensors"
+    assert done.code == 1 and message in done.err, done.err
+    done = psp("train", *settings, "generator.path=toyfaces/inversion", "run=r")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(

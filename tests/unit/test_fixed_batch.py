@@ -72,6 +72,16 @@ def test_a_graph_is_captured_once_beside_other_threads(monkeypatch: pytest.Monke
     assert graphs.modes == ["thread_local"] and graphs.replays == 3
 
 
+def test_inputs_of_other_shapes_get_their_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes, and codes with features, are decoded in one prediction."""
+    graphs = FakeGraphs(monkeypatch)
+    call = FixedBatch(lambda *inputs: sum(x.sum(1) for x in inputs), 2, compile=False, graph=True)
+    one, two = torch.ones(2, 3).as_subclass(OnGPU), torch.ones(2, 4).as_subclass(OnGPU)
+    for inputs, expected in (((one,), 3.0), ((one, two), 7.0), ((two,), 4.0), ((one,), 3.0)):
+        assert call(*inputs).tolist() == [expected] * 2
+    assert len(graphs.modes) == 3 and graphs.replays == 4
+
+
 @pytest.mark.parametrize("method", [False, True], ids=["module", "method"])
 def test_a_graph_holds_the_weights_that_it_reads(method: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the network gets others: the graph knows only their addresses."""

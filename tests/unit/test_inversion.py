@@ -6,6 +6,7 @@ import copy
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,32 @@ def test_an_inversion_is_a_sequence(net: PSP, x: Tensor) -> None:
     assert torch.equal(found[-1].w_plus, found.w_plus[1:]) and found[-1].weights == found.weights[1:]  # type: ignore[index]
     with pytest.raises(IndexError):
         found[2]
+
+
+def test_interpolation(net: PSP, x: Tensor) -> None:
+    """The ends are the two inversions; the middle is the mean of codes, features and weights."""
+    first = net.invert(x)
+    second = step("weights")(net, Inversion(net.encode(x.flip(0))), x, x.flip(0))
+    for alpha, expected in ((0.0, first), (1.0, second)):
+        torch.testing.assert_close(net.decode(first.interpolate(second, alpha)), net.decode(expected))
+    middle = first.interpolate(second, 0.5)
+    torch.testing.assert_close(middle.w_plus, (first.w_plus + second.w_plus) / 2)
+    torch.testing.assert_close(middle.features, first.features / 2)
+    name = next(iter(second.weights[0]))
+    torch.testing.assert_close(middle.weights[1][name], second.weights[1][name] / 2)
+    plain = Inversion(first.w_plus).interpolate(Inversion(second.w_plus), 0.25)
+    assert plain.features is None and plain.weights is None
+    with pytest.raises(UserError, match=r"codes have the shapes \(2, 8, 16\) and \(1, 8, 16\)"):
+        first.interpolate(second[0], 0.5)
+    with pytest.raises(UserError, match="features have the shapes"):
+        first.interpolate(Inversion(first.w_plus, torch.zeros(2, 12, 8, 8)), 0.5)
+
+
+def test_the_codes_of_an_inversion_are_injected(net: PSP, x: Tensor) -> None:
+    first, second = net.invert(x), net.invert(x.flip(0))
+    mixed = net.mix_styles(first, second, [2, 3])
+    assert torch.equal(mixed.w_plus, net.mix_styles(first.w_plus, second.w_plus, [2, 3]))
+    assert mixed.features is first.features
 
 
 def test_tuning_leaves_the_shared_generator_untouched(net: PSP, x: Tensor) -> None:
@@ -212,6 +239,12 @@ def test_what_does_not_fit(net: PSP, x: Tensor) -> None:
         optimizer("features", resolution=64)(net, codes, x)
     with pytest.raises(ArgumentError, match=r"resolution=8 must be the refiner's, 16"):
         optimizer("features", resolution=8, start="features")(net, net.invert(x), x)
+    with pytest.raises(UserError, match="Some values of the codes are not finite"):
+        optimizer("w_plus")(net, Inversion(codes.w_plus * float("nan")), x)
+    generator = nn.Identity()  # stands in for a generator of the user's that has no maps
+    generator.output_size = 32  # type: ignore[assignment]
+    with pytest.raises(UserError, match="needs a generator with feature maps; Identity has none"):
+        optimizer("features").side(SimpleNamespace(generator=generator, refiner=None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not finite"):
         optimizer()(net, codes, torch.full_like(x, torch.nan))
     for images in (x[0], x[:1], x[:, :1]):

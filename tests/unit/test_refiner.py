@@ -130,6 +130,16 @@ def test_reading_adds_no_operation_and_a_change_one() -> None:
         assert len(counts[0]) == 248
 
 
+@torch.no_grad()
+def test_reading_adds_no_node_to_an_exported_graph() -> None:
+    net = generator().requires_grad_(False)
+    nodes = []
+    for features in (None, lambda r, m: m):
+        traced = torch.jit.trace(lambda w, f=features: net.synthesis(w, features=f), codes(), check_trace=False)
+        nodes.append([node.kind() for node in traced.graph.nodes()])
+    assert nodes[0] == nodes[1] and len(nodes[0]) > 100
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_maps_in_half_precision(dtype: torch.dtype) -> None:
     net = generator()

@@ -110,6 +110,7 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
             contains an output that another checkpoint or other settings made.
     """
     check_settings(cfg)
+    import_plugins(cfg.plugins)
     folder = Path(cfg.output)
     latents = None
     alignment = None
@@ -117,7 +118,6 @@ def plan_prediction(cfg: DictConfig, share: Callable[[Callable[[], Any]], Any] =
         latents = _read_latents(cfg)
         files = [InputFile(Path(str(cfg.input)).expanduser(), native(name)) for name in latents.names]
     elif cfg.align:
-        import_plugins(cfg.plugins)
         net = load_network(cfg)
         alignment = align_inputs(cfg, _spec(cfg, net), _target_size(cfg, net))
         files = crops(alignment)

@@ -16,6 +16,7 @@ from psp_lightning.build.instantiate import instantiate, naming
 from psp_lightning.build.trainer import Training, build_trainer, prepare, read_resumed
 from psp_lightning.checkpoints.read import read
 from psp_lightning.checkpoints.strict import LoadReport, load_strict
+from psp_lightning.checkpoints.weight_files import generator_hash
 from psp_lightning.data.datamodules import TaskDataModule
 from psp_lightning.inference.frozen import autocast_dtype, freeze_psp_generator
 from psp_lightning.lit.callbacks import AverageBatchNorm, Forecast
@@ -123,7 +124,13 @@ def build_net(cfg: DictConfig, source: dict[str, Any], in_channels: int) -> PSP:
         if refined and refiner is None:
             raise UserError(f"init_from={cfg.init_from}: this network has a refiner. Add refiner=features.")
         own = [] if refined else ["refiner.*"]  # the file may have no refiner
+        chosen = generator_hash(generator) if "path" in cfg.generator else None
         log.info("%s", load_strict(net, state, own, what=f"init_from={cfg.init_from}"))
+        if chosen not in (None, generator_hash(generator)):
+            raise UserError(
+                f"init_from={cfg.init_from} contains another generator than generator.path={cfg.generator.path}, and "
+                f"its encoder was trained for that one. To train with it, set generator.path={cfg.init_from}."
+            )
     if refiner is not None and not cfg.refiner.train_encoder:
         if cfg.init_from is None and cfg.resume is None:
             raise UserError(

@@ -29,23 +29,25 @@ class FixedBatch:
             device.
         batch: the batch size.
         compile: compile the function at the first call.
-        graph: on CUDA, capture the function at the first call and replay the graph from then on. If the capture fails,
-            warn once and call the function instead. The weights must not be replaced after the first call.
+        graph: on CUDA, capture the function at the first call with inputs of certain shapes, and replay the graph from
+            then on. If the capture fails, warn and call the function instead. The weights must not be replaced after
+            the first call.
     """
 
     def __init__(self, function: Callable[..., Result], batch: int, compile: bool, graph: bool) -> None:
         self.function = torch.compile(function, dynamic=False) if compile else function
         self.batch, self.wants_graph = batch, graph
         self._owner = getattr(function, "__self__", function)
-        self._replay: Callable[..., Result] | None = None
+        self._replays: dict[tuple[torch.Size, ...], Callable[..., Result]] = {}  # by the shapes of the inputs
 
     def __call__(self, *inputs: Tensor) -> Any:
         n = len(inputs[0])
         if n < self.batch:
             inputs = tuple(torch.cat([x, x[-1:].expand(self.batch - n, *x.shape[1:])]) for x in inputs)
-        if self._replay is None and self.wants_graph and inputs[0].is_cuda:
-            self._replay = self._capture(inputs)
-        return _each(lambda y: y[:n], (self._replay or self.function)(*inputs))
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._replays and self.wants_graph and inputs[0].is_cuda:
+            self._replays[shapes] = self._capture(inputs)
+        return _each(lambda y: y[:n], self._replays.get(shapes, self.function)(*inputs))
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Result]:
         """Return a replay of the function's graph, or the function if it cannot be captured."""

@@ -99,7 +99,7 @@ class Optimizer:
         Raises:
             UserError: the inversion has no features to start from, the images have another shape or values that are
                 not finite, or `torch.inference_mode` is on.
-            ArgumentError: the generator has no feature map of this resolution.
+            ArgumentError: the generator has no feature map of this resolution, or the features have another.
         """
         if torch.is_inference_mode_enabled():
             raise UserError("Nothing can be optimised in torch.inference_mode(). Use torch.no_grad() instead.")
@@ -108,8 +108,9 @@ class Optimizer:
                 f"The images have the shape {tuple(images.shape)}; for this inversion, it must be "
                 f"({len(inversion)}, {IMAGE_CHANNELS}, S, S)."
             )
-        if not bool(images.isfinite().all()):
-            raise UserError("Some values of the images are not finite, so nothing can be optimised.")
+        for name, values in (("images", images), ("codes", inversion.w_plus)):
+            if not bool(values.isfinite().all()):
+                raise UserError(f"Some values of the {name} are not finite, so nothing can be optimised.")
         if self.start == "features" and inversion.features is None:
             raise UserError(
                 "start=features needs an inversion with features, as net.invert returns for a network with a refiner. "
@@ -129,13 +130,21 @@ class Optimizer:
         """Return the side of the feature map that is optimised.
 
         Raises:
-            ArgumentError: the generator has no such map.
+            ArgumentError: the generator has no such map, or the refiner changes another one.
+            UserError: the generator has no maps.
         """
         size: int = net.generator.output_size
         side: int = self.resolution or getattr(net.refiner, "resolution", max(16, size // 16))
         maps = getattr(net.generator, "feature_channels", {})
+        if not maps:
+            raise UserError(
+                f"space=features needs a generator with feature maps; {type(net.generator).__name__} has none."
+            )
         if side not in maps:
             raise ArgumentError("resolution", side, f"must be one of the generator's: {', '.join(map(str, maps))}.")
+        refined = getattr(net.refiner, "resolution", side) if self.start == "features" else side
+        if side != refined:
+            raise ArgumentError("resolution", side, f"must be the refiner's, {refined}, with start=features.")
         return side
 
     def _features(self, net: PSP, inversion: Inversion) -> Tensor:

@@ -41,6 +41,33 @@ class Inversion:
         weights = self.weights and tuple({name: moved(part) for name, part in one.items()} for one in self.weights)
         return Inversion(moved(self.w_plus), features, weights)
 
+    def interpolate(self, other: Inversion, alpha: float) -> Inversion:
+        """Return an inversion between this one (`alpha` 0) and another one (1), for the same generator.
+
+        Codes, features and weights are interpolated linearly. What one of the two lacks counts as zero.
+
+        Raises:
+            UserError: the numbers of images, or the shapes of codes or features, differ.
+        """
+        for name, a, b in (("codes", self.w_plus, other.w_plus), ("features", self.features, other.features)):
+            if a is not None and b is not None and a.shape != b.shape:
+                raise UserError(f"The {name} have the shapes {tuple(a.shape)} and {tuple(b.shape)}, which must agree.")
+
+        def between(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            parts = [share * part for share, part in ((1 - alpha, a), (alpha, b)) if part is not None]
+            return sum(parts[1:], parts[0]) if parts else None
+
+        w_plus = between(self.w_plus, other.w_plus)
+        assert w_plus is not None
+        weights = None
+        if self.weights is not None or other.weights is not None:
+            pairs = zip(self.weights or ({},) * len(self), other.weights or ({},) * len(other), strict=True)
+            weights = tuple(
+                {name: part for name in {**a, **b} if (part := between(a.get(name), b.get(name))) is not None}
+                for a, b in pairs
+            )
+        return Inversion(w_plus, between(self.features, other.features), weights)
+
     def __len__(self) -> int:
         return len(self.w_plus)
 

@@ -191,22 +191,27 @@ class PSP(nn.Module):
 
     @overload
     def mix_styles(
-        self, w_plus: Tensor, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+        self, w_plus: Tensor, inject: Tensor | Inversion | None, latent_mask: Iterable[int], alpha: float = 1.0
     ) -> Tensor: ...
 
     @overload
     def mix_styles(
-        self, w_plus: Inversion, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+        self, w_plus: Inversion, inject: Tensor | Inversion | None, latent_mask: Iterable[int], alpha: float = 1.0
     ) -> Inversion: ...
 
     def mix_styles(
-        self, w_plus: Tensor | Inversion, inject: Tensor | None, latent_mask: Iterable[int], alpha: float = 1.0
+        self,
+        w_plus: Tensor | Inversion,
+        inject: Tensor | Inversion | None,
+        latent_mask: Iterable[int],
+        alpha: float = 1.0,
     ) -> Tensor | Inversion:
         """Return the codes with some styles replaced, (B, n_styles, style_dim), or an inversion with such codes.
 
         Args:
             w_plus: codes (B, n_styles, style_dim), or an inversion, which keeps its features; it is not modified.
-            inject: new styles, (B or 1, style_dim) or (B or 1, n_styles, style_dim); None sets the styles to zero.
+            inject: new styles, (B or 1, style_dim) or (B or 1, n_styles, style_dim), or an inversion, whose codes are
+                used without its features; None sets the styles to zero.
             latent_mask: indices of the styles to replace, 0 (coarsest) to n_styles - 1.
             alpha: the styles become `alpha * inject + (1 - alpha) * w_plus`.
 
@@ -215,6 +220,7 @@ class PSP(nn.Module):
 
         Source: pSp (arXiv:2008.00951), section 4.5 (multi-modal synthesis by style mixing).
         """
+        inject = inject.w_plus if isinstance(inject, Inversion) else inject
         if isinstance(w_plus, Inversion):
             return replace(w_plus, w_plus=self.mix_styles(w_plus.w_plus, inject, latent_mask, alpha))
         indices = [int(i) for i in latent_mask]
