@@ -165,7 +165,6 @@ def test_a_refinement_of_weights_is_half_precision(psp, faces: Path, tmp_path: P
 def test_mistakes(psp, faces: Path, settings: list[str], message: str) -> None:
     done = psp("predict", f"input={faces}", "output=out", *FAST, *settings)
     assert done.code == 1 and message in done.err and "Traceback" not in done.err, done.err
-    assert not list((faces / ".." / ".." / "out").glob("*.png"))
 
 
 def test_refinements_that_do_not_fit(psp, faces: Path, tmp_path: Path) -> None:

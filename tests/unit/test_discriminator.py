@@ -173,12 +173,10 @@ def test_half_precision_is_as_close_as_rounding_allows(values: Any, dtype: torch
             errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)])
     names = ("values", "gradient of the input", "gradient of a weight", "second derivative")
     means = torch.tensor([found, allowed]).mean(1).T.tolist()
-    for name, (error, least) in zip(names, means, strict=False):  # a CPU has no second derivative
-        # bfloat16 has 8 bits of mantissa, float16 11; two blocks of convolutions, passed again for each derivative.
-        # Rounding to float16 in float32 on a CPU changes the generator's second derivative by 0.035
-        wide = values is generator_values and name == "second derivative"
-        limit = 0.15 if dtype == torch.bfloat16 else 0.06 if wide else 0.03
-        assert 0 < least < limit, f"{name}, rounded: {least:.4f}"
+    medians = torch.tensor(allowed).quantile(0.5, 0).tolist()  # one changed sign can triple the error of its draw
+    for name, (error, least), typical in zip(names, means, medians, strict=False):  # a CPU has no second derivative
+        # bfloat16 has 8 bits of mantissa, float16 11; two blocks of convolutions, passed again for each derivative
+        assert 0 < typical < (0.15 if dtype == torch.bfloat16 else 0.03), f"{name}, rounded: {typical:.4f}"
         assert 0 < error < 2 * least, f"{name}: {error:.4f}, rounding gives {least:.4f}"
 
 

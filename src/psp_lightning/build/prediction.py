@@ -245,7 +245,7 @@ def build_prediction(
         UserError: a mistake in the checkpoint, the inputs or the settings.
     """
     quiet()
-    import_plugins(cfg.plugins)
+    import_plugins(cfg.plugins)  # a rank may be a new process
     if computes_on_cpu(cfg.accelerator):
         keep_freed_memory()
     spec = None
@@ -307,7 +307,6 @@ def build_prediction(
 def sheet_inputs(cfg: DictConfig, plan: PredictionPlan) -> InputDataset | None:
     """Return the inputs as the network sees them, or None if they are latents."""
     if plan.latents is None and plan.inputs is None:  # all outputs exist, or other processes made them
-        import_plugins(cfg.plugins)
         spec = _spec(cfg, load_network(cfg))
         plan.inputs = InputDataset(plan.outputs.files, spec, cfg.factor, cfg.mask.dir, cfg.seed)
     return plan.inputs
